@@ -1,0 +1,86 @@
+"""Files of a run or a data set under one root: a local directory or any fsspec address."""
+
+import os
+import shutil
+from pathlib import Path
+
+import fsspec
+
+
+class Storage:
+    """Reads and writes whole files below one root; a file is there entirely or not at all.
+
+    Local writes go to a temporary name, are flushed to disk and renamed. Object stores put a file in one step.
+    """
+
+    def __init__(self, root: str | Path):
+        self.filesystem, self.root = fsspec.core.url_to_fs(str(root))
+        self.is_local = "file" in _protocols(self.filesystem)
+
+    def path(self, name: str) -> str:
+        return f"{self.root.rstrip('/')}/{name}" if name else self.root
+
+    def exists(self, name: str = "") -> bool:
+        return self.filesystem.exists(self.path(name))
+
+    def list(self, name: str = "") -> list[str]:
+        """Names directly below `name`, sorted; empty where it does not exist."""
+        if not self.exists(name):
+            return []
+        entries = self.filesystem.ls(self.path(name), detail=False, refresh=True)
+        return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries)
+
+    def size(self, name: str) -> int:
+        return self.filesystem.size(self.path(name))
+
+    def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
+        """The whole file, or the bytes start..stop (exclusive) of it."""
+        return self.filesystem.cat_file(self.path(name), start=start, end=stop)
+
+    def write(self, name: str, data: bytes) -> None:
+        path = self.path(name)
+        if not self.is_local:
+            self.filesystem.pipe_file(path, data)
+            return
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        temporary = f"{path}.{os.getpid()}.tmp"
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _flush_directory(os.path.dirname(path))
+
+    def make_directory(self, name: str = "") -> None:
+        self.filesystem.makedirs(self.path(name), exist_ok=True)
+
+    def rename(self, source: str, target: str) -> None:
+        """Move a file or directory; atomic on a local disk only."""
+        if self.is_local:
+            os.rename(self.path(source), self.path(target))
+            _flush_directory(os.path.dirname(self.path(target)))
+        else:
+            self.filesystem.mv(self.path(source), self.path(target), recursive=True)
+
+    def delete(self, name: str) -> None:
+        """Remove a file or directory; nothing happens where it does not exist."""
+        if not self.exists(name):
+            return
+        if self.is_local and os.path.isdir(self.path(name)):
+            shutil.rmtree(self.path(name), ignore_errors=True)
+        else:
+            self.filesystem.rm(self.path(name), recursive=True)
+
+
+def _protocols(filesystem: fsspec.AbstractFileSystem) -> tuple[str, ...]:
+    protocol = filesystem.protocol
+    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+
+
+def _flush_directory(path: str) -> None:
+    """Make a rename durable: the directory entry itself must reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,55 @@
+"""Sequences of unequal length, side by side in one tensor and without padding."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jagged:
+    """Rows of unequal length stored one after another.
+
+    Shapes: values [T, ...], offsets [B + 1] int64 with offsets[0] == 0 and offsets[B] == T.
+
+    Example: rows (3, 5), () and (7) are values=[3, 5, 7], offsets=[0, 2, 2, 3], max_length=2.
+    """
+
+    values: Tensor
+    """All rows, concatenated."""
+    offsets: Tensor
+    """Where each row begins; the last entry is the total length."""
+    max_length: int
+    """Length of the longest row, kept on the host so that no step waits for the device."""
+
+    @staticmethod
+    def from_lengths(values: Tensor, lengths: Tensor) -> "Jagged":
+        """Build from row lengths [B]; meant for the host side of the pipeline (reads the maximum)."""
+        offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
+        torch.cumsum(lengths, 0, out=offsets[1:])
+        return Jagged(values=values, offsets=offsets, max_length=int(lengths.max()) if len(lengths) else 0)
+
+    @property
+    def num_rows(self) -> int:
+        return self.offsets.shape[0] - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """Shapes: [B] int64."""
+        return self.offsets[1:] - self.offsets[:-1]
+
+    def with_values(self, values: Tensor) -> "Jagged":
+        """The same row structure over other values of the same total length."""
+        return replace(self, values=values)
+
+    def row_index(self) -> Tensor:
+        """Row of each value. Shapes: [T] int64."""
+        rows = torch.arange(self.num_rows, device=self.offsets.device)
+        return torch.repeat_interleave(rows, self.lengths, output_size=self.values.shape[0])
+
+    def to(self, device: torch.device) -> "Jagged":
+        return replace(
+            self,
+            values=self.values.to(device, non_blocking=True),
+            offsets=self.offsets.to(device, non_blocking=True),
+        )

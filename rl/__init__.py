@@ -1,0 +1,1 @@
+"""From prompt to policy update: rollouts, rewards, advantages and objectives of alignment."""
