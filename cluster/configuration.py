@@ -1,0 +1,21 @@
+"""Where a job runs: how many workers, on which cluster, and how failures are met."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    address: str | None = None
+    """Address of a running Ray cluster; left out, Ray starts by itself on this machine."""
+    workers: int = 1
+    """Training processes; tables and optimizer state are sharded over them."""
+    cpus_per_worker: float = 1.0
+    """Processor cores reserved for each worker; its thread count follows from it."""
+    gpus_per_worker: float = 0.0
+    """Accelerators reserved for each worker; 0 trains on the processor."""
+    start_timeout_s: float = 300.0
+    """How long to wait for the workers to be placed and started."""
+    max_restarts: int = 3
+    """How many times the gang is started again from the latest checkpoint after a worker died."""
+    collective_timeout_s: float = 600.0
+    """How long a collective operation may wait for the other workers."""

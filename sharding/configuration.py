@@ -1,0 +1,13 @@
+"""How tables are spread over the workers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardingConfig:
+    placement: Mapping[str, Literal["auto", "row_wise", "table_wise"]] = field(default_factory=dict)
+    """Placement by table name, overriding what the model asks for."""
+    hbm_gib_per_worker: float | None = None
+    """Memory the planner may count on per worker, in GiB; None takes what the machine reports."""

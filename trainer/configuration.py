@@ -1,0 +1,96 @@
+"""The complete, typed configuration of a pretraining run."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from cluster.configuration import ClusterConfig
+from data_streams.configuration import DataConfig
+from sharding.configuration import ShardingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    epochs: int = 10
+    """Passes over all users."""
+    max_steps: int | None = None
+    """Optimizer steps after which training ends, if that is before the last epoch."""
+    learning_rate: float = 1e-3
+    """Peak rate of AdamW on the dense parameters."""
+    table_learning_rate: float = 0.07
+    """Peak rate of row-wise Adagrad on the tables."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the dense parameters."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up; then both rates follow a cosine."""
+    final_rate_fraction: float = 0.0
+    """Both rates at the last step, as a fraction of their peaks."""
+    max_gradient_norm: float | None = 1.0
+    """Clipping of the dense gradient's global norm; None leaves it as it is."""
+    micro_batches: int = 1
+    """Parts a step is computed in, to fit in memory; the update is the same."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What of the dense part is partitioned over workers: optimizer state (1), gradients (2), parameters (3)."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the dense part; auto takes bf16 where the machine computes it natively."""
+    validate_every_steps: int | None = None
+    """Steps between validations; None validates after each epoch."""
+    patience: int | None = None
+    """Validations without improvement after which training ends; None never ends early."""
+    selection_metric: str = "ndcg@10"
+    """Validation metric that decides which checkpoint is best."""
+    checkpoint_every_s: float | None = 60.0
+    """Seconds between checkpoints."""
+    checkpoint_every_steps: int | None = None
+    """Optimizer steps between checkpoints."""
+    keep_last: int = 2
+    """Latest checkpoints that are kept; the best one is kept beside them."""
+    audit: bool = True
+    """Write down which users each step's loss saw."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    cutoffs: tuple[int, ...] = (5, 10, 20)
+    """Lengths of the list at which metrics are taken."""
+    filter_seen: bool = True
+    """Leave items of the user's known past out of the ranking."""
+    users_per_batch: int = 512
+    """Users ranked together by all workers."""
+    bootstrap_resamples: int = 1000
+    """User resamples behind each 95 % interval."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Report to Weights & Biases."""
+    project: str = "grail"
+    """Weights & Biases project."""
+    every_steps: int = 20
+    """Steps between two lines of metrics.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    recipe: str = ""
+    """Name of the recipe this run was started from."""
+    run_dir: str = ""
+    """Folder or address of everything the run writes; left out, runs/RECIPE."""
+    seed: int = 0
+    """Seed of all randomness: initial weights, order of users, dropout, negatives."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto goes on where the run directory holds a checkpoint; never insists on an empty one."""
+    init_from: str | None = None
+    """Run directory whose weights (and nothing else) this run starts from."""
+    profile: bool = False
+    """Trace a few steps with torch.profiler into the run directory."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: Any = None
+    """Config of the model; its type chooses the model."""
+    objective: Any = None
+    """Config of the training objective; its type chooses the objective."""
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    log: LogConfig = field(default_factory=LogConfig)
