@@ -2,7 +2,10 @@
 
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 import fsspec
 
@@ -10,7 +13,8 @@ import fsspec
 class Storage:
     """Reads and writes whole files below one root; a file is there entirely or not at all.
 
-    Local writes go to a temporary name, are flushed to disk and renamed. Object stores put a file in one step.
+    Local writes go to a temporary name, are flushed to disk and renamed. Object stores put a file in one
+    step.
     """
 
     def __init__(self, root: str | Path):
@@ -38,14 +42,24 @@ class Storage:
         return self.filesystem.cat_file(self.path(name), start=start, end=stop)
 
     def write(self, name: str, data: bytes) -> None:
+        if not self.is_local:
+            self.filesystem.pipe_file(self.path(name), data)
+            return
+        with self.open_write(name) as file:
+            file.write(data)
+
+    @contextmanager
+    def open_write(self, name: str) -> Iterator[IO[bytes]]:
+        """Write a large file piece by piece; it stays only if the `with` block ends without an error."""
         path = self.path(name)
         if not self.is_local:
-            self.filesystem.pipe_file(path, data)
+            with _removed_on_error(self.filesystem.rm, path), self.filesystem.open(path, "wb") as file:
+                yield file
             return
         os.makedirs(os.path.dirname(path), exist_ok=True)
         temporary = f"{path}.{os.getpid()}.tmp"
-        with open(temporary, "wb") as file:
-            file.write(data)
+        with _removed_on_error(os.unlink, temporary), open(temporary, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -75,6 +89,17 @@ class Storage:
 def _protocols(filesystem: fsspec.AbstractFileSystem) -> tuple[str, ...]:
     protocol = filesystem.protocol
     return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+
+
+@contextmanager
+def _removed_on_error(remove: Callable[[str], None], path: str) -> Iterator[None]:
+    """Take away what a failed write left behind, so that a full disk gets its space back."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            remove(path)
+        raise
 
 
 def _flush_directory(path: str) -> None:

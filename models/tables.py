@@ -27,8 +27,24 @@ class TableSpec:
 Ids = Mapping[str, Tensor]
 """Feature name -> ids [n] int64."""
 
-Rows = Mapping[str, Tensor]
-"""Feature name -> looked-up rows [n, dim], in the order of the ids."""
+
+@dataclass(frozen=True, kw_only=True)
+class LookedUp:
+    """The rows of one feature, as the dense part of a model sees them.
+
+    Shapes: n ids.
+    """
+
+    ids: Tensor
+    """[n] int64, as the model asked for them."""
+    rows: Tensor
+    """[n, dim], in the order of the ids."""
+    item_features: Tensor | None = None
+    """[n, E], frozen feature vectors of the items, where the model uses them."""
+
+
+Rows = Mapping[str, LookedUp]
+"""Feature name -> what was looked up."""
 
 Lookup = Callable[[Ids], Rows]
 """Looks rows up outside of a training step (decoding, evaluation); a collective call on all workers."""

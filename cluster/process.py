@@ -1,0 +1,111 @@
+"""One process of a group: who it is, its device, and the groups it speaks through."""
+
+import datetime
+import logging
+import os
+import socket
+from dataclasses import dataclass
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from cluster.errors import ClusterError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """A member of a running process group."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    """Index among the processes of this machine."""
+    device: torch.device
+    host_group: dist.ProcessGroup
+    """Gloo group for integers of the host (batch sizes, stop flags), apart from the group of the tensors."""
+    num_threads: int
+
+
+def start_process(
+    *,
+    rank: int,
+    world_size: int,
+    local_rank: int,
+    local_world_size: int,
+    rendezvous: str,
+    num_threads: int,
+    use_gpu: bool = False,
+    timeout_s: float = 600.0,
+) -> Process:
+    """Join the process group and return this process's place in it; ends with `stop_process`.
+
+    `rendezvous` is `file:///path` on one machine, where no port of the store is opened then, or
+    `tcp://host:port` between machines.
+
+    Raises: ClusterError if the other processes do not arrive within `timeout_s`.
+    """
+    _set_environment(rank, world_size, local_rank, local_world_size, num_threads, use_gpu)
+    torch.set_num_threads(num_threads)
+    device = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
+    if use_gpu:
+        torch.cuda.set_device(device)
+    timeout = datetime.timedelta(seconds=timeout_s)
+    try:
+        dist.init_process_group(
+            backend="nccl" if use_gpu else "gloo",
+            init_method=rendezvous,
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+        )
+        host_group = dist.new_group(backend="gloo", timeout=timeout)
+    except (dist.DistStoreError, dist.DistNetworkError, TimeoutError) as error:
+        raise ClusterError(
+            f"{world_size} processes were expected at {rendezvous} within {timeout_s:.0f} s, and rank {rank} "
+            f"could not reach all of them ({error}); look at the logs of the other ranks"
+        ) from error
+    logger.debug("rank %d of %d joined at %s with %d threads", rank, world_size, rendezvous, num_threads)
+    return Process(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        device=device,
+        host_group=host_group,
+        num_threads=num_threads,
+    )
+
+
+def stop_process() -> None:
+    """Leave the process group; nothing happens outside of one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def loopback_interface() -> str:
+    """Name of the network interface that never leaves this machine, `lo` on most."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.family == socket.AF_INET and entry.address.startswith("127.") for entry in addresses):
+            return name
+    raise ClusterError(
+        "processes of one machine speak over its loopback interface (127.0.0.1), and there is none; bring it up"
+    )
+
+
+def _set_environment(
+    rank: int, world_size: int, local_rank: int, local_world_size: int, num_threads: int, use_gpu: bool
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(local_rank),
+        LOCAL_WORLD_SIZE=str(local_world_size),
+        # Ray sets 1 for an actor with one core; libraries loaded later read this, torch is told by itself.
+        OMP_NUM_THREADS=str(num_threads),
+    )
+    if not use_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    if local_world_size == world_size:
+        os.environ["GLOO_SOCKET_IFNAME"] = loopback_interface()

@@ -1,0 +1,107 @@
+"""Starting Ray inside this job, or joining a cluster that runs already."""
+
+import logging
+import math
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+from ray._raylet import AuthenticationMode, get_authentication_mode
+
+from cluster.configuration import ClusterConfig
+from cluster.errors import ClusterError
+from cluster.packages import PACKAGES, root
+from cluster.topology import num_hosts, usable_cores
+
+logger = logging.getLogger(__name__)
+
+_OBJECT_STORE_BYTES = 256 * 2**20
+
+
+def start_ray(config: ClusterConfig, num_cpus: int | None = None) -> None:
+    """Make sure that Ray runs: embedded in this job on this machine, or joined at `config.address`.
+
+    An embedded Ray has a core for every worker asked for, more than the machine has where need be; it ends with
+    this process, however this process ends. Calling again is free.
+
+    Raises: ClusterError if the cluster at `config.address` does not answer or refuses the token.
+    """
+    needed = num_cpus or max(usable_cores(), math.ceil(config.workers * config.cpus_per_worker))
+    if ray.is_initialized():
+        if config.address is not None or ray.cluster_resources().get("CPU", 0) >= needed:
+            return
+        ray.shutdown()
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if config.address is None:
+        _start_embedded(needed)
+    else:
+        _join(config.address)
+
+
+def _start_embedded(num_cpus: int) -> None:
+    if num_cpus > usable_cores():
+        logger.warning("%d cores were asked for, this machine has %d: workers share", num_cpus, usable_cores())
+    # The token lives in the environment of this process and its children only. Ray 2.60 turns authentication on
+    # by itself where the mode is not set; setting it here would be too late, it is read when ray is imported.
+    os.environ.pop("RAY_AUTH_MODE", None)
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    with _in_own_process_group():
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level="ERROR",
+            runtime_env={"env_vars": _worker_environment()},
+        )
+    if get_authentication_mode() != AuthenticationMode.TOKEN:
+        ray.shutdown()
+        raise ClusterError(
+            "Ray must run with token authentication, since its ports are open to the network, and it started "
+            "without; unset RAY_AUTH_MODE"
+        )
+
+
+def _join(address: str) -> None:
+    packages = [str(root() / package) for package in PACKAGES]
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level="ERROR",
+            runtime_env={"py_modules": packages, "env_vars": {"RAY_USAGE_STATS_ENABLED": "0"}},
+        )
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        raise ClusterError(
+            f"a Ray cluster was expected at --cluster.address {address}, and it cannot be joined ({error}); look "
+            "whether it runs (`ray status`) and whether RAY_AUTH_TOKEN or ~/.ray/auth_token holds its token"
+        ) from error
+    logger.info("joined the Ray cluster at %s: %d hosts, %s", address, num_hosts(), ray.cluster_resources())
+
+
+def _worker_environment() -> dict[str, str]:
+    """Workers find the packages from any working directory, installed or not."""
+    inherited = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([str(root()), *([inherited] if inherited else [])])}
+
+
+@contextmanager
+def _in_own_process_group() -> Iterator[None]:
+    """Processes started inside do not get the signals that a shell or `timeout` sends to this job's group.
+
+    Ray's daemons would end at such a SIGTERM, and the workers with them, before they have saved. Nothing changes
+    where this process leads its group.
+    """
+    group = os.getpgrp()
+    if group == os.getpid():
+        yield
+        return
+    os.setpgid(0, 0)
+    try:
+        yield
+    finally:
+        os.setpgid(0, group)

@@ -1,0 +1,86 @@
+"""What passes between a worker and the driver: numbers and log lines up, the wish to stop down."""
+
+import contextlib
+import logging
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something a worker tells the driver."""
+
+    kind: Literal["started", "progress", "log", "result", "failure"]
+    rank: int
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """started: pid, host, restarts; progress: the numbers reported; log: level, name, message."""
+
+
+class Reporter:
+    """The worker's end: written by the training thread, emptied by the thread that answers the driver."""
+
+    def __init__(self, rank: int = 0):
+        self.rank = rank
+        self._events: deque[Event] = deque()
+        self._stop = threading.Event()
+
+    def progress(self, **numbers: float | int | str) -> None:
+        """Report numbers to the driver; returns at once."""
+        self.emit("progress", numbers)
+
+    def stop_requested(self) -> bool:
+        """Whether the driver wants this run to save and end; ranks may learn of it at different steps."""
+        return self._stop.is_set()
+
+    def emit(self, kind: str, values: Mapping[str, Any]) -> None:
+        self._events.append(Event(kind=kind, rank=self.rank, values=values))
+
+    def drain(self) -> list[Event]:
+        """All events since the last call, oldest first."""
+        return [self._events.popleft() for _ in range(len(self._events))]
+
+    def request_stop(self) -> None:
+        self._stop.set()
+
+
+class StopSignal:
+    """The driver's end of a stop: set by Ctrl-C or SIGTERM, or by the program itself."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    @property
+    def requested(self) -> bool:
+        return self._event.is_set()
+
+    def request(self) -> None:
+        self._event.set()
+
+    @contextlib.contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """While inside, SIGINT and SIGTERM request a stop; a second one ends the process hard.
+
+        Enter after Ray has started: Ray installs a SIGTERM handler of its own.
+        """
+        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def handle(number: int, frame: object) -> None:
+            if self.requested:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            self.request()
+            logger.warning("%s: saving and stopping; once more ends at once", signal.Signals(number).name)
+
+        for number in previous:
+            signal.signal(number, handle)
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)

@@ -1,0 +1,124 @@
+"""Tables spread over the workers by TorchRec, with the fused row-wise Adagrad of FBGEMM."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec import KeyedJaggedTensor
+from torchrec.distributed import comm_ops
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import ShardingEnv
+
+from cluster.process import Process
+from models.tables import TableSpec
+from sharding.configuration import ShardingConfig
+from sharding.plan import TablePlacement, collections, make_plan, placements
+from sharding.state import Piece
+from sharding.tables import ADAGRAD_EPSILON, EmbeddingTables, logical_rows, physical_ids
+
+
+class _Collections(nn.Module):
+    """One EmbeddingCollection per embedding dimension, so that one plan covers all tables."""
+
+    def __init__(self, specs: Sequence[TableSpec]):
+        super().__init__()
+        self.by_dim = nn.ModuleDict(collections(specs))
+
+    def forward(self, features: Mapping[str, KeyedJaggedTensor]) -> dict[str, Tensor]:
+        found = {}
+        for name, collection in self.by_dim.items():
+            if name in features:
+                found.update({key: rows.values() for key, rows in collection(features[name]).items()})
+        return found
+
+
+class ShardedTables(EmbeddingTables):
+    """The lookup is an all-to-all of ids and one of rows; the update sends the gradients back the same way.
+
+    TorchRec divides sparse gradients by the number of workers (as DeepSpeed does with dense ones), so a rank's
+    loss is its sum * workers / global count.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[TableSpec],
+        *,
+        process: Process,
+        config: ShardingConfig,
+        seed: int,
+        learning_rate: float,
+        local_world_size: int | None = None,
+    ):
+        super().__init__(specs)
+        comm_ops.set_gradient_division(True)
+        fused = {
+            "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+            "learning_rate": learning_rate,
+            "eps": ADAGRAD_EPSILON,
+        }
+        sharder = EmbeddingCollectionSharder(fused_params=fused)
+        module = _Collections(specs)
+        plan = make_plan(module, specs, sharder, config, process, local_world_size or process.world_size)
+        self.placements: list[TablePlacement] = placements(plan, specs)
+        self.device = process.device
+        self.module = DistributedModelParallel(
+            module,
+            device=process.device,
+            plan=plan,
+            sharders=[sharder],
+            env=ShardingEnv.from_process_group(dist.group.WORLD),
+        )
+        self.initialise(seed)
+
+    def lookup(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        by_dim: dict[str, list[TableSpec]] = {}
+        for name in ids:
+            by_dim.setdefault(f"dim{self.specs[name].dim}", []).append(self.specs[name])
+        features = {key: self._keyed(specs, ids) for key, specs in by_dim.items()}
+        rows = self.module(features)
+        return {name: logical_rows(self.specs[name], rows[name]) for name in ids}
+
+    def _keyed(self, specs: list[TableSpec], ids: Mapping[str, Tensor]) -> KeyedJaggedTensor:
+        """All ids of a step as one keyed tensor with a single jagged row per table."""
+        values = [physical_ids(spec, ids[spec.name]) for spec in specs]
+        return KeyedJaggedTensor(
+            keys=[spec.name for spec in specs],
+            values=torch.cat(values),
+            lengths=torch.tensor([value.shape[0] for value in values], device=self.device),
+        )
+
+    def update(self, ids: Mapping[str, Tensor], rows: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
+        names = list(gradients)
+        torch.autograd.backward([rows[name] for name in names], [gradients[name] for name in names])
+
+    def set_learning_rate(self, rate: float) -> None:
+        for group in self.module.fused_optimizer.param_groups:
+            group["lr"] = rate
+        # The fused optimizer steps inside backward; its own step only hands the rate down.
+        self.module.fused_optimizer.step()
+
+    def pieces(self) -> list[Piece]:
+        found = []
+        for key, tensor in self.module.state_dict().items():
+            found += _local_pieces(f"table/{_table_of(key)}", tensor)
+        for key, states in self.module.fused_optimizer.state_dict()["state"].items():
+            for tensor in states.values():
+                found += _local_pieces(f"table_state/{_table_of(key)}", tensor)
+        return found
+
+
+def _table_of(key: str) -> str:
+    """`module.by_dim.dim64.embeddings.item.weight` -> `item`."""
+    return key.removesuffix(".weight").rsplit(".", 1)[-1]
+
+
+def _local_pieces(name: str, tensor: ShardedTensor) -> list[Piece]:
+    shape = tuple(tensor.metadata().size)
+    return [
+        Piece(name=name, start=shard.metadata.shard_offsets[0], global_shape=shape, tensor=shard.tensor.detach())
+        for shard in tensor.local_shards()
+    ]

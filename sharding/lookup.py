@@ -1,0 +1,111 @@
+"""From what features ask for to one lookup per table, and back."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.tables import Ids, LookedUp, Lookup, Rows, TableSpec
+from sharding.tables import EmbeddingTables
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedIds:
+    """What several requests (micro-batches) ask for together, each row once; made on the host."""
+
+    tables: Mapping[str, Tensor]
+    """Table -> ids [U] without repetition."""
+    positions: tuple[Mapping[str, Tensor], ...]
+    """Per request: feature -> index [n] into the ids of its table."""
+
+    def to(self, device: torch.device) -> "MergedIds":
+        def move(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+
+        return MergedIds(tables=move(self.tables), positions=tuple(move(entry) for entry in self.positions))
+
+
+def merge_ids(specs: Sequence[TableSpec], requests: Sequence[Ids]) -> MergedIds:
+    """Join all features of all requests into one list of distinct ids per table."""
+    positions: list[dict[str, Tensor]] = [{} for _ in requests]
+    tables = {}
+    for spec in specs:
+        wanted = [(i, name) for i, request in enumerate(requests) for name in spec.features if name in request]
+        if not wanted:
+            continue
+        parts = [requests[i][name] for i, name in wanted]
+        distinct, inverse = _unique(torch.cat(parts))
+        tables[spec.name] = distinct
+        for (i, name), part in zip(wanted, inverse.split([len(part) for part in parts]), strict=True):
+            positions[i][name] = part
+    return MergedIds(tables=tables, positions=tuple(positions))
+
+
+def _unique(ids: Tensor) -> tuple[Tensor, Tensor]:
+    # numpy sorts int64 with vector instructions, several times faster than torch.unique on a processor.
+    distinct, inverse = np.unique(ids.numpy(), return_inverse=True)
+    return torch.from_numpy(distinct), torch.from_numpy(inverse)
+
+
+def rows_of_request(
+    specs: Sequence[TableSpec],
+    leaves: Mapping[str, Tensor],
+    ids: Ids,
+    positions: Mapping[str, Tensor],
+    item_features: Mapping[str, Tensor],
+) -> Rows:
+    """The rows of one request, taken from the distinct rows of its tables; gradients add up in the leaves."""
+    return {
+        name: LookedUp(
+            ids=ids[name],
+            # F.embedding, since its backward adds up repeated rows much faster than that of index_select.
+            rows=F.embedding(positions[name], leaves[spec.name]),
+            item_features=item_features.get(name),
+        )
+        for spec in specs
+        for name in spec.features
+        if name in positions
+    }
+
+
+class ItemFeatures:
+    """Frozen feature vectors of items, memory-mapped: gathered on the host, never sharded or trained.
+
+    Shapes: vectors [N, E] float16 or float32, row i of item row i.
+    """
+
+    def __init__(self, vectors: np.ndarray):
+        self.vectors = vectors
+
+    @property
+    def dim(self) -> int:
+        return self.vectors.shape[1]
+
+    def gather(self, ids: Tensor) -> Tensor:
+        """Shapes: [n] on the host -> [n, E] fp32."""
+        return torch.from_numpy(self.vectors[ids.numpy()]).float()
+
+
+def make_lookup(
+    specs: Sequence[TableSpec], tables: EmbeddingTables, item_features: ItemFeatures | None, device: torch.device
+) -> Lookup:
+    """A lookup outside of training steps: ids on the host go in, rows without gradient come out."""
+
+    def lookup(ids: Ids) -> Rows:
+        merged = merge_ids(specs, [ids])
+        features = {} if item_features is None else {name: item_features.gather(ids[name]) for name in ids}
+        moved = merged.to(device)
+        with torch.no_grad():
+            leaves = tables.lookup(moved.tables)
+            return rows_of_request(
+                specs,
+                leaves,
+                {name: values.to(device) for name, values in ids.items()},
+                moved.positions[0],
+                {name: values.to(device) for name, values in features.items()},
+            )
+
+    return lookup

@@ -1,0 +1,155 @@
+"""Which rank holds which rows: asked of TorchRec's planner, under the constraints of the tables and the run."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torchrec import EmbeddingCollection, EmbeddingConfig
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
+from torchrec.distributed.types import ShardingPlan, ShardingType
+
+from cluster.errors import PlanError
+from cluster.process import Process
+from models.tables import TableSpec
+from sharding.configuration import ShardingConfig
+from sharding.tables import kept_rows
+
+logger = logging.getLogger(__name__)
+
+_KINDS = {"row_wise": ShardingType.ROW_WISE.value, "table_wise": ShardingType.TABLE_WISE.value}
+_GIB = 2**30
+_MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class TablePlacement:
+    """Where one table lies."""
+
+    name: str
+    num_rows: int
+    dim: int
+    kind: str
+    """row_wise or table_wise."""
+    rows_per_rank: dict[int, int]
+    """Rows of each rank that holds any."""
+
+
+def collections(specs: Sequence[TableSpec]) -> dict[str, EmbeddingCollection]:
+    """TorchRec modules on the meta device; tables of one collection share their dimension."""
+    by_dim: dict[int, list[TableSpec]] = {}
+    for spec in specs:
+        by_dim.setdefault(spec.dim, []).append(spec)
+    return {
+        f"dim{dim}": EmbeddingCollection(
+            device=torch.device("meta"),
+            tables=[
+                EmbeddingConfig(
+                    name=spec.name,
+                    embedding_dim=dim,
+                    num_embeddings=kept_rows(spec),
+                    feature_names=[spec.name],
+                )
+                for spec in group
+            ],
+        )
+        for dim, group in by_dim.items()
+    }
+
+
+def make_plan(
+    module: torch.nn.Module,
+    specs: Sequence[TableSpec],
+    sharder: EmbeddingCollectionSharder,
+    config: ShardingConfig,
+    process: Process,
+    local_world_size: int,
+) -> ShardingPlan:
+    """Ask the planner; all ranks get the same plan.
+
+    Raises: PlanError if a placement names no table, or if the tables do not fit.
+    """
+    unknown = sorted(set(config.placement) - {spec.name for spec in specs})
+    if unknown:
+        raise PlanError(
+            f"sharding.placement names {', '.join(unknown)}, and the model has the tables "
+            f"{', '.join(spec.name for spec in specs)}; use one of these names"
+        )
+    memory = {} if config.hbm_gib_per_worker is None else {"hbm_cap": int(config.hbm_gib_per_worker * _GIB)}
+    if memory and process.device.type == "cpu":
+        memory = {"ddr_cap": memory["hbm_cap"]}
+    planner = EmbeddingShardingPlanner(
+        topology=Topology(
+            world_size=process.world_size,
+            compute_device=process.device.type,
+            local_world_size=local_world_size,
+            **memory,
+        ),
+        constraints={spec.name: _constraint(spec, config) for spec in specs},
+    )
+    try:
+        return planner.collective_plan(module, [sharder], dist.group.WORLD)
+    except PlannerError as error:
+        needed = sum(kept_rows(spec) * spec.dim * 4 for spec in specs) / _GIB
+        raise PlanError(
+            f"{len(specs)} tables of {needed:.2f} GiB do not fit on {process.world_size} workers as asked: "
+            f"{error}; use more workers, row_wise placement, or fewer rows (hash_rows)"
+        ) from error
+
+
+def _constraint(spec: TableSpec, config: ShardingConfig) -> ParameterConstraints:
+    placement = config.placement.get(spec.name, spec.placement)
+    kinds = list(_KINDS.values()) if placement == "auto" else [_KINDS[placement]]
+    return ParameterConstraints(sharding_types=kinds, compute_kernels=[EmbeddingComputeKernel.FUSED.value])
+
+
+def placements(plan: ShardingPlan, specs: Sequence[TableSpec]) -> list[TablePlacement]:
+    """The plan as plain data."""
+    kinds = {value: name for name, value in _KINDS.items()}
+    by_name = {spec.name: spec for spec in specs}
+    found = []
+    for module_plan in plan.plan.values():
+        for name, parameter in module_plan.items():
+            rows: dict[int, int] = {}
+            for shard in parameter.sharding_spec.shards:
+                rank = shard.placement.rank()
+                rows[rank] = rows.get(rank, 0) + shard.shard_sizes[0]
+            spec = by_name[name]
+            found.append(
+                TablePlacement(
+                    name=name,
+                    num_rows=kept_rows(spec),
+                    dim=spec.dim,
+                    kind=kinds[parameter.sharding_type],
+                    rows_per_rank=rows,
+                )
+            )
+    return found
+
+
+def render_plan(tables: Sequence[TablePlacement]) -> str:
+    """The plan as a table for people, kept in the run directory."""
+    table = Table(title="Where the table rows lie")
+    for column in ("table", "rows", "dim", "placement", "rank: rows", "MiB per rank (rows + optimizer)"):
+        table.add_column(column)
+    for entry in tables:
+        bytes_per_row = 4 * entry.dim + 4
+        table.add_row(
+            entry.name,
+            f"{entry.num_rows:,}",
+            str(entry.dim),
+            entry.kind,
+            ", ".join(f"{rank}: {rows:,}" for rank, rows in sorted(entry.rows_per_rank.items())),
+            ", ".join(
+                f"{rows * bytes_per_row / _MIB:.1f}" for _, rows in sorted(entry.rows_per_rank.items())
+            ),
+        )
+    console = Console(width=110, record=True, file=open("/dev/null", "w"))
+    console.print(table)
+    return console.export_text()

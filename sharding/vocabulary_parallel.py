@@ -1,0 +1,112 @@
+"""Softmax cross-entropy over a vocabulary whose rows are spread over the ranks."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+BLOCK_COLUMNS = 8192
+"""Candidates scored at a time, so that memory does not grow with the catalogue."""
+
+
+def vocabulary_parallel_cross_entropy(
+    targets_per_rank: tuple[int, ...], own_start: int
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A cross-entropy in which every rank scores the queries of all ranks against its own candidates.
+
+    The returned function takes queries [T, D] of this rank, its candidates [C, D] (vocabulary rows own_start,
+    own_start + 1, ...) and target ids [T], and returns losses [T] of this rank's queries. A collective call.
+
+    Cost: two all-gathers of queries and targets, all-reduces of three numbers per query, and one all-reduce of
+    the queries' gradients.
+    """
+
+    def cross_entropy(queries: Tensor, candidates: Tensor, targets: Tensor) -> Tensor:
+        return _ParallelCrossEntropy.apply(queries, candidates, targets, targets_per_rank, own_start)
+
+    return cross_entropy
+
+
+class _ParallelCrossEntropy(torch.autograd.Function):
+    """loss_t = log sum_c exp(s_tc) - s_t,target; its gradient by s_tc is softmax(s_t)_c - [c = target of t]."""
+
+    @staticmethod
+    def forward(
+        ctx, queries: Tensor, candidates: Tensor, targets: Tensor, counts: tuple[int, ...], own_start: int
+    ) -> Tensor:
+        dtype = _matmul_dtype(queries)
+        every_query = _gather(queries, counts).to(dtype)
+        columns = _gather(targets, counts) - own_start
+        candidates = candidates.to(dtype)
+        own = (columns >= 0) & (columns < candidates.shape[0])
+        maximum = torch.full(columns.shape, float("-inf"), device=queries.device)
+        total = torch.zeros_like(maximum)
+        picked = torch.zeros_like(maximum)
+        for start, block in _blocks(candidates):
+            scores = (every_query @ block.T).float()
+            higher = torch.maximum(maximum, scores.amax(1))
+            total = total * (maximum - higher).exp() + (scores - higher[:, None]).exp().sum(1)
+            maximum = higher
+            here = own & (columns >= start) & (columns < start + block.shape[0])
+            column = (columns - start).clamp(0, block.shape[0] - 1)
+            picked += torch.where(here, scores.gather(1, column[:, None])[:, 0], 0.0)
+        log_sum = _reduce_log_sum(maximum, total)
+        dist.all_reduce(picked)
+        ctx.save_for_backward(every_query, candidates, columns, log_sum)
+        ctx.counts, ctx.dtypes = counts, (queries.dtype, dtype)
+        return _own_part(log_sum - picked, counts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        every_query, candidates, columns, log_sum = ctx.saved_tensors
+        query_dtype, dtype = ctx.dtypes
+        weights = _gather(gradient.contiguous(), ctx.counts)[:, None]
+        query_gradient = torch.zeros(every_query.shape, device=every_query.device)
+        candidate_gradient = torch.empty(candidates.shape, device=candidates.device)
+        for start, block in _blocks(candidates):
+            share = ((every_query @ block.T).float() - log_sum[:, None]).exp_()
+            here = (columns >= start) & (columns < start + block.shape[0])
+            column = (columns - start).clamp(0, block.shape[0] - 1)
+            share.scatter_add_(1, column[:, None], -here.float()[:, None])
+            share = (share * weights).to(dtype)
+            query_gradient += (share @ block).float()
+            candidate_gradient[start : start + block.shape[0]] = (share.T @ every_query).float()
+        dist.all_reduce(query_gradient)
+        own = _own_part(query_gradient, ctx.counts).to(query_dtype)
+        return own, candidate_gradient, None, None, None
+
+
+def _matmul_dtype(queries: Tensor) -> torch.dtype:
+    """The autocast dtype where autocast is on; a custom function has to apply it by itself."""
+    device = queries.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else queries.dtype
+
+
+def _blocks(candidates: Tensor):
+    for start in range(0, candidates.shape[0], BLOCK_COLUMNS):
+        yield start, candidates[start : start + BLOCK_COLUMNS]
+
+
+def _reduce_log_sum(maximum: Tensor, total: Tensor) -> Tensor:
+    """log of the sum over all ranks of total * exp(maximum), without overflow."""
+    overall = maximum.clone()
+    dist.all_reduce(overall, op=dist.ReduceOp.MAX)
+    total = total * (maximum - overall).exp()
+    dist.all_reduce(total)
+    return overall + total.log()
+
+
+def _gather(values: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """The values of all ranks in the order of ranks; parts are padded to one length for the collective."""
+    padded = values.new_zeros(max(counts), *values.shape[1:])
+    padded[: values.shape[0]] = values.detach()
+    gathered = values.new_empty(len(counts) * max(counts), *values.shape[1:])
+    dist.all_gather_into_tensor(gathered, padded)
+    parts = gathered.split(max(counts)) if max(counts) else ()
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=False)]) if parts else gathered
+
+
+def _own_part(values: Tensor, counts: tuple[int, ...]) -> Tensor:
+    start = sum(counts[: dist.get_rank()])
+    return values[start : start + counts[dist.get_rank()]].clone()

@@ -1,0 +1,119 @@
+"""The walls between the packages, read from the source and checked by importing."""
+
+import ast
+import os
+import subprocess
+import sys
+
+from tests.source_tree import LAYERS, ROOT, dotted_name, imports, is_within, sources
+
+DEEPSPEED_FILES = {"trainer/dense_engine.py", "sharding/experts.py"}
+ACTOR_FILE = "cluster/worker_group.py"
+TASK_FILE = "cluster/tasks.py"
+BATCH_TYPES = ("data_streams.jagged", "data_streams.batch")
+HEAVY_MODULES = ("ray", "deepspeed", "torchrec", "fbgemm_gpu")
+
+
+def imports_of(*packages: str):
+    for path, tree in sources(*packages).items():
+        for module, line in imports(tree, path):
+            yield path, line, module
+
+
+def run_python(code: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_imports_run_in_one_direction():
+    upward = [
+        f"{path}:{line} imports {module}"
+        for rank, package in enumerate(LAYERS)
+        for path, line, module in imports_of(package)
+        if is_within(module, *LAYERS[:rank], "tests", "benchmarks")
+    ]
+    assert not upward, "imports may only go " + " -> ".join(LAYERS) + ":\n" + "\n".join(upward)
+
+
+def test_models_know_only_the_batch_types_of_the_data():
+    wrong = [
+        f"{path}:{line} imports {module}"
+        for path, line, module in imports_of("models")
+        if is_within(module, "data_streams") and not is_within(module, *BATCH_TYPES)
+    ]
+    assert not wrong, f"models may import {BATCH_TYPES} of data_streams only:\n" + "\n".join(wrong)
+
+
+def test_only_sharding_touches_torchrec():
+    wrong = [
+        f"{path}:{line}"
+        for path, line, module in imports_of(*LAYERS)
+        if is_within(module, "torchrec", "fbgemm_gpu") and not path.startswith("sharding/")
+    ]
+    assert not wrong, f"torchrec and fbgemm belong into sharding/: {wrong}"
+
+
+def test_two_files_touch_deepspeed():
+    users = {path for path, _, module in imports_of(*LAYERS) if is_within(module, "deepspeed")}
+    assert users <= DEEPSPEED_FILES, f"only {sorted(DEEPSPEED_FILES)} may import deepspeed, and {sorted(users)} do"
+
+
+def test_only_data_streams_touches_tar_shards():
+    wrong = [
+        f"{path}:{line}"
+        for path, line, module in imports_of(*LAYERS)
+        if is_within(module, "webdataset", "tarfile") and not path.startswith("data_streams/")
+    ]
+    assert not wrong, f"tar shards are read and written in data_streams/: {wrong}"
+
+
+def test_one_file_places_ray_actors():
+    wrong = [
+        f"{path}:{line} uses {name}"
+        for path, tree in sources(*LAYERS).items()
+        if path != ACTOR_FILE
+        for line, name in placements(tree, path)
+    ]
+    assert not wrong, f"actors and placement groups belong into {ACTOR_FILE}:\n" + "\n".join(wrong)
+
+
+def placements(tree: ast.Module, path: str):
+    """Uses of ray.remote and of placement groups; tasks made of functions are allowed in their own file."""
+    for module, line in imports(tree, path):
+        if is_within(module, "ray.remote", "ray.util.placement_group", "ray.util.scheduling_strategies", "ray.actor"):
+            yield line, module
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            decorators = (dotted_name(decorator) for decorator in node.decorator_list)
+            yield from ((node.lineno, f"an actor class, @{name}") for name in decorators if name == "ray.remote")
+        elif isinstance(node, ast.Attribute) and dotted_name(node) == "ray.remote" and path != TASK_FILE:
+            yield node.lineno, "ray.remote"
+
+
+def test_the_command_line_starts_without_torch():
+    run_python(
+        "import sys, launch.cli\n"
+        "heavy = {'torch', 'ray', 'deepspeed', 'torchrec'} & set(sys.modules)\n"
+        "assert not heavy, f'import launch.cli pulls in {heavy}; import them after the arguments are parsed'"
+    )
+
+
+def test_models_and_the_unsharded_reference_run_without_the_distributed_stack():
+    modules = [
+        path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        for path in sources("models")
+        if not path.startswith("models/kernels/triton")
+    ]
+    run_python(
+        "import importlib, sys\n"
+        "class Blocked:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] in {HEAVY_MODULES}:\n"
+        "            raise ImportError(f'{name} is not there on small machines')\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+        f"for name in {[*modules, 'sharding.unsharded']}:\n"
+        "    importlib.import_module(name)\n"
+    )

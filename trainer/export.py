@@ -1,0 +1,138 @@
+"""Taking a checkpoint out of grail: safetensors and Parquet files that other programs read."""
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from safetensors.torch import save_file
+
+from cluster.errors import CheckpointError
+from trainer.checkpoint_reader import CheckpointReader
+
+DENSE, TABLE = "dense/", "table/"
+_CHUNK_BYTES = 16 << 20
+
+
+def export_checkpoint(
+    reader: CheckpointReader,
+    out: str | Path,
+    *,
+    row_ids: Mapping[str, Sequence[Any] | pa.Array] | None = None,
+    console: Console | None = None,
+) -> list[Path]:
+    """Write the dense weights to `model.safetensors` and each table to `NAME.parquet`; returns the files.
+
+    A table has the columns `row`, `item_id` (where `row_ids` has the raw ids of its rows, by table name) and
+    `vector`. The dense weights must fit into memory; tables are written in parts.
+
+    Raises: CheckpointError for a damaged checkpoint, or row ids of another number than the table's rows.
+    """
+    folder, row_ids = Path(out), row_ids or {}
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [_export_dense(reader, folder / "model.safetensors")]
+    for name in sorted(reader.tensors):
+        if name.startswith(TABLE):
+            table = name.removeprefix(TABLE)
+            files.append(
+                _export_table(reader, name, folder / f"{table}.parquet", row_ids.get(table), console)
+            )
+    return files
+
+
+def _export_dense(reader: CheckpointReader, path: Path) -> Path:
+    if "dense_shapes" not in reader.shared_state:
+        raise CheckpointError(
+            f"the checkpoint of step {reader.step} must name the shapes of its dense weights "
+            "(dense_shapes in state.json) but does not; it was not written by a training run."
+        )
+    weights = {}
+    for name, shape in reader.shared_state["dense_shapes"].items():
+        flat = reader.read_rows(DENSE + name, 0, prod(shape))
+        weights[name] = flat.reshape(shape)
+    with _renamed_at_end(path) as temporary:
+        save_file(weights, temporary, metadata={"step": str(reader.step), "format": "pt"})
+    return path
+
+
+def _export_table(
+    reader: CheckpointReader,
+    name: str,
+    path: Path,
+    ids: Sequence[Any] | pa.Array | None,
+    console: Console | None,
+) -> Path:
+    (num_rows, dim), dtype = reader.tensors[name]
+    if ids is not None and len(ids) != num_rows:
+        raise CheckpointError(
+            f"{name} has {num_rows} rows but {len(ids)} ids were given; give one id per row."
+        )
+    ids = pa.array(ids) if ids is not None else None
+    # Parquet has no 16-bit brain floats.
+    value_type = pa.float64() if dtype == torch.float64 else pa.float32()
+    fields = [("row", pa.int64()), ("vector", pa.list_(value_type, dim))]
+    if ids is not None:
+        fields.insert(1, ("item_id", ids.type))
+    schema = pa.schema(fields)
+    rows_per_part = max(1, _CHUNK_BYTES // (dim * 4))
+    starts = range(0, num_rows, rows_per_part)
+    with _renamed_at_end(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for start in track(starts, description=f"Writing {path.name}", console=console):
+            stop = min(start + rows_per_part, num_rows)
+            flat = reader.read_rows(name, start, stop).reshape(-1)
+            values = pa.array((flat if dtype == torch.float64 else flat.float()).numpy())
+            columns = {
+                "row": pa.array(range(start, stop)),
+                "vector": pa.FixedSizeListArray.from_arrays(values, dim),
+            }
+            if ids is not None:
+                columns["item_id"] = ids.slice(start, stop - start)
+            writer.write_table(pa.table(columns, schema=schema))
+    return path
+
+
+@contextmanager
+def _renamed_at_end(path: Path):
+    """A temporary path beside `path` that takes its name once it is complete."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def inspect_checkpoint(reader: CheckpointReader) -> Table:
+    """A printable table of what a checkpoint holds."""
+    plain = {key: value for key, value in reader.shared_state.items() if isinstance(value, int | float | str)}
+    facts = {"step": reader.step, "workers": reader.world_size, **plain}
+    table = Table(
+        title=", ".join(f"{name} {value}" for name, value in facts.items()),
+        caption=_metrics_line(reader.shared_state),
+    )
+    table.add_column("tensor", overflow="fold")
+    table.add_column("shape", justify="right")
+    table.add_column("type")
+    table.add_column("MB", justify="right")
+    total = 0
+    for name, (shape, dtype) in sorted(reader.tensors.items()):
+        num_bytes = prod(shape) * dtype.itemsize
+        total += num_bytes
+        kind = str(dtype).removeprefix("torch.")
+        table.add_row(name, " x ".join(map(str, shape)) or "scalar", kind, f"{num_bytes / 1e6:,.2f}")
+    table.add_section()
+    table.add_row(f"{len(reader.tensors)} tensors", "", "", f"{total / 1e6:,.2f}")
+    return table
+
+
+def _metrics_line(shared_state: Mapping[str, Any]) -> str | None:
+    metrics = shared_state["metrics"] if "metrics" in shared_state else {}
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()) or None

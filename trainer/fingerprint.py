@@ -1,0 +1,47 @@
+"""Whether a checkpoint belongs to the model at hand."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cluster.errors import CheckpointError
+
+_MOST_LISTED = 20
+_ABSENT = "absent"
+
+
+def model_fingerprint(shapes: Mapping[str, Sequence[int]], model: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes two models the same: the global shape of every tensor and the resolved model config."""
+    fingerprint = {"shapes": {name: list(shape) for name, shape in shapes.items()}, "model": model}
+    return json.loads(json.dumps(fingerprint))
+
+
+def compare_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Check that a checkpoint fits the model.
+
+    Raises: CheckpointError listing every field that differs, saved against current.
+    """
+    differences = _differences(json.loads(json.dumps(saved)), json.loads(json.dumps(current)), "")
+    if not differences:
+        return
+    listed = differences[:_MOST_LISTED]
+    if len(differences) > len(listed):
+        listed.append(f"and {len(differences) - len(listed)} more")
+    raise CheckpointError(
+        "the checkpoint must belong to the same model, but these differ:\n  "
+        + "\n  ".join(listed)
+        + "\nGive the model options of the checkpoint, use another run directory, or take the weights only "
+        "with --init-from. Workers, sharding, ZeRO stage and the length of the run may change on resume."
+    )
+
+
+def _differences(saved: Any, current: Any, path: str) -> list[str]:
+    if isinstance(saved, dict) and isinstance(current, dict):
+        return [
+            line
+            for key in sorted(saved.keys() | current.keys())
+            for line in _differences(
+                saved.get(key, _ABSENT), current.get(key, _ABSENT), f"{path}.{key}" if path else key
+            )
+        ]
+    return [] if saved == current else [f"{path}: {saved} saved, {current} now"]
