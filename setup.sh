@@ -12,8 +12,9 @@ num_steps=6
 step=0
 
 main() {
-    choose_python
     local stamp
+    take_lock
+    choose_python
     stamp=$(compute_stamp)
     if [ -f "$stamp_file" ] && [ "$stamp" = "$(cat "$stamp_file")" ]; then
         echo "set-up is current ($venv, Python $python_version)"
@@ -29,6 +30,15 @@ main() {
     run_step "import of every package" import_packages
     echo "$stamp" >"$stamp_file"
     echo "set-up is done: $(tail -n 1 "$log")"
+}
+
+# Two set-ups at once, or one beside what an interrupted one left running, would undo each other's files.
+take_lock() {
+    mkdir -p $venv
+    if command -v flock >/dev/null; then
+        exec 9>$venv/setup.lock
+        flock --nonblock 9 || { echo "waiting for another set-up of $venv" && flock 9; }
+    fi
 }
 
 # --- which interpreter ------------------------------------------------------------------------------------------------
@@ -69,7 +79,7 @@ make_venv() {
         return
     fi
     need_disk_gib 4
-    find $venv -mindepth 1 -maxdepth 1 ! -name 'setup.log*' -exec rm -rf {} +
+    find $venv -mindepth 1 -maxdepth 1 ! -name 'setup.*' -exec rm -rf {} +
     "$python" -m venv $venv
     echo "$home" >$venv/grail-home
 }
@@ -143,8 +153,9 @@ pin() {
 }
 
 pip_install() {
-    # The constraint also holds where pip builds a package from source in an environment of its own.
-    PIP_CONSTRAINT=requirements.txt PIP_BUILD_CONSTRAINT=requirements.txt \
+    # Holds also where pip builds a package from source in an environment of its own (deepspeed is one).
+    grep '^setuptools==' requirements.txt >$venv/build-constraints.txt
+    PIP_CONSTRAINT=$venv/build-constraints.txt PIP_BUILD_CONSTRAINT=$venv/build-constraints.txt \
         $venv/bin/python -m pip install --no-input --disable-pip-version-check --progress-bar off "$@"
 }
 
@@ -161,7 +172,6 @@ run_step() {
     local name=$1 start=$SECONDS status=0
     shift
     step=$((step + 1))
-    mkdir -p $venv
     printf '  [%d/%d] %-32s' "$step" "$num_steps" "$name"
     # A step runs in a shell of its own with -e, which `if` or `||` around it would switch off.
     set +e
@@ -171,7 +181,7 @@ run_step() {
     cat "$log.step" >>"$log"
     if [ $status -ne 0 ]; then
         printf 'failed after %d s\n' $((SECONDS - start))
-        tail -n 15 "$log.step" | sed 's/^/    | /' >&2
+        { grep -vE 'already satisfied|^WARNING: Location' "$log.step" || true; } | tail -n 12 | sed 's/^/    | /' >&2
         fail "set-up failed at step $step of $num_steps: $name." "$(remedy "$log.step")"
     fi
     rm -f "$log.step"
@@ -185,8 +195,8 @@ remedy() {
         echo "No package index could be reached: check the network, the proxy and \`$venv/bin/pip config list\`," \
             "then run make setup again; what was installed so far is kept."
     elif grep -qiE 'no matching distribution|could not find a version' "$1"; then
-        echo "The package index has no build of that version for $(uname -sm) and Python $python_version:" \
-            "try PYTHON=python3.11, or an index that has it (\`$venv/bin/pip config list\` shows yours)."
+        echo "pip found no such version for $(uname -sm) and Python $python_version. Check that its index can be reached" \
+            "and has it (\`$venv/bin/pip config list\`), or try PYTHON=python3.11; then run make setup again."
     elif grep -qiE 'ensurepip|no module named (venv|pip)' "$1"; then
         echo "Python $python_version lacks venv or pip: install them (Debian: apt install python${python_version%.*}-venv)."
     elif grep -qiE 'gcc|g\+\+|clang|Python\.h|failed building wheel|failed to build' "$1"; then

@@ -21,7 +21,7 @@ def start_worker_logs(reporter: Reporter, directory: Path | None) -> None:
     handlers: list[logging.Handler] = [to_driver]
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
-        file = open(directory / f"rank-{reporter.rank}.log", "a", buffering=1)  # noqa: SIM115
+        file = open(directory / f"rank-{reporter.rank}.log", "a", buffering=1)
         for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
             stream.flush()
             os.dup2(file.fileno(), descriptor)

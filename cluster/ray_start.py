@@ -42,7 +42,9 @@ def start_ray(config: ClusterConfig, num_cpus: int | None = None) -> None:
 
 def _start_embedded(num_cpus: int) -> None:
     if num_cpus > usable_cores():
-        logger.warning("%d cores were asked for, this machine has %d: workers share", num_cpus, usable_cores())
+        logger.warning(
+            "%d cores were asked for, this machine has %d: workers share", num_cpus, usable_cores()
+        )
     # The token lives in the environment of this process and its children only. Ray 2.60 turns authentication on
     # by itself where the mode is not set; setting it here would be too late, it is read when ray is imported.
     os.environ.pop("RAY_AUTH_MODE", None)

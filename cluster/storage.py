@@ -4,8 +4,8 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import IOBase
 from pathlib import Path
-from typing import IO
 
 import fsspec
 
@@ -49,7 +49,7 @@ class Storage:
             file.write(data)
 
     @contextmanager
-    def open_write(self, name: str) -> Iterator[IO[bytes]]:
+    def open_write(self, name: str) -> Iterator[IOBase]:
         """Write a large file piece by piece; it stays only if the `with` block ends without an error."""
         path = self.path(name)
         if not self.is_local:

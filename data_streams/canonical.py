@@ -1,8 +1,9 @@
 """Canonical streams: the order in which an epoch serves its users, whatever machines read it.
 
-The chunks of an epoch, in shuffled order, form one line of users. The line is cut into `num_streams` intervals of
-equal weight; each interval is a stream. Inside a stream the users of some consecutive chunks (a group) are shuffled
-together. All of it follows from (seed, epoch), so a stream can be taken over by any rank at any of its users.
+The chunks of an epoch, in shuffled order, form one line of users. The line is cut into `num_streams`
+intervals of equal weight; each interval is a stream. Inside a stream the users of some consecutive chunks
+(a group) are shuffled together. All of it follows from (seed, epoch), so any rank can take a stream over at
+any of its users.
 """
 
 import logging
@@ -38,7 +39,7 @@ class Piece:
 
 
 class Deal:
-    """Cuts a line of chunks into parts of equal weight; a chunk on a border is shared by user, never twice."""
+    """Cuts a line of chunks into parts of equal weight; the users of a chunk on a border are divided."""
 
     def __init__(self, order: np.ndarray, weights: np.ndarray, num_users: np.ndarray, num_parts: int):
         """Shapes: order [C] chunk indices; weights, num_users [C] by chunk index, int64."""
@@ -86,6 +87,11 @@ class ChunkReader:
         self.skipped: dict[int, int] = {}
         """Chunk index -> users lost with it."""
 
+    def no_events(self) -> dict[str, np.ndarray]:
+        """The same columns as `event_columns`, of zero events."""
+        types = {ITEM: "int64"} | {name: self._manifest.columns[name] for name in self._config.columns}
+        return {name: np.zeros(0, dtype=dtype) for name, dtype in types.items()}
+
     def read(self, index: int) -> Chunk | None:
         """The chunk, or None where it is bad and such chunks are skipped."""
         record = self._manifest.chunks[index]
@@ -108,7 +114,7 @@ class TrainingGroup:
     tokens: np.ndarray
     """[U] int64, training inputs of each user."""
     places: np.ndarray
-    """[U] int64, rising: place of each user in the shuffled order of all users the manifest counts in the group.
+    """[U] int64, rising: place of each user in the shuffled order of all users the manifest counts here.
 
     Counting by the manifest keeps a position valid when a chunk turns bad, or is repaired, between two runs.
     """
@@ -118,35 +124,102 @@ def read_group(
     reader: ChunkReader, pieces: Sequence[Piece], config: DataConfig, random: np.random.Generator
 ) -> TrainingGroup:
     """Read the chunks of a group and gather the events of its training users in shuffled order."""
+    slots, events, num_events = [], [reader.no_events()], 0
+    for piece in pieces:
+        chunk = reader.read(piece.chunk)
+        if chunk is None:
+            slots.append(np.zeros((3, piece.num_users), dtype=np.int64))
+            continue
+        slots.append(_training_spans(chunk, piece, num_events, config.max_length))
+        events.append(event_columns(chunk, config.columns))
+        num_events += chunk.num_events
     order = random.permutation(sum(piece.num_users for piece in pieces))
-    parts = [(piece, reader.read(piece.chunk)) for piece in pieces]
-    slots, user_ids, starts, tokens, events = [], [], [], [], []
-    first_slot = first_event = 0
-    for piece, chunk in parts:
-        if chunk is not None:
-            users = slice(piece.start, piece.stop)
-            count = training_tokens(chunk.train_end[users], config.max_length)
-            starts.append(first_event + chunk.offsets[:-1][users] + chunk.train_end[users] - 1 - count)
-            tokens.append(count)
-            user_ids.append(chunk.users[users])
-            slots.append(np.arange(first_slot, first_slot + piece.num_users))
-            events.append(event_columns(chunk, config.columns))
-            first_event += chunk.num_events
-        first_slot += piece.num_users
-    slot_tokens, slot_starts, slot_users = np.zeros((3, len(order)), dtype=np.int64)
-    if slots:
-        present = np.concatenate(slots)
-        slot_tokens[present] = np.concatenate(tokens)
-        slot_starts[present] = np.concatenate(starts)
-        slot_users[present] = np.concatenate(user_ids)
-    places = np.flatnonzero(slot_tokens[order])
-    served = order[places]
-    index = gather_ranges(slot_starts[served], slot_tokens[served])
-    columns = join_columns(events, config.columns)
+    shuffled = np.concatenate(slots, axis=1)[:, order]
+    places = np.flatnonzero(shuffled[2])
+    user_ids, starts, tokens = shuffled[:, places]
+    index = gather_ranges(starts, tokens)
+    columns = {name: np.concatenate([part[name] for part in events]) for name in events[0]}
     users = UserBlock(
-        user_ids=slot_users[served],
-        offsets=offsets_of(slot_tokens[served]),
+        user_ids=user_ids,
+        offsets=offsets_of(tokens),
         inputs={name: column[index] for name, column in columns.items()},
         targets={name: column[index + 1] for name, column in columns.items()},
     )
-    return TrainingGroup(users=users, tokens=slot_tokens[served], places=places)
+    return TrainingGroup(users=users, tokens=tokens, places=places)
+
+
+def event_columns(chunk: Chunk, columns: Collection[str]) -> dict[str, np.ndarray]:
+    """The item rows (as int64) and the asked-for columns of all events of a chunk."""
+    return {ITEM: chunk.items.astype(np.int64)} | {name: chunk.columns[name] for name in columns}
+
+
+def _training_spans(chunk: Chunk, piece: Piece, first_event: int, max_length: int) -> np.ndarray:
+    """User row, first input and number of inputs of each user of a piece. Shapes: [3, users of the piece]."""
+    users = slice(piece.start, piece.stop)
+    tokens = training_tokens(chunk.train_end[users], max_length)
+    starts = first_event + chunk.offsets[:-1][users] + chunk.train_end[users] - 1 - tokens
+    return np.stack([chunk.users[users], starts, tokens])
+
+
+class CanonicalStream:
+    """One stream of one epoch, read group by group; it can be left and taken up again at any user."""
+
+    def __init__(
+        self,
+        reader: ChunkReader,
+        pieces: Sequence[Piece],
+        config: DataConfig,
+        place: tuple[int, int, int],
+        state: Mapping[str, int] | None = None,
+    ):
+        """`place` is (seed, epoch, stream); `state` is what `state()` gave where reading is to go on."""
+        self._reader, self._config, self._place = reader, config, place
+        self._groups = [
+            pieces[first : first + config.shuffle_chunks]
+            for first in range(0, len(pieces), config.shuffle_chunks)
+        ]
+        state = state or {"group": 0, "user": 0, "tokens": 0}
+        self._group_index, self._tokens = state["group"], state["tokens"]
+        self._group: TrainingGroup | None = None
+        self._cursor, self._first_place = 0, state["user"]
+
+    def has_users(self) -> bool:
+        """Whether a user is still to be served; reads the next group where that is needed to know."""
+        while self._group_index < len(self._groups):
+            if self._group is None:
+                self._open_group()
+            if self._cursor < len(self._group.tokens):
+                return True
+            self._group, self._first_place = None, 0
+            self._group_index += 1
+        return False
+
+    def take(self, step: int) -> list[UserBlock]:
+        """The users this step serves; empty where a long user has already used up its budget."""
+        blocks = []
+        while self.has_users():
+            stop = int(np.searchsorted(self._steps, step, side="right"))
+            if stop <= self._cursor:
+                break
+            blocks.append(self._group.users.select(self._cursor, stop))
+            self._tokens += int(self._group.tokens[self._cursor : stop].sum())
+            self._cursor = stop
+        return blocks
+
+    def state(self) -> dict[str, int]:
+        """Where the stream stands: group, place of the next user in it, tokens served since the start."""
+        if self._group is None:
+            user = self._first_place
+        elif self._cursor < len(self._group.places):
+            user = int(self._group.places[self._cursor])
+        else:
+            return {"group": self._group_index + 1, "user": 0, "tokens": self._tokens}
+        return {"group": self._group_index, "user": user, "tokens": self._tokens}
+
+    def _open_group(self) -> None:
+        seed, epoch, stream = self._place
+        random = generator(seed, "user order", epoch, stream, self._group_index)
+        self._group = read_group(self._reader, self._groups[self._group_index], self._config, random)
+        self._cursor = int(np.searchsorted(self._group.places, self._first_place))
+        remaining = step_of_users(self._group.tokens[self._cursor :], self._tokens, self._config)
+        self._steps = np.concatenate([np.full(self._cursor, -1), remaining])

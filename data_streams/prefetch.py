@@ -11,9 +11,8 @@ Item = TypeVar("Item")
 def prefetched(iterator: Iterator[Item], depth: int) -> Iterator[Item]:
     """The same items in the same order, up to `depth` of them made ahead by one background thread.
 
-    An error of the iterator is raised here, at its place in the order. The thread ends when the items are used up
-    or this generator is closed; a thread is enough, since hashing and array copies run outside of the interpreter
-    lock.
+    An error of the iterator is raised here, at its place in the order. The thread ends when the items are
+    used up or this generator is closed. A thread is enough: reading costs a hundredth of a training step.
     """
     end = object()
     executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")

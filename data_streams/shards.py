@@ -179,6 +179,8 @@ def check_chunk(chunk: Chunk, where: str) -> None:
         _check_length(getattr(chunk, attribute), chunk.num_users, name, "users", where)
     for name, column in chunk.columns.items():
         _check_length(column, chunk.num_events, name, "events", where)
+        if column.dtype.kind not in "iufb":
+            raise DataError(f"{where}: {name} must hold numbers, is {column.dtype}; {REBUILD}")
     lengths = chunk.lengths
     if ((chunk.train_end < 0) | (chunk.train_end > lengths)).any():
         raise DataError(f"{where}: train_end must lie within each user's events; {REBUILD}")

@@ -5,8 +5,11 @@ the events that can be held out (all but exposures).
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+
+from cluster.errors import DataError
 
 NONE = -1
 """No validation or test event."""
@@ -27,16 +30,34 @@ class Split:
     """Event to be ranked in the test; -1 for none."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SplitRule:
+    """Which of the splits below, with its parameters."""
+
+    name: Literal["leave-last-out", "by-time"] = "leave-last-out"
+    valid_from_s: int | None = None
+    test_from_s: int | None = None
+
+    def apply(self, offsets: np.ndarray, positive: np.ndarray, timestamp_s: np.ndarray | None) -> Split:
+        """Raises: DataError when a split by time meets events without times."""
+        if self.name == "leave-last-out":
+            return leave_last_out(offsets, positive)
+        if timestamp_s is None:
+            raise DataError("the split by-time needs events with timestamp_s; say --split leave-last-out")
+        return by_time(
+            offsets, positive, timestamp_s, valid_from_s=self.valid_from_s, test_from_s=self.test_from_s
+        )
+
+
 def leave_last_out(offsets: np.ndarray, positive: np.ndarray) -> Split:
     """The last positive event is the test, the last but one the validation; users with fewer than 3 only train."""
-    lengths = np.diff(offsets)
-    rank = _rank_from_the_end(offsets, positive)
-    test_at = _first_where(offsets, positive & (rank == 0))
-    valid_at = _first_where(offsets, positive & (rank == 1))
-    counts = np.add.reduceat(np.append(positive, False).astype(np.int64), offsets[:-1]) * (lengths > 0)
-    held_out = counts >= MIN_EVENTS_TO_HOLD_OUT
+    upto = np.concatenate([[0], np.cumsum(positive)])
+    later = np.repeat(upto[offsets[1:]], np.diff(offsets)) - upto[1:]
+    test_at = _first_where(offsets, positive & (later == 0))
+    valid_at = _first_where(offsets, positive & (later == 1))
+    held_out = upto[offsets[1:]] - upto[offsets[:-1]] >= MIN_EVENTS_TO_HOLD_OUT
     return _as_int32(
-        np.where(held_out, valid_at, lengths),
+        np.where(held_out, valid_at, np.diff(offsets)),
         np.where(held_out, valid_at, NONE),
         np.where(held_out, test_at, NONE),
     )
@@ -63,12 +84,6 @@ def _as_int32(train_end: np.ndarray, valid_at: np.ndarray, test_at: np.ndarray) 
     return Split(
         train_end=train_end.astype(np.int32), valid_at=valid_at.astype(np.int32), test_at=test_at.astype(np.int32)
     )
-
-
-def _rank_from_the_end(offsets: np.ndarray, positive: np.ndarray) -> np.ndarray:
-    """For each event, how many positive events of the same user come after it."""
-    upto = np.concatenate([[0], np.cumsum(positive)])
-    return np.repeat(upto[offsets[1:]], np.diff(offsets)) - upto[1:]
 
 
 def _first_where(offsets: np.ndarray, mask: np.ndarray) -> np.ndarray:

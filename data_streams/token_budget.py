@@ -19,9 +19,9 @@ def training_tokens(train_end: np.ndarray, max_length: int) -> np.ndarray:
 def step_of_users(tokens: np.ndarray, tokens_before: int, config: DataConfig) -> np.ndarray:
     """Step that serves each user of a stream, given in serving order and after `tokens_before` tokens.
 
-    A stream takes users until its total reaches (step + 1) * tokens_per_step / num_streams, so a user belongs to
-    the step its first token falls into. Rounding never adds up, no user is split, and the steps that a long user
-    fills beyond its first take none.
+    A stream takes users until its total reaches (step + 1) * tokens_per_step / num_streams, so a user belongs
+    to the step its first token falls into. Rounding never adds up, no user is split, and the steps that a
+    long user fills beyond its first take none.
 
     Shapes: tokens [U] -> [U] int64, non-decreasing.
     """

@@ -40,7 +40,9 @@ class UserBlock:
     def select(self, start: int, stop: int) -> "UserBlock":
         """Users start..stop (exclusive); views, nothing is copied."""
         events = slice(self.offsets[start], self.offsets[stop])
-        seen = seen_offsets = None
+        targets = seen = seen_offsets = None
+        if self.targets is not None:
+            targets = {name: column[events] for name, column in self.targets.items()}
         if self.seen is not None:
             seen = self.seen[self.seen_offsets[start] : self.seen_offsets[stop]]
             seen_offsets = self.seen_offsets[start : stop + 1] - self.seen_offsets[start]
@@ -48,9 +50,7 @@ class UserBlock:
             user_ids=self.user_ids[start:stop],
             offsets=self.offsets[start : stop + 1] - self.offsets[start],
             inputs={name: column[events] for name, column in self.inputs.items()},
-            targets=None
-            if self.targets is None
-            else {name: column[events] for name, column in self.targets.items()},
+            targets=targets,
             held_out=None if self.held_out is None else self.held_out[start:stop],
             seen=seen,
             seen_offsets=seen_offsets,
@@ -78,9 +78,10 @@ def collate(blocks: Sequence[UserBlock], position: Mapping[str, object] | None =
     """Put blocks of one kind behind each other and hand them to torch; at least one block is needed."""
     first = blocks[0]
     inputs = {name: _join([block.inputs[name] for block in blocks]) for name in first.inputs}
-    targets = {} if first.targets is None else dict(first.targets)
-    targets = {name: _join([block.targets[name] for block in blocks]) for name in targets}
-    has_seen = first.seen is not None
+    targets = {name: _join([block.targets[name] for block in blocks]) for name in first.targets or {}}
+    seen = None
+    if first.seen is not None:
+        seen = _jagged(_join([block.seen for block in blocks]), [block.seen_offsets for block in blocks])
     return SequenceBatch(
         user_ids=_join([block.user_ids for block in blocks]),
         items=_jagged(inputs.pop(ITEM), [block.offsets for block in blocks]),
@@ -88,9 +89,7 @@ def collate(blocks: Sequence[UserBlock], position: Mapping[str, object] | None =
         held_out=None if first.held_out is None else _join([block.held_out for block in blocks]),
         features=inputs,
         target_features=targets,
-        seen=_jagged(_join([block.seen for block in blocks]), [block.seen_offsets for block in blocks])
-        if has_seen
-        else None,
+        seen=seen,
         position=position,
     )
 

@@ -26,8 +26,8 @@ class LossSum:
     """Further detached scalars, each a sum over the same targets."""
 
 
-CandidateCrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(queries [T, D], own candidates [C, D], target ids [T]) -> losses [T], see `StepContext.cross_entropy`."""
+CandidateCrossEntropy = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+"""(queries [T, D], own candidates [C, D], target ids [T], id of the first own candidate) -> losses [T]."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """SASRec: a causal transformer over the user's items that predicts the next one at every position.
 
 Source: Kang and McAuley, Self-Attentive Sequential Recommendation (2018), with the softmax objectives that later
-work found to be decisive. Deviations: keys and values are normalised like the queries (plain pre-norm), no
-padding exists, and an item's vector may be its row plus a projection of its frozen features, so that an item
+work found to be decisive. Deviations: keys and values are normalised like the queries (plain pre-norm), their
+projections have no bias (that of the keys would have no effect), no padding exists, and an item's vector may be its row plus a projection of its frozen features, so that an item
 without any interaction has one too.
 """
 
@@ -122,7 +122,7 @@ class Block(nn.Module):
         hidden = config.feedforward_width or config.width
         self.num_heads = config.num_heads
         self.attention_norm = nn.LayerNorm(config.width)
-        self.query_key_value = nn.Linear(config.width, 3 * config.width)
+        self.query_key_value = nn.Linear(config.width, 3 * config.width, bias=False)
         self.attention_output = nn.Linear(config.width, config.width)
         self.feedforward_norm = nn.LayerNorm(config.width)
         self.feedforward_input = nn.Linear(config.width, hidden)

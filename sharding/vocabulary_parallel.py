@@ -11,19 +11,19 @@ BLOCK_COLUMNS = 8192
 
 
 def vocabulary_parallel_cross_entropy(
-    targets_per_rank: tuple[int, ...], own_start: int
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    targets_per_rank: tuple[int, ...],
+) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
     """A cross-entropy in which every rank scores the queries of all ranks against its own candidates.
 
-    The returned function takes queries [T, D] of this rank, its candidates [C, D] (vocabulary rows own_start,
-    own_start + 1, ...) and target ids [T], and returns losses [T] of this rank's queries. A collective call.
+    The returned function takes queries [T, D] of this rank, its candidates [C, D], target ids [T] and the id of
+    the first candidate, and returns losses [T] of this rank's queries. A collective call.
 
     Cost: two all-gathers of queries and targets, all-reduces of three numbers per query, and one all-reduce of
     the queries' gradients.
     """
 
-    def cross_entropy(queries: Tensor, candidates: Tensor, targets: Tensor) -> Tensor:
-        return _ParallelCrossEntropy.apply(queries, candidates, targets, targets_per_rank, own_start)
+    def cross_entropy(queries: Tensor, candidates: Tensor, targets: Tensor, first_candidate: int) -> Tensor:
+        return _ParallelCrossEntropy.apply(queries, candidates, targets, targets_per_rank, first_candidate)
 
     return cross_entropy
 
@@ -33,11 +33,11 @@ class _ParallelCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, queries: Tensor, candidates: Tensor, targets: Tensor, counts: tuple[int, ...], own_start: int
+        ctx, queries: Tensor, candidates: Tensor, targets: Tensor, counts: tuple[int, ...], first_candidate: int
     ) -> Tensor:
         dtype = _matmul_dtype(queries)
         every_query = _gather(queries, counts).to(dtype)
-        columns = _gather(targets, counts) - own_start
+        columns = _gather(targets, counts) - first_candidate
         candidates = candidates.to(dtype)
         own = (columns >= 0) & (columns < candidates.shape[0])
         maximum = torch.full(columns.shape, float("-inf"), device=queries.device)

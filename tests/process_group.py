@@ -31,7 +31,9 @@ def run_on_processes(
     context.set_forkserver_preload(_PRELOADED)
     with tempfile.TemporaryDirectory() as directory:
         processes = [
-            context.Process(target=_run_rank, args=(rank, world_size, directory, timeout_s, function, arguments))
+            context.Process(
+                target=_run_rank, args=(rank, world_size, directory, timeout_s, function, arguments)
+            )
             for rank in range(world_size)
         ]
         for process in processes:
@@ -56,7 +58,9 @@ def _wait(processes: list, directory: Path, timeout_s: float) -> None:
             if process.exitcode is None:
                 continue
             if process.exitcode != 0:
-                raise RuntimeError(f"rank {rank} ended with {process.exitcode}\n{_first_traceback(directory)}")
+                raise RuntimeError(
+                    f"rank {rank} ended with {process.exitcode}\n{_first_traceback(directory)}"
+                )
             del running[rank]
 
 

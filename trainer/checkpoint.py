@@ -13,7 +13,8 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import IO, Any
+from io import IOBase
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,10 +117,10 @@ class Checkpointer:
             return
         writer.join()
         if not writer.finished:
+            cause = writer.error or "the writing thread died, its traceback was printed"
             raise CheckpointError(
                 f"the checkpoint of step {writer.step} could not be written to {self._storage.path('')}: "
-                f"{writer.error or 'the writing thread died, see the log'}. Make room or mend the cause; "
-                "checkpoints of earlier steps are intact."
+                f"{cause}. Make room or mend the cause; checkpoints of earlier steps are intact."
             ) from writer.error
 
     def close(self) -> None:
@@ -225,7 +226,7 @@ class _BackgroundWrite(threading.Thread):
             self.error = error
 
 
-def _write_blocks(file: IO[bytes], tensor: Tensor, offset: int) -> list[Block]:
+def _write_blocks(file: IOBase, tensor: Tensor, offset: int) -> list[Block]:
     data, blocks = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), []
     for first in range(0, len(data), BLOCK_BYTES):
         part = data[first : first + BLOCK_BYTES]

@@ -1,8 +1,9 @@
 """Names and JSON files of a run's checkpoints, and which of its steps are complete.
 
 A checkpoint `step-00000100/` holds for each rank its tensor rows (`rank-00000.bin`: raw little-endian blocks,
-one after another) and their index (`rank-00000.json`), and `state.json`, whose presence says that all of it is
-there. Beside the checkpoints stand `LATEST` and `BEST`, each naming a step. Nothing in them is ever executed.
+one after another) and their index (`rank-00000.json`), and `state.json`, whose presence says that all of it
+is there. Beside the checkpoints stand `LATEST` and `BEST`, each naming a step. Nothing in them is ever
+executed.
 """
 
 import json

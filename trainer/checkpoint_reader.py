@@ -128,8 +128,9 @@ class CheckpointReader:
         same_rank = tensor.dim() == len(saved.shape)
         if not same_rank or tuple(tensor.shape[1:]) != saved.shape[1:] or tensor.dtype != saved.dtype:
             raise CheckpointError(
-                f"{self._path('')} holds {name} as {list(saved.shape)} {saved.dtype}; it cannot fill a tensor "
-                f"of {list(tensor.shape)} {tensor.dtype}. The model must be the one that was saved."
+                f"{self._path('')} holds {name} as {list(saved.shape)} {saved.dtype}; it cannot fill "
+                f"{list(tensor.shape)} {tensor.dtype}. The model must be "
+                "the one that was saved."
             )
         if start < 0 or stop > saved.num_rows:
             raise CheckpointError(
@@ -167,8 +168,10 @@ def _find_directory(storage: Storage, step: int | str) -> str:
             number = latest_step(storage)
     elif step == "latest":
         number = latest_step(storage)
-    else:
+    elif isinstance(step, int) or step.isdecimal():
         number = int(step)
+    else:
+        raise CheckpointError(f"{step!r} names no checkpoint; give latest, best or a step, such as 100.")
     if number not in directories:
         raise CheckpointError(
             f"{storage.path('')} holds no complete checkpoint of step {number}; it has {list(directories)}."

@@ -35,5 +35,6 @@ class FullSoftmax(RetrievalObjective):
         ids: Mapping[str, Tensor],
         context: StepContext,
     ) -> LossSum:
-        losses = context.cross_entropy(queries, vectors["vocabulary"], targets)
+        first, _ = context.own_range(self.num_items)
+        losses = context.cross_entropy(queries, vectors["vocabulary"], targets, first)
         return LossSum(sum=losses.sum(), count=targets.shape[0])

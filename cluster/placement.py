@@ -1,0 +1,83 @@
+"""Where actors are put: resources are reserved for all of a group before any is made.
+
+The only file that makes Ray actors and placement groups.
+"""
+
+import logging
+import time
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.errors import ClusterError
+from cluster.reporter import StopSignal
+
+logger = logging.getLogger(__name__)
+
+_REPORT_WAITING_S = 5.0
+
+
+class Placement:
+    """Reserved resources for a number of equal actors."""
+
+    def __init__(self, group: PlacementGroup, bundle: dict[str, float]):
+        self.group, self.bundle = group, bundle
+
+    def actor(self, actor_class: type, index: int, *arguments: Any) -> Any:
+        """Make an actor on the reservation of this index; Ray never restarts it by itself."""
+        return (
+            ray.remote(actor_class)
+            .options(
+                num_cpus=self.bundle["CPU"],
+                num_gpus=self.bundle.get("GPU", 0),
+                max_restarts=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    self.group, placement_group_bundle_index=index
+                ),
+            )
+            .remote(*arguments)
+        )
+
+    def remove(self) -> None:
+        remove_placement_group(self.group)
+
+
+def place(
+    workers: int, *, cpus: float, gpus: float = 0.0, timeout_s: float, stop: StopSignal | None = None
+) -> Placement:
+    """Reserve resources for each worker, and say every few seconds what is being waited for.
+
+    Raises: ClusterError if the cluster has no room within `timeout_s`, or a stop is requested meanwhile.
+    """
+    bundle = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+    group = placement_group([bundle] * workers, strategy="PACK")
+    begun = reported = time.monotonic()
+    while not group.wait(timeout_seconds=1):
+        now, has = time.monotonic(), _free(bundle)
+        if now - begun > timeout_s or (stop and stop.requested):
+            remove_placement_group(group)
+            raise ClusterError(
+                f"{workers} workers with {bundle} each were to be placed within {timeout_s:.0f} s, and after "
+                f"{now - begun:.0f} s the cluster has {has}; ask for fewer with --cluster.workers, or add machines"
+            )
+        if now - reported >= _REPORT_WAITING_S:
+            reported = now
+            logger.info(
+                "waiting for room for %d workers with %s each: the cluster has %s", workers, bundle, has
+            )
+    return Placement(group, bundle)
+
+
+def _free(bundle: dict[str, float]) -> str:
+    total, free = ray.cluster_resources(), ray.available_resources()
+    return ", ".join(f"{free.get(name, 0):g} of {total.get(name, 0):g} {name} free" for name in bundle)
+
+
+def death_cause(error: RayActorError) -> str:
+    """The sentence of Ray's long message that says why a process ended."""
+    text = " ".join(str(error).split())
+    _, found, rest = text.partition("exit detail: ")
+    return (rest if found else text)[:300]

@@ -1,0 +1,293 @@
+"""The three tasks of a build, each on a bounded share of the events: scatter, gather, write.
+
+`scatter` reads one part of the source and spreads its events over user partitions; `gather` brings one partition
+into order, cuts it and splits it; `write_shards` numbers its users and writes its chunks. What they hand on lies in
+Parquet files below `tmp/`, so a task returns little more than counts.
+
+Users are placed by a hash of their id: partitions are ranges of it and users are numbered in its order, so that a
+user's row depends neither on the order of the files nor on the number of partitions.
+"""
+
+import hashlib
+import io
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import polars as pl
+
+from cluster.errors import DataError
+from cluster.storage import Storage
+from data_streams import schema
+from data_streams.shards import Chunk, ChunkRecord, ShardWriter
+from data_streams.sources import Part, Source
+from data_streams.splits import SplitRule
+
+ITEM_INDEX = "tmp/item_index.parquet"
+PROFILES = "tmp/profiles.parquet"
+COLUMN_TYPES = {
+    "timestamp_s": pl.Int64,
+    "action": pl.Int8,
+    "page_id": pl.Int32,
+    "position": pl.Int32,
+    "play_time_s": pl.Float32,
+    "duration_s": pl.Float32,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScatterTask:
+    source: Source
+    part: Part
+    index: int
+    root: str
+    num_partitions: int
+    actions: tuple[str, ...]
+    """Actions that are kept; empty keeps all but exposures."""
+    keep_exposures: bool
+    on_bad_row: Literal["fail", "skip"]
+    collect_items: bool
+    """Whether the item vocabulary has to come from the events."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scattered:
+    index: int
+    num_events: int
+    actions: frozenset[str]
+    counters: Counter
+
+
+def scatter(task: ScatterTask) -> Scattered:
+    """Spread the events of one part over the partitions."""
+    storage, counters, actions, num_events = Storage(task.root), Counter(), set(), 0
+    item_ids: list[pl.Series] = []
+    for number, batch in enumerate(task.source.read(task.part)):
+        counters["events read"] += batch.height
+        events = _drop_bad_rows(_keep_actions(batch, task, counters), task, counters)
+        num_events += events.height
+        actions.update(events["action"].unique())
+        if task.collect_items:
+            item_ids = [pl.concat([*item_ids, events["item_id"]]).unique()]
+        _write_partitions(storage, events, f"{task.index:05d}-{number:05d}", task.num_partitions)
+    if item_ids:
+        write_parquet(storage, f"tmp/item_ids/{task.index:05d}.parquet", pl.DataFrame({"item_id": item_ids[0]}))
+    return Scattered(index=task.index, num_events=num_events, actions=frozenset(actions), counters=counters)
+
+
+def _keep_actions(events: pl.DataFrame, task: ScatterTask, counters: Counter) -> pl.DataFrame:
+    action = pl.col("action")
+    keep = action.is_in(task.actions) if task.actions else action != schema.EXPOSURE
+    if task.keep_exposures:
+        keep = keep | (action == schema.EXPOSURE)
+    kept = events.filter(keep)
+    counters["events of other actions"] += events.height - kept.height
+    return kept
+
+
+def _drop_bad_rows(events: pl.DataFrame, task: ScatterTask, counters: Counter) -> pl.DataFrame:
+    bad = schema.bad_rows(events)
+    for reason, mask in bad.items():
+        if task.on_bad_row == "fail":
+            raise DataError(
+                f"every event needs an id of the user and the item and a place in time; {task.part.name} has "
+                f"{int(mask.sum())} {reason} that can be read, such as {events.filter(mask).row(0, named=True)}; "
+                "correct them or leave them out with --on-bad-row skip"
+            )
+        counters[reason] += int(mask.sum())
+    return events.filter(~pl.any_horizontal(*bad.values())) if bad else events
+
+
+def _write_partitions(storage: Storage, events: pl.DataFrame, name: str, num_partitions: int) -> None:
+    hashed = events.with_columns(user_hash=_hash_ids(events["user_id"]))
+    partition = (pl.col("user_hash") // 2**32 * num_partitions) // 2**32
+    parts = hashed.with_columns(partition=partition).partition_by("partition", as_dict=True, include_key=False)
+    for (number,), rows in parts.items():
+        write_parquet(storage, f"tmp/events/{number:05d}/{name}.parquet", rows)
+
+
+def _hash_ids(ids: pl.Series) -> pl.Series:
+    """A 64-bit hash of each id that is the same on every machine and for every version of the libraries."""
+    if ids.dtype.is_integer():
+        return pl.Series(_mix_bits(ids.to_numpy().astype(np.uint64)), dtype=pl.UInt64)
+    distinct = ids.unique()
+    hashes = [int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) for text in distinct]
+    return ids.replace_strict(distinct, pl.Series(hashes, dtype=pl.UInt64), return_dtype=pl.UInt64)
+
+
+def _mix_bits(values: np.ndarray) -> np.ndarray:
+    """Source: the output function of SplitMix64 (Steele, Lea, Flood 2014)."""
+    mixed = values + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatherTask:
+    index: int
+    root: str
+    actions: tuple[str, ...]
+    """All actions of the data set; an event keeps the place of its action in this list."""
+    split: SplitRule
+    min_events_per_user: int
+    max_events_per_user: int
+    on_bad_row: Literal["fail", "skip"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gathered:
+    index: int
+    num_users: int
+    num_events: int
+    columns: dict[str, str]
+    """Event column -> NumPy dtype."""
+    train_length_counts: Counter
+    counters: Counter
+
+
+def gather(task: GatherTask) -> Gathered:
+    """Bring the events of one partition into order, cut and split them, and count the items of the training spans."""
+    storage, counters = Storage(task.root), Counter()
+    events = _read_partition(storage, task.index)
+    if events is None:
+        return Gathered(
+            index=task.index, num_users=0, num_events=0, columns={}, train_length_counts=Counter(), counters=counters
+        )
+    events = _with_item_rows(events, read_parquet(storage, ITEM_INDEX), task, counters)
+    order = "order" if "order" in events.columns else "timestamp_s"
+    events = events.sort("user_hash", "user_id", order, maintain_order=True)
+    events = _limit_lengths(events, task, counters)
+    users = events.group_by("user_id", maintain_order=True).len("length")
+    offsets = offsets_of(users["length"])
+    positive = events["action"].ne(schema.EXPOSURE).to_numpy()
+    columns = _shard_columns(events, task.actions)
+    times = columns["timestamp_s"].to_numpy() if "timestamp_s" in columns.columns else None
+    _count_unsorted(times, offsets, counters)
+    split = task.split.apply(offsets, positive, times)
+    users = users.with_columns(train_end=split.train_end, valid_at=split.valid_at, test_at=split.test_at)
+    trained = positive & (np.arange(len(events)) < np.repeat(offsets[:-1] + split.train_end, np.diff(offsets)))
+    train_counts = events.filter(pl.Series(trained)).group_by("item").len("train_count")
+    write_parquet(storage, f"tmp/train_counts/{task.index:05d}.parquet", train_counts)
+    write_parquet(storage, f"tmp/gathered/{task.index:05d}.parquet", columns.with_columns(events["item"]))
+    write_parquet(storage, f"tmp/users/{task.index:05d}.parquet", users)
+    return Gathered(
+        index=task.index,
+        num_users=users.height,
+        num_events=events.height,
+        columns={name: str(columns[name].to_numpy().dtype) for name in columns.columns},
+        train_length_counts=Counter(split.train_end.tolist()),
+        counters=counters,
+    )
+
+
+def _read_partition(storage: Storage, index: int) -> pl.DataFrame | None:
+    folder = f"tmp/events/{index:05d}"
+    batches = [read_parquet(storage, f"{folder}/{name}") for name in storage.list(folder)]
+    return pl.concat(batches, how="diagonal") if batches else None
+
+
+def _with_item_rows(events: pl.DataFrame, index: pl.DataFrame, task: GatherTask, counters: Counter) -> pl.DataFrame:
+    ids = events["item_id"].cast(index.schema["item_id"], strict=False)
+    events = events.with_columns(ids).join(index, on="item_id", how="left", maintain_order="left")
+    unknown = events["item"].null_count()
+    if unknown and task.on_bad_row == "fail":
+        example = events.filter(pl.col("item").is_null())["item_id"][0]
+        raise DataError(
+            f"every event's item must be in the item table; {unknown} events of users partition {task.index} have "
+            f"unknown items, such as {example!r}; add them to the table or leave the events out with "
+            "--on-bad-row skip"
+        )
+    counters["events with unknown items"] += unknown
+    return events.filter(pl.col("item").is_not_null())
+
+
+def _limit_lengths(events: pl.DataFrame, task: GatherTask, counters: Counter) -> pl.DataFrame:
+    positive = (pl.col("action") != schema.EXPOSURE).sum().over("user_id")
+    kept = events.filter(positive >= task.min_events_per_user)
+    counters["users with too few events"] += events["user_id"].n_unique() - kept["user_id"].n_unique()
+    from_the_end = pl.int_range(pl.len(), 0, -1).over("user_id")
+    cut = kept.filter(from_the_end <= task.max_events_per_user)
+    long_users = kept.group_by("user_id").len().filter(pl.col("len") > task.max_events_per_user).height
+    counters["users cut to their latest events"] += long_users
+    counters["events cut off"] += kept.height - cut.height
+    return cut
+
+
+def _shard_columns(events: pl.DataFrame, actions: tuple[str, ...]) -> pl.DataFrame:
+    """The event columns as numbers; pages are numbered from 0 within each user."""
+    inner = {"user_id", "user_hash", "item_id", "item", "order"}
+    columns = events.drop(inner, strict=False).with_columns(
+        pl.col("action").replace_strict(list(actions), list(range(len(actions))), return_dtype=pl.Int8)
+    )
+    if "page_id" in columns.columns:
+        first = pl.int_range(pl.len()).min().over("user_id", "page_id")
+        number = pl.when(pl.col("page_id").is_null()).then(None).otherwise(first).rank("dense").over("user_id") - 1
+        columns = columns.with_columns(events.select(number.alias("page_id")))
+    types = {name: dtype for name, dtype in COLUMN_TYPES.items() if name in columns.columns}
+    return columns.with_columns(pl.all().fill_null(schema.MISSING)).cast(types)
+
+
+def _count_unsorted(times: np.ndarray | None, offsets: np.ndarray, counters: Counter) -> None:
+    if times is None or len(times) < 2:
+        return
+    earlier = np.diff(times) < 0
+    earlier[offsets[1:-1] - 1] = False
+    counters["events earlier than the one before them"] += int(earlier.sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteTask:
+    index: int
+    root: str
+    first_user: int
+    """Row of the partition's first user."""
+    chunk_users: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    index: int
+    num_events: int
+    chunks: list[ChunkRecord]
+
+
+def write_shards(task: WriteTask) -> Written:
+    """Number the users of one partition and write their chunks and their rows of the user table."""
+    storage = Storage(task.root)
+    users = read_parquet(storage, f"tmp/users/{task.index:05d}.parquet")
+    events = read_parquet(storage, f"tmp/gathered/{task.index:05d}.parquet")
+    writer = ShardWriter(storage, task.index, chunk_users=task.chunk_users)
+    writer.write(
+        Chunk(
+            users=np.arange(task.first_user, task.first_user + users.height, dtype=np.int64),
+            offsets=offsets_of(users["length"]),
+            train_end=users["train_end"].to_numpy(),
+            valid_at=users["valid_at"].to_numpy(),
+            test_at=users["test_at"].to_numpy(),
+            items=events["item"].to_numpy(),
+            columns={name: events[name].to_numpy() for name in events.columns if name != "item"},
+        )
+    )
+    table = users.select("user_id")
+    if storage.exists(PROFILES):
+        profiles = read_parquet(storage, PROFILES)
+        profiles = profiles.with_columns(pl.col("user_id").cast(table.schema["user_id"], strict=False))
+        table = table.join(profiles, on="user_id", how="left", maintain_order="left")
+    write_parquet(storage, f"tmp/user_table/{task.index:05d}.parquet", table)
+    return Written(index=task.index, num_events=events.height, chunks=writer.close())
+
+
+def offsets_of(lengths: pl.Series) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths.to_numpy().astype(np.int64))])
+
+
+def write_parquet(storage: Storage, name: str, frame: pl.DataFrame) -> None:
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer, compression="lz4")
+    storage.write(name, buffer.getvalue())
+
+
+def read_parquet(storage: Storage, name: str) -> pl.DataFrame:
+    return pl.read_parquet(io.BytesIO(storage.read(name)))

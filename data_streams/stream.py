@@ -1,0 +1,264 @@
+"""The streams a trainer and an evaluation read: this rank's share of the users, batch by batch."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from typing import Any, Literal
+
+import numpy as np
+
+from cluster.errors import ConfigError, DataError
+from cluster.storage import Storage
+from data_streams import token_budget
+from data_streams.batch import SequenceBatch
+from data_streams.canonical import CanonicalStream, ChunkReader, Deal, Piece, deal_epoch, event_columns
+from data_streams.configuration import DataConfig
+from data_streams.manifest import Manifest
+from data_streams.shards import Chunk
+from data_streams.user_block import ITEM, UserBlock, collate, gather_ranges, offsets_of
+
+log = logging.getLogger(__name__)
+
+ORDER_OPTIONS = ("max_length", "tokens_per_step", "num_streams", "shuffle_chunks")
+
+Position = Mapping[str, Any]
+"""Where training stands within an epoch, as plain JSON values; covers all streams once merged."""
+
+
+class TrainStream:
+    """The training users, in an order that depends on (seed, epoch, step) alone.
+
+    Stream c of the canonical streams is served by rank c % world_size; a rank's batch holds the users of its
+    streams in ascending order of the stream. So the users of a step are the same at every world size.
+    """
+
+    def __init__(self, config: DataConfig, *, seed: int, rank: int, world_size: int):
+        """Raises: ConfigError when options cannot work with the data, DataError when there is no data set."""
+        if world_size > config.num_streams:
+            raise ConfigError(
+                f"data.num_streams must be at least the number of workers: {config.num_streams} streams "
+                f"cannot feed {world_size} workers; raise data.num_streams to {world_size} or more"
+            )
+        storage, self.manifest = open_data(config)
+        self._config, self._seed = config, seed
+        self._streams = range(rank, config.num_streams, world_size)
+        self._reader = ChunkReader(storage, self.manifest, config)
+        self._order = _order_of(self.manifest, config, seed)
+        if not self.steps_per_epoch():
+            raise DataError(
+                f"no user of {config.path} has two training events, so there is nothing to learn from; build "
+                "the shards from more events or with another split"
+            )
+        self._log_cut_users()
+
+    def batches(self, epoch: int, position: Position | None = None) -> Iterator[SequenceBatch]:
+        """This rank's batch of each step, until all its streams have run out; other ranks may go on.
+
+        A batch can be empty, when long users have used up the budget of its step. `position` is the merged
+        position of all ranks after the last step that counts, taken at this or another world size.
+
+        Raises: ConfigError when the position was taken with other options or data.
+        """
+        streams = self._open_streams(epoch, position)
+        step = position["step"] if position else 0
+        while any(stream.has_users() for stream in streams.values()):
+            blocks = [block for stream in streams.values() for block in stream.take(step)]
+            step += 1
+            yield collate(blocks or [self._no_users()], self._position(epoch, step, streams))
+        if step == 0 and self._reader.skipped:
+            raise DataError(
+                f"all {len(self._reader.skipped)} chunks this worker was to read from {self._config.path} "
+                "are bad; look at the warnings above, then copy the shards again or build them again"
+            )
+
+    def empty_batch(self) -> SequenceBatch:
+        """A batch without users, for a rank whose streams have run out before those of others."""
+        return collate([self._no_users()])
+
+    def steps_per_epoch(self) -> int:
+        """Expected steps of an epoch, equal on all ranks; a few more can come where streams are unequal."""
+        return token_budget.steps_per_epoch(self.manifest, self._config)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Users of the data set that are cut or left out, and what this rank has skipped so far."""
+        lengths = self.manifest.train_length_counts
+        longest = self._config.max_length + 1
+        return {
+            "users_cut": sum(users for length, users in lengths.items() if length > longest),
+            "users_empty": lengths.get(0, 0),
+            "users_too_short": lengths.get(1, 0),
+            "chunks_skipped": len(self._reader.skipped),
+            "users_in_skipped_chunks": sum(self._reader.skipped.values()),
+        }
+
+    def _open_streams(self, epoch: int, position: Position | None) -> dict[int, CanonicalStream]:
+        if position is not None:
+            self._check_position(epoch, position)
+        deal = deal_epoch(self.manifest, self._config, self._seed, epoch)
+        return {
+            stream: CanonicalStream(
+                self._reader,
+                deal.pieces(stream),
+                self._config,
+                (self._seed, epoch, stream),
+                position["streams"][str(stream)] if position else None,
+            )
+            for stream in self._streams
+        }
+
+    def _position(self, epoch: int, step: int, streams: Mapping[int, CanonicalStream]) -> Position:
+        states = {str(number): stream.state() for number, stream in streams.items()}
+        return {"epoch": epoch, "step": step, "streams": states, "order": self._order}
+
+    def _check_position(self, epoch: int, position: Position) -> None:
+        """The order of users follows from these options, so a position means nothing under others."""
+        given = position["order"]
+        changed = [name for name in self._order if given.get(name) != self._order[name]]
+        if changed:
+            differences = (f"{name} was {given.get(name)}, is {self._order[name]}" for name in changed)
+            raise ConfigError(
+                "training cannot go on in the middle of an epoch with another order of users: "
+                f"{'; '.join(differences)}; put the options back, or start again with --resume never"
+            )
+        missing = [stream for stream in self._streams if str(stream) not in position["streams"]]
+        if position["epoch"] != epoch or missing:
+            raise ConfigError(
+                f"the data position must be of epoch {epoch} and hold all {self._config.num_streams} streams, "
+                f"but is of epoch {position['epoch']} and lacks {missing}; merge the positions of all workers"
+            )
+
+    def _no_users(self) -> UserBlock:
+        empty, nobody = self._reader.no_events(), np.zeros(0, dtype=np.int64)
+        return UserBlock(user_ids=nobody, offsets=offsets_of(nobody), inputs=empty, targets=empty)
+
+    def _log_cut_users(self) -> None:
+        counters = self.counters
+        if counters["users_cut"]:
+            log.info(
+                "%d of %d users have more than %d training inputs (data.max_length); the oldest are left out",
+                counters["users_cut"],
+                self.manifest.num_users,
+                self._config.max_length,
+            )
+
+
+def merge_positions(positions: Iterable[Position]) -> Position:
+    """The position of a whole step from those of all ranks; a rank that ran out gives its last one."""
+    positions = list(positions)
+    states = {number: state for position in positions for number, state in position["streams"].items()}
+    streams = {number: states[number] for number in sorted(states, key=int)}
+    return {**positions[0], "step": max(position["step"] for position in positions), "streams": streams}
+
+
+class EvaluationStream:
+    """The users of a split in fixed order, each exactly once over all ranks.
+
+    valid and test: the history before the held-out event, for users that have one (the validation event is
+    part of the test history). serve: the whole history of every user. Users without any history are left out.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        split: Literal["valid", "test", "serve"],
+        rank: int,
+        world_size: int,
+        users_per_batch: int,
+    ):
+        """`users_per_batch` counts the users of all ranks. Raises: as TrainStream."""
+        storage, self.manifest = open_data(config)
+        self._config, self._split = config, split
+        self._batch_users = max(users_per_batch // world_size, 1)
+        self._reader = ChunkReader(storage, self.manifest, config)
+        num_users = np.array([record.num_users for record in self.manifest.chunks], dtype=np.int64)
+        order = np.arange(len(num_users))
+        self._pieces = Deal(order, num_users, num_users, world_size).pieces(rank)
+        self._without_history = 0
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What this rank has left out: bad chunks so far, users without a past in the last pass."""
+        return {
+            "users_without_history": self._without_history,
+            "chunks_skipped": len(self._reader.skipped),
+            "users_in_skipped_chunks": sum(self._reader.skipped.values()),
+        }
+
+    def batches(self) -> Iterator[SequenceBatch]:
+        """This rank's batches; ranks can differ by a few in their number."""
+        self._without_history = 0
+        waiting, missing = [], self._batch_users
+        for block in self._blocks():
+            start = 0
+            while start < block.num_users:
+                stop = min(start + missing, block.num_users)
+                waiting.append(block.select(start, stop))
+                start, missing = stop, missing - (stop - start)
+                if missing == 0:
+                    yield collate(waiting)
+                    waiting, missing = [], self._batch_users
+        if waiting:
+            yield collate(waiting)
+
+    def empty_batch(self) -> SequenceBatch:
+        """A batch without users, for a rank that has evaluated all of its own."""
+        nobody = np.zeros(0, dtype=np.int64)
+        return collate([self._block(self._reader.no_events(), nobody, nobody, nobody)])
+
+    def _blocks(self) -> Iterator[UserBlock]:
+        for piece in self._pieces:
+            chunk = self._reader.read(piece.chunk)
+            if chunk is not None:
+                yield self._block(event_columns(chunk, self._config.columns), *self._spans(chunk, piece))
+
+    def _spans(self, chunk: Chunk, piece: Piece) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """User row, first event and number of known events of each user of the split."""
+        known = {"valid": chunk.valid_at, "test": chunk.test_at, "serve": chunk.lengths}[self._split]
+        wanted = slice(piece.start, piece.stop)
+        users, starts, known = chunk.users[wanted], chunk.offsets[:-1][wanted], known[wanted].astype(np.int64)
+        self._without_history += int((known == 0).sum())
+        return users[known > 0], starts[known > 0], known[known > 0]
+
+    def _block(self, columns: Mapping, users: np.ndarray, starts: np.ndarray, known: np.ndarray) -> UserBlock:
+        """Shapes: users, starts, known [U]; columns [T of the chunk]."""
+        lengths = np.minimum(known, self._config.max_length)
+        index = gather_ranges(starts + known - lengths, lengths)
+        items = columns[ITEM]
+        return UserBlock(
+            user_ids=users.astype(np.int64),
+            offsets=offsets_of(lengths),
+            inputs={name: column[index] for name, column in columns.items()},
+            held_out=None if self._split == "serve" else items[starts + known],
+            seen=items[gather_ranges(starts, known)],
+            seen_offsets=offsets_of(known),
+        )
+
+
+def open_data(config: DataConfig) -> tuple[Storage, Manifest]:
+    """The data set of a configuration.
+
+    Raises: ConfigError for options that cannot work with it, DataError when it cannot be read.
+    """
+    if not config.path:
+        raise ConfigError("data.path must name the folder of the shards; make one with `grail data build`")
+    options = asdict(config)
+    for name in (*ORDER_OPTIONS, "prefetch_steps"):
+        if options[name] < 1:
+            raise ConfigError(f"data.{name} must be at least 1, is {options[name]}")
+    storage = Storage(config.path)
+    manifest = Manifest.load(storage)
+    missing = [name for name in config.columns if name not in manifest.columns]
+    if missing:
+        raise ConfigError(
+            f"the model needs the event columns {', '.join(missing)} (data.columns), but {config.path} holds "
+            f"{', '.join(sorted(manifest.columns)) or 'none'}; build the shards from a source that has them"
+        )
+    return storage, manifest
+
+
+def _order_of(manifest: Manifest, config: DataConfig, seed: int) -> dict[str, Any]:
+    options = asdict(config)
+    order = {f"data.{name}": options[name] for name in ORDER_OPTIONS}
+    return order | {"seed": seed, "the content of data.path": manifest.fingerprint()}

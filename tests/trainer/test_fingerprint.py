@@ -1,0 +1,37 @@
+import json
+
+import pytest
+
+from cluster.errors import CheckpointError
+from trainer.fingerprint import compare_fingerprint, model_fingerprint
+
+SHAPES = {"table/item": (100, 64), "dense/encoder.weight": (64, 64)}
+MODEL = {"type": "sasrec", "num_blocks": 2, "widths": (64, 128)}
+
+
+def test_the_same_model_passes_also_after_a_trip_through_json():
+    saved = json.loads(json.dumps(model_fingerprint(SHAPES, MODEL)))
+    compare_fingerprint(saved, model_fingerprint(dict(reversed(SHAPES.items())), MODEL))
+
+
+def test_another_model_is_refused_with_a_list_of_what_differs():
+    shapes = {"table/item": (120, 64), "dense/head.weight": (3,)}
+    with pytest.raises(CheckpointError) as caught:
+        compare_fingerprint(
+            model_fingerprint(SHAPES, MODEL), model_fingerprint(shapes, {**MODEL, "num_blocks": 4})
+        )
+    message = str(caught.value)
+    for line in (
+        "model.num_blocks: 2 saved, 4 now",
+        "shapes.table/item: [100, 64] saved, [120, 64] now",
+        "shapes.dense/encoder.weight: [64, 64] saved, absent now",
+        "shapes.dense/head.weight: absent saved, [3] now",
+    ):
+        assert line in message
+    assert "widths" not in message and "--init-from" in message and "may change on resume" in message
+
+
+def test_a_long_list_of_differences_is_cut():
+    many = {f"dense/{index}": (index,) for index in range(50)}
+    with pytest.raises(CheckpointError, match="and 30 more"):
+        compare_fingerprint(model_fingerprint({}, {}), model_fingerprint(many, {}))

@@ -1,0 +1,49 @@
+"""One process equals several, sharded equals unsharded, accumulated equals joint: loss, tables and all state."""
+
+from functools import cache
+
+import pytest
+import torch
+
+from tests.process_group import run_on_processes
+from tests.training_cases import Case, join_pieces, train
+
+TOLERANCE = 2e-5
+
+
+@cache
+def reference(case: Case):
+    losses, state = train(None, case)
+    return losses, join_pieces([state])
+
+
+def assert_same_training(case: Case, world_size: int, against: Case) -> None:
+    expected_losses, expected = reference(against)
+    results = run_on_processes(train, world_size, case)
+    assert results[0][0] == pytest.approx(expected_losses, rel=1e-5)
+    assert expected_losses[-1] < expected_losses[0]
+    state = join_pieces([state for _, state in results])
+    assert state.keys() == expected.keys()
+    for name, tensor in state.items():
+        torch.testing.assert_close(tensor.view(-1), expected[name].view(-1), atol=TOLERANCE, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("objective", ["sampled", "full"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_sharded_training_equals_the_unsharded_reference(objective, world_size):
+    case = Case(objective=objective)
+    assert_same_training(case, world_size, against=case)
+
+
+def test_three_ranks_with_item_features_equal_the_unsharded_reference():
+    case = Case(item_features=True, placement="table_wise")
+    assert_same_training(case, 3, against=case)
+
+
+def test_four_micro_batches_equal_one():
+    assert_same_training(Case(objective="full", micro_batches=4), 2, against=Case(objective="full"))
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_zero_stages_agree(zero_stage):
+    assert_same_training(Case(zero_stage=zero_stage), 2, against=Case())

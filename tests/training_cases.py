@@ -1,0 +1,158 @@
+"""A small model, made-up users, and a few steps of the real learner, for parity tests."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cluster.process import Process
+from data_streams.batch import SequenceBatch
+from data_streams.jagged import Jagged
+from models.objectives.full_softmax import FullSoftmax
+from models.objectives.sampled_softmax import SampledSoftmax
+from models.recommender import StepContext
+from models.sasrec import SASRec
+from sharding.configuration import ShardingConfig
+from sharding.lookup import ItemFeatures
+from trainer.configuration import TrainConfig
+from trainer.dense_module import DenseModule
+from trainer.learner import Learner
+from trainer.plain_engine import PlainEngine
+from trainer.step_input import StepInput, prepare_step, split_users
+
+NUM_ITEMS = 97
+SEED = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is varied between two trainings that must agree."""
+
+    objective: str = "sampled"
+    zero_stage: int = 1
+    micro_batches: int = 1
+    placement: str = "row_wise"
+    steps: int = 20
+    item_features: bool = False
+    precision: torch.dtype = torch.float32
+
+    def train_config(self) -> TrainConfig:
+        return TrainConfig(
+            zero_stage=self.zero_stage, micro_batches=self.micro_batches, max_gradient_norm=0.5, weight_decay=0.01
+        )
+
+
+def make_model(case: Case) -> SASRec:
+    torch.manual_seed(SEED)
+    if case.objective == "sampled":
+        objective = SampledSoftmax.Config(num_negatives=16, log_q=True).build(num_items=NUM_ITEMS)
+    else:
+        objective = FullSoftmax.Config(temperature=0.2).build(num_items=NUM_ITEMS)
+    config = SASRec.Config(
+        width=16, num_blocks=2, num_heads=2, dropout=0.0, init_scale=0.1, item_features=case.item_features
+    )
+    return config.build(num_items=NUM_ITEMS, max_length=12, item_feature_dim=6, objective=objective)
+
+
+def make_features(case: Case) -> ItemFeatures | None:
+    if not case.item_features:
+        return None
+    return ItemFeatures(np.random.default_rng(0).normal(size=(NUM_ITEMS, 6)).astype(np.float32))
+
+
+def make_users(step: int, streams: int = 6) -> list[list[Tensor]]:
+    """Users of each canonical stream in a step; stream 1 is exhausted from step 10 on."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    users = []
+    for stream in range(streams):
+        lengths = torch.randint(2, 13, (3,), generator=generator).tolist()
+        sequences = [torch.randint(NUM_ITEMS, (length + 1,), generator=generator) for length in lengths]
+        users.append([] if stream % streams == 1 and step >= 10 else sequences)
+    return users
+
+
+def make_batch(sequences: Sequence[Tensor], first_user: int = 0) -> SequenceBatch:
+    empty = torch.zeros(0, dtype=torch.int64)
+    lengths = torch.tensor([len(sequence) - 1 for sequence in sequences], dtype=torch.int64)
+    return SequenceBatch(
+        user_ids=torch.arange(first_user, first_user + len(sequences)),
+        items=Jagged.from_lengths(torch.cat([s[:-1] for s in sequences] or [empty]), lengths),
+        targets=torch.cat([s[1:] for s in sequences] or [empty]),
+    )
+
+
+def prepare(case: Case, model: SASRec, step: int, rank: int, world_size: int) -> StepInput:
+    """This rank's share of a step: streams are dealt out, c % world_size."""
+    batches = [make_batch(sum(make_users(step)[r::world_size], [])) for r in range(world_size)]
+    context = StepContext(step=step, seed=SEED, rank=rank, world_size=world_size)
+    prepared = prepare_step(
+        model, batches[rank], context, case.micro_batches, make_features(case), torch.device("cpu")
+    )
+    parts = [split_users(batch, case.micro_batches) for batch in batches]
+    return prepared.with_counts([[p[i].num_tokens for p in parts] for i in range(case.micro_batches)])
+
+
+def make_learner(case: Case, process: Process | None) -> Learner:
+    """The sharded learner on a process group, or the unsharded reference without one."""
+    model = make_model(case)
+    module = DenseModule(model, case.precision)
+    if process is None:
+        from sharding.unsharded import UnshardedTables
+
+        tables = UnshardedTables(model.tables(), seed=SEED, learning_rate=0.1, device=torch.device("cpu"))
+        engine = PlainEngine(module, case.train_config())
+        return Learner(module, engine, tables, seed=SEED, rank=0, world_size=1)
+    from sharding.apply import ShardedTables
+    from trainer.dense_engine import DenseEngine
+
+    tables = ShardedTables(
+        model.tables(),
+        process=process,
+        config=ShardingConfig(placement={"item": case.placement}),
+        seed=SEED,
+        learning_rate=0.1,
+    )
+    engine = DenseEngine(module, case.train_config(), process)
+    return Learner(module, engine, tables, seed=SEED, rank=process.rank, world_size=process.world_size)
+
+
+def run_steps(case: Case, process: Process | None, learner: Learner, first: int, count: int) -> list[float]:
+    """Mean loss of each step over all ranks."""
+    import torch.distributed as dist
+
+    rank, world_size = (process.rank, process.world_size) if process else (0, 1)
+    losses = []
+    for step in range(first, first + count):
+        prepared = prepare(case, learner.module.model, step, rank, world_size)
+        total = learner.step(prepared, learning_rate=1e-2, table_learning_rate=0.1 / (1 + step)).loss_sum
+        if process:
+            dist.all_reduce(total)
+        losses.append(total.item() / prepared.global_count)
+    return losses
+
+
+def train(process: Process | None, case: Case) -> tuple[list[float], list[tuple[str, int, Tensor]]]:
+    """Losses, and this rank's pieces of the whole state after the last step."""
+    torch.set_num_threads(1)
+    learner = make_learner(case, process)
+    losses = run_steps(case, process, learner, 0, case.steps)
+    return losses, state_of(learner)
+
+
+def state_of(learner: Learner) -> list[tuple[str, int, Tensor]]:
+    pieces = [*learner.tables.pieces(), *learner.engine.pieces()]
+    return [(piece.name, piece.start, piece.tensor.detach().clone()) for piece in pieces]
+
+
+def join_pieces(per_rank: Sequence[list[tuple[str, int, Tensor]]]) -> dict[str, Tensor]:
+    """Global tensors from the pieces of all ranks."""
+    pieces: dict[str, list[tuple[int, Tensor]]] = {}
+    for rank in per_rank:
+        for name, start, tensor in rank:
+            pieces.setdefault(name, []).append((start, tensor))
+    return {
+        name: torch.cat([tensor for _, tensor in sorted(parts, key=lambda part: part[0])])
+        for name, parts in pieces.items()
+    }

@@ -1,0 +1,103 @@
+"""Puts a run's parts together from its configuration: data, model, tables, engine."""
+
+import logging
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cluster.errors import ConfigError
+from cluster.process import Process
+from cluster.seeds import purpose_seed
+from data_streams.item_table import ItemTable
+from models.recommender import Recommender
+from models.tables import Lookup
+from sharding.lookup import ItemFeatures, make_lookup
+from sharding.tables import EmbeddingTables
+from trainer.configuration import PretrainConfig
+from trainer.dense_module import DenseModule, resolve_precision
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembly:
+    """The parts of a run on one rank."""
+
+    config: PretrainConfig
+    process: Process
+    items: ItemTable
+    item_features: ItemFeatures | None
+    model: Recommender
+    tables: EmbeddingTables
+
+    def lookup(self) -> Lookup:
+        """For evaluation and serving; a collective call."""
+        return make_lookup(self.model.tables(), self.tables, self.item_features, self.process.device)
+
+    def module(self) -> DenseModule:
+        return DenseModule(self.model, resolve_precision(self.config.train.precision, self.process.device))
+
+
+def assemble(config: PretrainConfig, process: Process, items: ItemTable | None = None) -> Assembly:
+    """Build model and sharded tables with their initial values; a collective call."""
+    from sharding.apply import ShardedTables
+
+    items = items or ItemTable.load(config.data.path)
+    features = load_item_features(config, items)
+    torch.manual_seed(purpose_seed(config.seed, "initial weights"))
+    objective = config.objective.build(num_items=items.num_items)
+    model = config.model.build(
+        num_items=items.num_items,
+        max_length=config.data.max_length,
+        item_feature_dim=features.dim if features else 0,
+        objective=objective,
+    ).to(process.device)
+    tables = ShardedTables(
+        model.tables(),
+        process=process,
+        config=config.sharding,
+        seed=config.seed,
+        learning_rate=config.train.table_learning_rate,
+    )
+    return Assembly(
+        config=config, process=process, items=items, item_features=features, model=model, tables=tables
+    )
+
+
+def load_item_features(config: PretrainConfig, items: ItemTable) -> ItemFeatures | None:
+    """The items' embedding matrix where the model uses it.
+
+    Raises: ConfigError if the model asks for item features and the data set has none.
+    """
+    if not getattr(config.model, "item_features", False):
+        return None
+    if items.embeddings is None:
+        raise ConfigError(
+            f"model.item-features needs an embedding per item, and {config.data.path} has none: build the data "
+            "with --embeddings FILE.npy, or leave --model.item-features out"
+        )
+    return ItemFeatures(items.embeddings)
+
+
+def describe_model(config: PretrainConfig, items: ItemTable) -> dict[str, Any]:
+    """What must stay the same for a checkpoint to belong to the run."""
+    return {
+        "model": _describe(config.model),
+        "objective": _describe(config.objective),
+        "max_length": config.data.max_length,
+        "num_items": items.num_items,
+    }
+
+
+def _describe(part: Any) -> dict[str, Any]:
+    fields = asdict(part) if is_dataclass(part) else {}
+    return {"type": type(part).__qualname__, **fields}
+
+
+def agree_on(number: int, process: Process) -> int:
+    """Rank 0's number, on all ranks."""
+    shared = torch.tensor([number])
+    dist.broadcast(shared, 0, group=process.host_group)
+    return int(shared.item())

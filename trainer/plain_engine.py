@@ -1,0 +1,91 @@
+"""The dense part on one process with plain torch: where DeepSpeed is not, and the reference for it."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sharding.state import Piece
+from trainer.configuration import TrainConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class PlainEngine:
+    """AdamW on the whole module; the interface of `trainer.dense_engine.DenseEngine`."""
+
+    def __init__(self, module: nn.Module, config: TrainConfig):
+        self.module = module
+        self.config = config
+        self.optimizer = make_optimizer(module, config)
+        self.steps = 0
+
+    def backward(self, *arguments: object) -> Tensor:
+        """Forward and backward of one micro-batch; gradients add up until `step`."""
+        loss = self.module(*arguments)
+        loss.backward()
+        return loss.detach()
+
+    def step(self, learning_rate: float) -> None:
+        if self.config.max_gradient_norm is not None:
+            nn.utils.clip_grad_norm_(self.module.parameters(), self.config.max_gradient_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.steps += 1
+
+    def pieces(self) -> list[Piece]:
+        """Flat `dense/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, all of them on this rank."""
+        ensure_moments(self.optimizer)
+        found = []
+        for name, parameter in named_trainable(self.module):
+            state = self.optimizer.state[parameter]
+            for kind, tensor in (("dense", parameter.data), *((m, state[m]) for m in MOMENTS)):
+                found.append(whole_piece(f"{kind}/{name}", tensor))
+        return found
+
+    def restore(self, read_full: Callable[[str], Tensor], steps: int) -> None:
+        """Nothing beside the pieces needs restoring here, but for Adam's step count."""
+        self.steps = steps
+        set_adam_steps(self.optimizer, steps)
+
+    def dense_shapes(self) -> Mapping[str, list[int]]:
+        return {name: list(parameter.shape) for name, parameter in named_trainable(self.module)}
+
+
+def make_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    parameters = [parameter for _, parameter in named_trainable(module)]
+    return torch.optim.AdamW(
+        parameters, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
+    )
+
+
+def named_trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters by their name in the model, without the prefix of the wrapping module."""
+    return [
+        (name.removeprefix("module.").removeprefix("model."), parameter)
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    ]
+
+
+def ensure_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Create Adam's state before the first step, so that it can be saved and restored."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                state.update({moment: torch.zeros_like(parameter) for moment in MOMENTS})
+
+
+def set_adam_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
+    ensure_moments(optimizer)
+    for state in optimizer.state.values():
+        state["step"] = torch.tensor(float(steps))
+
+
+def whole_piece(name: str, tensor: Tensor) -> Piece:
+    flat = tensor.detach().view(-1)
+    return Piece(name=name, start=0, global_shape=(flat.shape[0],), tensor=flat)

@@ -1,0 +1,96 @@
+"""Everything an optimizer step needs, prepared on the host one step ahead."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_streams.batch import SequenceBatch
+from models.recommender import Recommender, StepContext
+from models.tables import Ids
+from sharding.lookup import ItemFeatures, MergedIds, merge_ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """The users of one forward and backward."""
+
+    batch: SequenceBatch
+    context: StepContext
+    ids: Ids
+    item_features: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepInput:
+    """The users of one step and rank, in micro-batches, and the one lookup they share."""
+
+    step: int
+    micro_batches: tuple[MicroBatch, ...]
+    merged: MergedIds
+    user_ids: Tensor
+    """[B] int64 users of this rank, on the host."""
+    position: Mapping[str, object] | None
+    """Where this rank's streams stand after the step."""
+
+    @property
+    def global_count(self) -> int:
+        """Supervised targets of all ranks and micro-batches: what the loss is divided by."""
+        return sum(sum(micro.context.targets_per_rank) for micro in self.micro_batches)
+
+    def with_counts(self, counts: Sequence[Sequence[int]]) -> "StepInput":
+        """Fill in what the ranks told each other: supervised targets [micro-batch][rank]."""
+        micro_batches = tuple(
+            replace(micro, context=replace(micro.context, targets_per_rank=tuple(per_rank)))
+            for micro, per_rank in zip(self.micro_batches, counts, strict=True)
+        )
+        return replace(self, micro_batches=micro_batches)
+
+    def at(self, position: Mapping[str, object] | None) -> "StepInput":
+        """The same step, after which this rank's streams stand at another position."""
+        return replace(self, position=position)
+
+
+def split_users(batch: SequenceBatch, parts: int) -> list[SequenceBatch]:
+    """Cut a batch into parts of about equal tokens, between users; parts may be empty."""
+    if parts == 1:
+        return [batch]
+    ends = batch.items.offsets[1:].numpy()
+    goals = batch.num_tokens * np.arange(1, parts) / parts
+    cuts = [0, *np.searchsorted(ends, goals, side="left").tolist(), batch.num_users]
+    cuts = np.minimum(np.maximum.accumulate(cuts), batch.num_users).tolist()
+    return [batch.select(start, stop) for start, stop in zip(cuts[:-1], cuts[1:], strict=True)]
+
+
+def prepare_step(
+    model: Recommender,
+    batch: SequenceBatch,
+    context: StepContext,
+    num_micro_batches: int,
+    item_features: ItemFeatures | None,
+    device: torch.device,
+) -> StepInput:
+    """Ask the model what it looks up, join it, gather frozen features, and send all of it to the device."""
+    parts = split_users(batch, num_micro_batches)
+    requests = [dict(model.ids(part, context)) for part in parts]
+    merged = merge_ids(model.tables(), requests)
+    micro_batches = []
+    for part, ids in zip(parts, requests, strict=True):
+        features = {} if item_features is None else {name: item_features.gather(ids[name]) for name in ids}
+        micro_batches.append(
+            MicroBatch(
+                batch=part.to(device),
+                context=context,
+                ids={name: values.to(device, non_blocking=True) for name, values in ids.items()},
+                item_features={name: values.to(device, non_blocking=True) for name, values in features.items()},
+            )
+        )
+    return StepInput(
+        step=context.step,
+        micro_batches=tuple(micro_batches),
+        merged=merged.to(device),
+        user_ids=batch.user_ids,
+        position=batch.position,
+    )
