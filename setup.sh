@@ -47,7 +47,7 @@ choose_python() {
     local candidate candidates=(python3.11 python3.12 python3 python)
     if [ -n "${PYTHON:-}" ]; then
         candidates=("$PYTHON")
-    elif $venv/bin/python -c '' 2>/dev/null; then
+    elif $venv/bin/python -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)' 2>/dev/null; then
         # Its base, since the environment may have to be made again (copied from another folder, say).
         candidates=("$($venv/bin/python -c 'import sys; print(sys._base_executable)')")
     fi

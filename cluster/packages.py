@@ -18,29 +18,33 @@ def root() -> Path:
 
 @cache
 def fingerprint() -> str:
-    """A digest of the source of all packages as this process would import them.
-
-    Raises: ClusterError if one package would be imported from somewhere else than the others.
-    """
+    """A digest of the source of all packages as this process would import them."""
     digest = hashlib.blake2b(digest_size=8)
-    for package in PACKAGES:
-        folder = _folder(package)
+    for package, folder in _folders().items():
         for path in sorted(folder.rglob("*.py")):
             digest.update(f"{package}/{path.relative_to(folder)}".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
-def check_same(expected: str) -> None:
-    """Compare this process's packages with the fingerprint of those of the driver.
+def check_same(driver_root: Path, driver_fingerprint: str) -> None:
+    """Compare this process's packages with those of the driver: the same folder, or the same content.
 
-    Raises: ClusterError if they differ.
+    Raises: ClusterError if they differ or one of them is missing.
     """
-    if fingerprint() != expected:
+    folders = _folders()
+    if all(folder.parent == driver_root for folder in folders.values()):
+        return
+    if fingerprint() != driver_fingerprint:
+        places = sorted({str(folder.parent) for folder in folders.values()})
         raise ClusterError(
-            f"every worker must run the same code as the driver ({expected}), and the packages at {root()} on "
-            f"this worker are others ({fingerprint()}); install the same version everywhere, or remove the "
-            "second copy from PYTHONPATH"
+            f"every worker must run the code of the driver at {driver_root}, and this worker finds another one "
+            f"in {', '.join(places)}; install the same version everywhere, or remove the second copy from "
+            "PYTHONPATH"
         )
+
+
+def _folders() -> dict[str, Path]:
+    return {package: _folder(package) for package in PACKAGES}
 
 
 def _folder(package: str) -> Path:
@@ -48,4 +52,4 @@ def _folder(package: str) -> Path:
     locations = list(spec.submodule_search_locations or ()) if spec else []
     if not locations:
         raise ClusterError(f"the package {package} is not installed beside the others in {root()}")
-    return Path(locations[0])
+    return Path(locations[0]).resolve()

@@ -4,6 +4,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -11,7 +12,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from cluster.configuration import ClusterConfig
 from cluster.errors import ClusterError
-from cluster.packages import check_same, fingerprint
+from cluster.packages import check_same, fingerprint, root
 from cluster.placement import death_cause, place
 from cluster.ray_start import start_ray
 
@@ -23,8 +24,8 @@ _ITEM_DEATHS = 3
 class _Member:
     """An actor of a pool: builds its function once, then answers one item after another."""
 
-    def __init__(self, driver_fingerprint: str, build: Callable[..., Callable[[Any], Any]], arguments: tuple):
-        check_same(driver_fingerprint)
+    def __init__(self, source: tuple[Path, str], build: Callable[..., Callable], arguments: tuple):
+        check_same(*source)
         self.work_on = build(*arguments)
 
     def work(self, item: Any) -> Any:
@@ -96,7 +97,7 @@ class Pool:
         self.placement.remove()
 
     def _member(self, index: int) -> Any:
-        return self.placement.actor(_Member, index, fingerprint(), self.build, self.arguments)
+        return self.placement.actor(_Member, index, (root(), fingerprint()), self.build, self.arguments)
 
     def _replace(self, slot: int, index: int, item_deaths: int, error: RayActorError) -> None:
         self.deaths += 1

@@ -20,7 +20,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from cluster.configuration import ClusterConfig
 from cluster.errors import ClusterError, GrailError
 from cluster.logs import show_worker_record, start_worker_logs
-from cluster.packages import check_same, fingerprint
+from cluster.packages import check_same, fingerprint, root
 from cluster.placement import Placement, death_cause, place
 from cluster.process import start_process, stop_process
 from cluster.ray_start import start_ray
@@ -66,8 +66,8 @@ class _WorkerDied(Exception):
 class _Worker:
     """An actor that runs one function in a thread of its own, so that it can answer the driver meanwhile."""
 
-    def describe(self, driver_fingerprint: str) -> _Seat:
-        check_same(driver_fingerprint)
+    def describe(self, driver_root: Path, driver_fingerprint: str) -> _Seat:
+        check_same(driver_root, driver_fingerprint)
         return _Seat(
             pid=psutil.Process().pid,
             host=ray.get_runtime_context().get_node_id(),
@@ -194,7 +194,7 @@ class _Gang:
             stop=self.stop,
         )
         self.actors = actors = [self.placement.actor(_Worker, index) for index in range(config.workers)]
-        seats = self._get([actor.describe.remote(fingerprint()) for actor in actors])
+        seats = self._get([actor.describe.remote(root(), fingerprint()) for actor in actors])
         self.seats, self.actors = _give_ranks(seats, actors)
         job = _Job(
             function=function,

@@ -6,7 +6,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -14,6 +14,7 @@ import polars as pl
 import pyarrow.parquet as pq
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cluster.configuration import ClusterConfig
 from cluster.errors import ConfigError, DataError
 from cluster.storage import Storage
 from data_streams import partition
@@ -55,8 +56,8 @@ class BuildConfig:
     """What an event without ids or time, or with an unknown item, does: end the build, or be counted and left out."""
     ray: Literal["auto", "always", "never"] = "auto"
     """Whether the work is spread by Ray tasks; auto does where there is more than one partition."""
-    address: str | None = None
-    """Address of a running Ray cluster; left out, Ray starts by itself on this machine."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """Where the tasks run."""
 
 
 class SourceConfig(Protocol):
@@ -293,7 +294,7 @@ class _Build:
             return map(function, tasks)
         from cluster.tasks import run_tasks
 
-        return run_tasks(function, tasks, description=description, address=self.config.address)
+        return run_tasks(function, tasks, description=description, config=self.config.cluster)
 
     def _log_counters(self) -> None:
         for name, count in sorted(self.counters.items()):

@@ -66,12 +66,10 @@ class Deal:
 
 def deal_epoch(manifest: Manifest, config: DataConfig, seed: int, epoch: int) -> Deal:
     """The streams of one training epoch, nearly equal in tokens."""
-    train_tokens = np.array([record.train_tokens for record in manifest.chunks], dtype=np.int64)
-    train_users = np.array([record.num_train_users for record in manifest.chunks], dtype=np.int64)
     num_users = np.array([record.num_users for record in manifest.chunks], dtype=np.int64)
-    weights = np.minimum(train_tokens, train_users * config.max_length)
+    weights = [record.tokens_cut_to(config.max_length) for record in manifest.chunks]
     order = generator(seed, "chunk order", epoch).permutation(len(manifest.chunks))
-    return Deal(order, weights, num_users, config.num_streams)
+    return Deal(order, np.array(weights, dtype=np.int64), num_users, config.num_streams)
 
 
 def generator(seed: int, purpose: str, *place: int) -> np.random.Generator:

@@ -33,6 +33,14 @@ class ChunkRecord:
     """Users with at least two training events."""
     train_tokens: int
     """Training inputs before any cut: sum over users of max(train_end - 1, 0)."""
+    train_tokens_by_cut: tuple[int, ...]
+    """Training inputs after a cut to 1, 2, 4, 8, ... per user, up to where nobody is cut."""
+
+    def tokens_cut_to(self, max_length: int) -> int:
+        """Training inputs after a cut to `max_length`: exact at powers of two, interpolated between them."""
+        power, last = max_length.bit_length() - 1, len(self.train_tokens_by_cut) - 1
+        low, high = (self.train_tokens_by_cut[min(place, last)] for place in (power, power + 1))
+        return low + (high - low) * (max_length - 2**power) // 2**power
 
     def __str__(self) -> str:
         return f"chunk at bytes {self.start}..{self.stop} of shard {self.shard}"
@@ -86,10 +94,14 @@ class Manifest:
         _require_keys(content, Manifest, storage.path(MANIFEST_NAME))
         for record in content["chunks"]:
             _require_keys(record, ChunkRecord, f"a chunk of {storage.path(MANIFEST_NAME)}")
-        content["chunks"] = [ChunkRecord(**record) for record in content["chunks"]]
+        content["chunks"] = [_chunk_record(record) for record in content["chunks"]]
         counts = content["train_length_counts"]
         content["train_length_counts"] = {int(length): int(users) for length, users in counts.items()}
         return Manifest(**content)
+
+
+def _chunk_record(content: Mapping[str, Any]) -> ChunkRecord:
+    return ChunkRecord(**{**content, "train_tokens_by_cut": tuple(content["train_tokens_by_cut"])})
 
 
 def _read_manifest_json(storage: Storage) -> dict[str, Any]:

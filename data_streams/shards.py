@@ -17,6 +17,7 @@ import io
 import tarfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from webdataset.tariterators import tar_file_iterator
@@ -114,7 +115,7 @@ class ShardWriter:
     def _open_shard(self) -> None:
         self._buffer = io.BytesIO()
         self._tar = TarWriter(self._buffer, encoder=False, mtime=0)
-        self._pending: list[tuple[int, int, dict[str, int]]] = []
+        self._pending: list[tuple[int, int, dict[str, Any]]] = []
 
     def _finish_shard(self) -> None:
         self._tar.close()
@@ -282,10 +283,13 @@ def _npy_bytes(array: np.ndarray) -> bytes:
     return content.getvalue()
 
 
-def _chunk_counts(chunk: Chunk) -> dict[str, int]:
+def _chunk_counts(chunk: Chunk) -> dict[str, Any]:
+    tokens = np.maximum(chunk.train_end.astype(np.int64) - 1, 0)
+    powers = range(int(tokens.max(initial=1) - 1).bit_length() + 1)
     return {
         "num_users": chunk.num_users,
         "num_events": chunk.num_events,
-        "num_train_users": int((chunk.train_end >= 2).sum()),
-        "train_tokens": int(np.maximum(chunk.train_end.astype(np.int64) - 1, 0).sum()),
+        "num_train_users": int((tokens > 0).sum()),
+        "train_tokens": int(tokens.sum()),
+        "train_tokens_by_cut": tuple(int(np.minimum(tokens, 2**power).sum()) for power in powers),
     }

@@ -71,6 +71,13 @@ class TrainStream:
                 "are bad; look at the warnings above, then copy the shards again or build them again"
             )
 
+    def own_position(self, epoch: int, position: Position | None) -> Position:
+        """This rank's part of a merged position, or of the beginning of an epoch."""
+        if position is None:
+            return self._position(epoch, 0, self._open_streams(epoch, None))
+        states = {str(stream): position["streams"][str(stream)] for stream in self._streams}
+        return {**position, "streams": states}
+
     def empty_batch(self) -> SequenceBatch:
         """A batch without users, for a rank whose streams have run out before those of others."""
         return collate([self._no_users()])
@@ -124,8 +131,8 @@ class TrainStream:
         missing = [stream for stream in self._streams if str(stream) not in position["streams"]]
         if position["epoch"] != epoch or missing:
             raise ConfigError(
-                f"the data position must be of epoch {epoch} and hold all {self._config.num_streams} streams, "
-                f"but is of epoch {position['epoch']} and lacks {missing}; merge the positions of all workers"
+                f"the data position must be of epoch {epoch} and hold all {self._config.num_streams} streams"
+                f", but is of epoch {position['epoch']} and lacks {missing}; merge those of all workers"
             )
 
     def _no_users(self) -> UserBlock:

@@ -18,3 +18,8 @@ class Piece:
     """First row along dimension 0 of the global tensor."""
     global_shape: tuple[int, ...]
     tensor: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of this piece; a scalar is one row."""
+        return self.tensor.shape[0] if self.tensor.dim() else 1

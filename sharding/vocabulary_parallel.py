@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sharding.collectives import gather_rows, own_rows
+
 BLOCK_COLUMNS = 8192
 """Candidates scored at a time, so that memory does not grow with the catalogue."""
 
@@ -36,8 +38,8 @@ class _ParallelCrossEntropy(torch.autograd.Function):
         ctx, queries: Tensor, candidates: Tensor, targets: Tensor, counts: tuple[int, ...], first_candidate: int
     ) -> Tensor:
         dtype = _matmul_dtype(queries)
-        every_query = _gather(queries, counts).to(dtype)
-        columns = _gather(targets, counts) - first_candidate
+        every_query = gather_rows(queries, counts).to(dtype)
+        columns = gather_rows(targets, counts) - first_candidate
         candidates = candidates.to(dtype)
         own = (columns >= 0) & (columns < candidates.shape[0])
         maximum = torch.full(columns.shape, float("-inf"), device=queries.device)
@@ -55,13 +57,13 @@ class _ParallelCrossEntropy(torch.autograd.Function):
         dist.all_reduce(picked)
         ctx.save_for_backward(every_query, candidates, columns, log_sum)
         ctx.counts, ctx.dtypes = counts, (queries.dtype, dtype)
-        return _own_part(log_sum - picked, counts)
+        return own_rows(log_sum - picked, counts, dist.get_rank())
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         every_query, candidates, columns, log_sum = ctx.saved_tensors
         query_dtype, dtype = ctx.dtypes
-        weights = _gather(gradient.contiguous(), ctx.counts)[:, None]
+        weights = gather_rows(gradient.contiguous(), ctx.counts)[:, None]
         query_gradient = torch.zeros(every_query.shape, device=every_query.device)
         candidate_gradient = torch.empty(candidates.shape, device=candidates.device)
         for start, block in _blocks(candidates):
@@ -73,7 +75,7 @@ class _ParallelCrossEntropy(torch.autograd.Function):
             query_gradient += (share @ block).float()
             candidate_gradient[start : start + block.shape[0]] = (share.T @ every_query).float()
         dist.all_reduce(query_gradient)
-        own = _own_part(query_gradient, ctx.counts).to(query_dtype)
+        own = own_rows(query_gradient, ctx.counts, dist.get_rank()).to(query_dtype)
         return own, candidate_gradient, None, None, None
 
 
@@ -95,18 +97,3 @@ def _reduce_log_sum(maximum: Tensor, total: Tensor) -> Tensor:
     total = total * (maximum - overall).exp()
     dist.all_reduce(total)
     return overall + total.log()
-
-
-def _gather(values: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """The values of all ranks in the order of ranks; parts are padded to one length for the collective."""
-    padded = values.new_zeros(max(counts), *values.shape[1:])
-    padded[: values.shape[0]] = values.detach()
-    gathered = values.new_empty(len(counts) * max(counts), *values.shape[1:])
-    dist.all_gather_into_tensor(gathered, padded)
-    parts = gathered.split(max(counts)) if max(counts) else ()
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=False)]) if parts else gathered
-
-
-def _own_part(values: Tensor, counts: tuple[int, ...]) -> Tensor:
-    start = sum(counts[: dist.get_rank()])
-    return values[start : start + counts[dist.get_rank()]].clone()

@@ -8,7 +8,7 @@ import sys
 from tests.source_tree import LAYERS, ROOT, dotted_name, imports, is_within, sources
 
 DEEPSPEED_FILES = {"trainer/dense_engine.py", "sharding/experts.py"}
-ACTOR_FILE = "cluster/worker_group.py"
+ACTOR_FILE = "cluster/placement.py"
 TASK_FILE = "cluster/tasks.py"
 BATCH_TYPES = ("data_streams.jagged", "data_streams.batch")
 HEAVY_MODULES = ("ray", "deepspeed", "torchrec", "fbgemm_gpu")

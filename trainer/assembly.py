@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import asdict, dataclass, is_dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -11,12 +11,14 @@ from cluster.errors import ConfigError
 from cluster.process import Process
 from cluster.seeds import purpose_seed
 from data_streams.item_table import ItemTable
+from data_streams.stream import EvaluationStream
 from models.recommender import Recommender
 from models.tables import Lookup
 from sharding.lookup import ItemFeatures, make_lookup
 from sharding.tables import EmbeddingTables
 from trainer.configuration import PretrainConfig
 from trainer.dense_module import DenseModule, resolve_precision
+from trainer.search import RetrievalSearch, Search
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,26 @@ class Assembly:
     def lookup(self) -> Lookup:
         """For evaluation and serving; a collective call."""
         return make_lookup(self.model.tables(), self.tables, self.item_features, self.process.device)
+
+    def search(self) -> Search:
+        """Search with the weights as they are now; a collective call."""
+        return RetrievalSearch.build(
+            self.model,
+            self.lookup(),
+            num_items=self.items.num_items,
+            device=self.process.device,
+            process=self.process,
+        )
+
+    def users(self, split: Literal["valid", "test", "serve"]) -> EvaluationStream:
+        """This rank's share of the users of a split."""
+        return EvaluationStream(
+            self.config.data,
+            split=split,
+            rank=self.process.rank,
+            world_size=self.process.world_size,
+            users_per_batch=self.config.evaluation.users_per_batch,
+        )
 
     def module(self) -> DenseModule:
         return DenseModule(self.model, resolve_precision(self.config.train.precision, self.process.device))

@@ -59,7 +59,7 @@ class Feed:
         """The steps of an epoch from a position on; `first_step` counts optimizer steps of the whole run."""
         prepared = prefetched(self._prepared(epoch, position, first_step), self.prefetch_steps)
         try:
-            upcoming = self._announce(next(prepared), position)
+            upcoming = self._announce(next(prepared), self.stream.own_position(epoch, position))
             while (current := upcoming.agree()) is not None:
                 upcoming = self._announce(self._timed_next(prepared), current[0].position)
                 yield current
@@ -91,7 +91,7 @@ class Feed:
             self.model, batch, context, self.micro_batches, self.item_features, self.process.device
         )
 
-    def _announce(self, item: tuple[StepInput, bool], position: Mapping[str, Any] | None) -> "_Exchange":
+    def _announce(self, item: tuple[StepInput, bool], position: Mapping[str, Any]) -> "_Exchange":
         prepared, ended = item
         if prepared.position is None:
             prepared = prepared.at(position)

@@ -59,7 +59,7 @@ def test_a_truncated_shard_says_how_much_is_there(data):
 def test_altered_bytes_do_not_pass_the_checksum(data):
     path, manifest = data
     damage(path, manifest, 2)
-    with pytest.raises(DataError, match="part-00000-00001.tar.*the checksum is not that of the manifest"):
+    with pytest.raises(DataError, match=r"part-00000-00001.tar.*the checksum is not that of the manifest"):
         read(path, manifest, 2)
 
 
@@ -141,7 +141,7 @@ def test_inconsistent_chunks_are_refused_by_the_reader_and_by_the_writer(case, t
 def test_a_manifest_with_other_counts_is_refused(data):
     path, manifest = data
     record = replace(manifest.chunks[0], num_users=15)
-    with pytest.raises(DataError, match="holds 16 users and .* its manifest says 15"):
+    with pytest.raises(DataError, match=r"holds 16 users and .* its manifest says 15"):
         read_chunk(Storage(path), record)
 
 
@@ -191,7 +191,7 @@ def test_training_ends_with_the_name_of_a_bad_chunk(data):
     path, manifest = data
     damage(path, manifest, 1)
     stream = TrainStream(config(path), seed=0, rank=0, world_size=1)
-    with pytest.raises(DataError, match="shard shards/part-00000-00000.tar.*checksum"):
+    with pytest.raises(DataError, match=r"shard shards/part-00000-00000.tar.*checksum"):
         list(stream.batches(0))
 
 
@@ -231,7 +231,7 @@ def test_an_epoch_in_which_every_chunk_is_bad_is_an_error_even_when_skipping(dat
     for record in manifest.chunks:
         (path / record.shard).unlink(missing_ok=True)
     stream = TrainStream(config(path, on_bad_shard="skip"), seed=0, rank=0, world_size=1)
-    with pytest.raises(DataError, match="all 4 chunks this worker was to read .* are bad"):
+    with pytest.raises(DataError, match=r"all 4 chunks this worker was to read .* are bad"):
         list(stream.batches(0))
 
 

@@ -42,9 +42,10 @@ def test_nothing_can_be_dealt_of_nothing():
     assert Deal(none, none, none, 3).pieces(1) == []
 
 
-def test_streams_are_nearly_equal_in_tokens(tmp_path):
-    chunk = make_chunk(random_lengths(2000))
-    config = DataConfig(path=str(tmp_path), num_streams=8)
+def test_streams_are_nearly_equal_in_tokens_although_a_few_users_are_very_long(tmp_path):
+    lengths = np.minimum(np.random.default_rng(0).pareto(1.0, 4000) * 5, 2000).astype(np.int64)
+    chunk = make_chunk(lengths)
+    config = DataConfig(path=str(tmp_path), num_streams=8, max_length=50)
     manifest = write_data_set(tmp_path, chunk, chunk_users=64)
     deal = deal_epoch(manifest, config, 0, 0)
     tokens = training_tokens(chunk.train_end, config.max_length)
@@ -55,7 +56,7 @@ def test_streams_are_nearly_equal_in_tokens(tmp_path):
         )
         for c in range(8)
     ]
-    assert max(loads) / min(loads) < 1.1
+    assert max(loads) / min(loads) < 1.05
 
 
 def test_the_deal_follows_from_seed_and_epoch(tmp_path):

@@ -57,23 +57,23 @@ def test_a_catalogue_of_another_build_is_refused(tmp_path):
     checksum = hashlib.sha256((tmp_path / "items.parquet").read_bytes()).hexdigest()
     assert ItemTable.load(str(write(tmp_path, catalogue_sha256=checksum))).num_items == 3
     write(tmp_path, FRAME.with_columns(item_id=pl.col("item_id") + 1), catalogue_sha256=checksum)
-    with pytest.raises(DataError, match="items.parquet is not the file the manifest was written with"):
+    with pytest.raises(DataError, match=r"items.parquet is not the file the manifest was written with"):
         ItemTable.load(str(tmp_path))
 
 
 def test_a_missing_or_damaged_catalogue_is_named(tmp_path):
     (write(tmp_path) / "items.parquet").write_bytes(b"no parquet")
-    with pytest.raises(DataError, match="items.parquet is not a Parquet file"):
+    with pytest.raises(DataError, match=r"items.parquet is not a Parquet file"):
         ItemTable.load(str(tmp_path))
     (tmp_path / "items.parquet").unlink()
-    with pytest.raises(DataError, match="items.parquet is missing; copy it again or build"):
+    with pytest.raises(DataError, match=r"items.parquet is missing; copy it again or build"):
         ItemTable.load(str(tmp_path))
 
 
 def test_missing_columns_and_rows_are_named(tmp_path):
     with pytest.raises(DataError, match="lacks the columns train_count"):
         ItemTable.load(str(write(tmp_path, FRAME.drop("train_count"))))
-    with pytest.raises(DataError, match="has 3 rows, the manifest 4 items"):
+    with pytest.raises(DataError, match="must have 4 rows, as the manifest says, has 3"):
         ItemTable.load(str(write(tmp_path, num_items=4)))
 
 
@@ -101,5 +101,5 @@ def test_unfit_embeddings_are_refused(case, tmp_path):
 
 def test_embeddings_the_manifest_promises_must_be_there(tmp_path):
     write(tmp_path, embedding={"dim": 4})
-    with pytest.raises(DataError, match="item_embeddings.npy is missing"):
+    with pytest.raises(DataError, match=r"item_embeddings.npy is missing"):
         ItemTable.load(str(tmp_path))

@@ -29,7 +29,7 @@ def run(config: DataConfig, world_size: int, *, epoch: int = 0, position=None) -
 
 
 def position_after(batches: dict[int, list], steps: int) -> dict:
-    """As a checkpoint keeps it: merged over the ranks, each of which may have run out before, and through JSON."""
+    """As a checkpoint keeps it: through JSON, merged over ranks that may have run out before."""
     last = [own[min(steps, len(own)) - 1].position for own in batches.values()]
     return json.loads(json.dumps(merge_positions(last)))
 
@@ -91,13 +91,33 @@ def test_the_position_of_a_later_epoch_resumes_that_epoch(config):
     assert users_by_step({0: resumed}) == users_by_step({0: whole[5:]})
 
 
+def test_a_rank_that_never_had_a_batch_still_has_a_position(tmp_path):
+    write_data_set(tmp_path, make_chunk([9]))
+    config = DataConfig(path=str(tmp_path), num_streams=2, tokens_per_step=4)
+    streams = open_streams(config, 2)
+    batches = [list(stream.batches(0)) for stream in streams]
+    assert sorted(map(len, batches)) == [0, 1]
+    last = [
+        own[-1].position if own else stream.own_position(0, None)
+        for own, stream in zip(batches, streams, strict=True)
+    ]
+    assert list(open_streams(config, 1)[0].batches(0, merge_positions(last))) == []
+
+
+def test_a_rank_takes_its_own_part_of_a_merged_position(config):
+    merged = position_after(run(config, 2), 4)
+    own = [stream.own_position(0, merged) for stream in open_streams(config, 3)]
+    assert [list(position["streams"]) for position in own] == [["0", "3"], ["1", "4"], ["2", "5"]]
+    assert merge_positions(own) == merged
+
+
 def test_a_position_taken_with_other_options_is_refused_and_says_which(config):
     (whole,) = run(config, 1).values()
     position = json.loads(json.dumps(whole[3].position))
     position["order"] |= {"data.max_length": 99, "seed": 4}
     with pytest.raises(
         ConfigError,
-        match="data.max_length was 99, is 12; seed was 4, is 5; put the options back, or start again",
+        match=r"data.max_length was 99, is 12; seed was 4, is 5; put the options back, or start again",
     ):
         next(open_streams(config, 1)[0].batches(0, position))
 
@@ -106,7 +126,7 @@ def test_a_position_taken_on_other_data_is_refused(config, tmp_path):
     (whole,) = run(config, 1).values()
     write_data_set(tmp_path, make_chunk(random_lengths(400), seed=1), chunk_users=8)
     other = DataConfig(**{**vars(config), "path": str(tmp_path)})
-    with pytest.raises(ConfigError, match="the content of data.path was"):
+    with pytest.raises(ConfigError, match=r"the content of data.path was"):
         next(open_streams(other, 1)[0].batches(0, whole[3].position))
 
 
@@ -114,5 +134,5 @@ def test_a_position_of_one_rank_alone_or_of_another_epoch_is_refused(config):
     batches = run(config, 2)
     with pytest.raises(ConfigError, match=r"must be of epoch 0 and hold all 6 streams.* lacks \[1, 3, 5\]"):
         next(open_streams(config, 1)[0].batches(0, batches[0][2].position))
-    with pytest.raises(ConfigError, match="must be of epoch 1 .* is of epoch 0"):
+    with pytest.raises(ConfigError, match=r"must be of epoch 1 .* is of epoch 0"):
         next(open_streams(config, 1)[0].batches(1, position_after(batches, 3)))

@@ -38,6 +38,8 @@ def test_records_count_training_users_and_tokens(tmp_path):
     assert (record.num_users, record.num_events) == (5, 16)
     # Training spans are 0, 1, 2, 1 and 8 events long.
     assert (record.num_train_users, record.train_tokens) == (2, 1 + 7)
+    assert record.train_tokens_by_cut == (1 + 1, 1 + 2, 1 + 4, 1 + 7)
+    assert [record.tokens_cut_to(length) for length in (1, 2, 3, 4, 8, 100)] == [2, 3, 4, 5, 8, 8]
 
 
 def test_only_the_named_columns_and_the_times_are_kept(tmp_path):
@@ -92,7 +94,7 @@ def test_the_fingerprint_follows_the_content(tmp_path):
 
 def test_a_missing_manifest_says_how_to_make_a_data_set(tmp_path):
     with pytest.raises(
-        DataError, match="holds no manifest.json.*did not finish; make one with `grail data build`"
+        DataError, match=r"holds no manifest.json.*did not finish; make one with `grail data build`"
     ):
         Manifest.load(Storage(tmp_path))
 
@@ -125,5 +127,5 @@ def test_a_chunk_record_without_checksum_is_refused(tmp_path):
     content = asdict(write_data_set(tmp_path, make_chunk([3])))
     del content["chunks"][0]["sha256"]
     (tmp_path / "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match="a chunk of .*manifest.json .*missing: sha256"):
+    with pytest.raises(DataError, match=r"a chunk of .*manifest.json .*missing: sha256"):
         Manifest.load(Storage(tmp_path))

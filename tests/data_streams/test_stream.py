@@ -1,4 +1,4 @@
-"""What training and evaluation read: the right events of the right users, the same at every number of ranks."""
+"""What training and evaluation read: the right events of the right users, equal at every number of ranks."""
 
 import logging
 from pathlib import Path
@@ -91,11 +91,12 @@ def test_batches_have_the_types_and_shapes_of_the_contract(path):
 
 def test_steps_keep_the_token_budget(path):
     batches = train_batches(make_config(path))[0]
-    total = np.cumsum([batch.num_tokens for batch in batches])
-    steps = np.arange(1, len(batches))
+    # Streams differ a little in length, so the last steps are served by some of them only.
+    total = np.cumsum([batch.num_tokens for batch in batches])[:-3]
+    due = 128 * np.arange(1, len(total) + 1)
     # Each of the four streams is at most one user ahead of the clock, and never behind it.
-    assert (total[:-1] >= 128 * steps).all()
-    assert (total[:-1] < 128 * steps + 4 * MAX_LENGTH).all()
+    assert (total >= due).all()
+    assert (total < due + 4 * MAX_LENGTH).all()
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
@@ -181,12 +182,12 @@ def test_the_expected_number_of_steps_is_close_and_equal_on_all_ranks(path):
 
 
 def test_more_workers_than_streams_are_refused(path):
-    with pytest.raises(ConfigError, match="4 streams cannot feed 5 workers; raise data.num_streams to 5"):
+    with pytest.raises(ConfigError, match=r"4 streams cannot feed 5 workers; raise data.num_streams to 5"):
         TrainStream(make_config(path), seed=0, rank=0, world_size=5)
 
 
 def test_a_missing_path_is_refused():
-    with pytest.raises(ConfigError, match="data.path must name the folder of the shards"):
+    with pytest.raises(ConfigError, match=r"data.path must name the folder of the shards"):
         TrainStream(DataConfig(), seed=0, rank=0, world_size=1)
 
 
@@ -199,13 +200,13 @@ def test_options_below_one_are_refused(path, option):
 
 
 def test_columns_the_shards_lack_are_refused_with_what_they_hold(path):
-    with pytest.raises(ConfigError, match="needs the event columns price .* holds action, timestamp_s"):
+    with pytest.raises(ConfigError, match=r"needs the event columns price .* holds action, timestamp_s"):
         TrainStream(make_config(path, columns=("action", "price")), seed=0, rank=0, world_size=1)
 
 
 def test_data_without_two_training_events_of_anyone_is_refused(tmp_path):
     write_data_set(tmp_path, make_chunk([0, 1, 3]))
-    with pytest.raises(DataError, match="no user of .* has two training events"):
+    with pytest.raises(DataError, match=r"no user of .* has two training events"):
         TrainStream(make_config(tmp_path), seed=0, rank=0, world_size=1)
 
 

@@ -142,12 +142,14 @@ def test_a_save_waits_for_the_one_before_and_says_so(tmp_path, caplog):
 
 def test_staging_memory_is_reused_from_save_to_save(tmp_path):
     checkpointer = Checkpointer(Storage(tmp_path), rank=0, world_size=1, attempt="a", keep_last=2)
-    addresses = []
+    addresses = lambda: [buffer.data_ptr() for buffer in checkpointer._buffers.values()]  # noqa: E731
+    checkpointer.prepare(cut(filled(0), 0, 1))
+    prepared = addresses()
     for step in (1, 2):
         checkpointer.save(step, cut(filled(step), 0, 1), rank_state={}, shared_state={})
-        addresses.append([buffer.data_ptr() for buffer in checkpointer._buffers.values()])
-    checkpointer.close()
-    assert addresses[0] == addresses[1]
+        assert addresses() == prepared
+    checkpointer.wait()
+    assert_equal_states(load(Storage(tmp_path)), filled(2))
 
 
 def test_rank_zero_commits_when_the_last_rank_is_done(tmp_path):

@@ -92,7 +92,8 @@ def check_recovery(storage: Storage, least: int, most: int) -> int:
         found = 0
     else:
         found = loaded_value(storage)
-        loaded_value(storage, "best")
+        for step in ("best", *committed_steps(storage)):
+            loaded_value(storage, step)
     assert least <= found <= most
     job = Job(storage, 1, "third", keep_last=1)
     if found:

@@ -1,0 +1,230 @@
+"""Evaluation of a search on held-out items, and recommendations for users; equal at every number of workers."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from cluster.errors import DataError
+from cluster.process import Process
+from data_streams.batch import SequenceBatch
+from data_streams.item_table import ItemTable
+from sharding.collectives import broadcast_json, exchange_integers, gather_on_first
+from trainer.configuration import EvaluationConfig
+from trainer.metrics import (
+    bootstrap_intervals,
+    category_vectors,
+    coverage_at,
+    diversity_at,
+    ndcg_at,
+    novelty_at,
+    recall_at,
+    reciprocal_rank,
+    unit_vectors,
+)
+from trainer.search import Search
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationResult:
+    """What `evaluation.json` holds."""
+
+    split: str
+    num_users: int
+    seen_filtered: bool
+    """Whether items of each user's known past were left out of the ranking."""
+    metrics: Mapping[str, float]
+    """`recall@10` and so on, means over users."""
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """95 % bootstrap interval over users, for the metrics that are means over users."""
+    checkpoint: str | None = None
+    """Name of the evaluated checkpoint."""
+    step: int | None = None
+    """Optimizer steps it was trained for."""
+
+    def to_json(self) -> dict[str, Any]:
+        content = asdict(self)
+        content["intervals"] = {name: list(interval) for name, interval in self.intervals.items()}
+        return content
+
+
+def evaluate(
+    search: Search,
+    batches: Iterable[SequenceBatch],
+    *,
+    empty_batch: SequenceBatch,
+    items: ItemTable,
+    config: EvaluationConfig,
+    split: str,
+    seed: int = 0,
+) -> EvaluationResult:
+    """Rank the held-out item of every user among all items, and look at the recommended lists.
+
+    `batches` are this rank's users; ranks may have different numbers of them. A collective call, whose result is
+    the same on every rank.
+
+    Raises: DataError when there are no users, or one was evaluated twice.
+    """
+    longest = max(config.cutoffs)
+    users, ranks, lists = _rank_users(search, batches, empty_batch, config, k=longest)
+    outcome = None
+    if users is not None:
+        per_user = _rank_metrics(ranks, config.cutoffs) | _list_metrics(lists, config.cutoffs, items)
+        coverage = {f"coverage@{k}": coverage_at(lists, k, search.num_items) for k in config.cutoffs}
+        outcome = {
+            "num_users": len(users),
+            "metrics": _means(per_user) | coverage,
+            "intervals": bootstrap_intervals(per_user, resamples=config.bootstrap_resamples, seed=seed)
+            if config.bootstrap_resamples
+            else {},
+        }
+    outcome = broadcast_json(outcome, search.process)
+    intervals = {name: (low, high) for name, (low, high) in outcome.pop("intervals").items()}
+    return EvaluationResult(split=split, seen_filtered=config.filter_seen, intervals=intervals, **outcome)
+
+
+def validation_metrics(
+    search: Search, batches: Iterable[SequenceBatch], *, empty_batch: SequenceBatch, config: EvaluationConfig
+) -> dict[str, float]:
+    """recall@k, ndcg@k and mrr alone, as needed while training. A collective call, equal on every rank."""
+    users, ranks, _ = _rank_users(search, batches, empty_batch, config, k=0)
+    means = None if users is None else _means(_rank_metrics(ranks, config.cutoffs))
+    return broadcast_json(means, search.process)
+
+
+def recommend(
+    search: Search,
+    batches: Iterable[SequenceBatch],
+    *,
+    k: int,
+    empty_batch: SequenceBatch,
+    filter_seen: bool = True,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """User rows [B], item rows [B, k] and scores [B, k] of this rank's users; every rank must exhaust it.
+
+    Empty slots are -1 with score -inf.
+    """
+    for batch in _in_step(batches, empty_batch, search.process):
+        items, scores = search.recommend(batch, k, filter_seen=filter_seen)
+        if batch.num_users:
+            yield batch.user_ids, items.cpu(), scores.cpu()
+
+
+def recommendation_table(user_ids: Tensor, items: Tensor, scores: Tensor) -> pa.Table:
+    """One row per recommendation: user_row, rank (from 1), item_row, score; empty slots are left out."""
+    rank = torch.arange(1, items.shape[1] + 1).expand_as(items)
+    users = user_ids[:, None].expand_as(items)
+    filled = items >= 0
+    columns = {"user_row": users, "rank": rank, "item_row": items, "score": scores}
+    return pa.table({name: column[filled].numpy() for name, column in columns.items()})
+
+
+def render(results: Mapping[str, EvaluationResult]) -> Table:
+    """A table of the metrics, one column per evaluated system, saying whether seen items were filtered."""
+    first = next(iter(results.values()))
+    seen = "seen items left out" if first.seen_filtered else "seen items not left out"
+    title = f"{first.split} split, {first.num_users:,} users, {seen}; [95 % intervals]"
+    table = Table(title=title.replace("[", "\\["))
+    table.add_column("metric")
+    for name in results:
+        table.add_column(name, justify="right")
+    for metric in first.metrics:
+        table.add_row(metric, *(_cell(result, metric) for result in results.values()))
+    return table
+
+
+def _cell(result: EvaluationResult, metric: str) -> str:
+    value = f"{result.metrics[metric]:.4f}" if metric in result.metrics else ""
+    if metric not in result.intervals:
+        return value
+    low, high = result.intervals[metric]
+    return f"{value} \\[{low:.4f}, {high:.4f}]"
+
+
+def _rank_users(
+    search: Search, batches: Iterable[SequenceBatch], empty_batch: SequenceBatch, config: EvaluationConfig, k: int
+) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
+    """User rows in ascending order, ranks and lists of all users on rank 0; None on the other ranks."""
+    users, ranks, lists = [], [], []
+    for batch in _in_step(batches, empty_batch, search.process):
+        found = search.find(batch, k=k, rank_held_out=True, filter_seen=config.filter_seen)
+        users.append(batch.user_ids)
+        ranks.append(found.ranks)
+        lists.append(found.items if k else found.ranks.new_zeros(batch.num_users, 0, dtype=torch.int64))
+    counts = [count for (count,) in exchange_integers([sum(len(part) for part in users)], search.process)]
+    if not sum(counts):
+        raise DataError(
+            "evaluation needs users with a held-out item, and there are none; build the shards from more events "
+            "or with another split"
+        )
+    own = [torch.cat(parts).cpu() if parts else empty for parts, empty in zip((users, ranks, lists), _nobody(k), strict=True)]
+    gathered = [gather_on_first(values, counts, search.process) for values in own]
+    _check_each_once(gathered[0], search.process)
+    if gathered[0] is None:
+        return None, None, None
+    order = gathered[0].argsort()
+    users, ranks, lists = (values[order].numpy() for values in gathered)
+    return users, ranks, lists
+
+
+def _nobody(k: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0, k, dtype=torch.int64)
+
+
+def _check_each_once(users: Tensor | None, process: Process | None) -> None:
+    doubled = 0 if users is None else len(users) - len(users.unique())
+    ((doubled,), *_) = exchange_integers([doubled], process)
+    if doubled:
+        raise DataError(
+            f"every user must be evaluated once, and {doubled} were evaluated more often; deal the users of the split "
+            "to the workers without overlap"
+        )
+
+
+def _in_step(
+    batches: Iterable[SequenceBatch], empty_batch: SequenceBatch, process: Process | None
+) -> Iterator[SequenceBatch]:
+    """This rank's batches, then empty ones until all ranks are through, so that every collective is matched."""
+    iterator = iter(batches)
+    while True:
+        batch = next(iterator, None)
+        if not any(more for (more,) in exchange_integers([int(batch is not None)], process)):
+            return
+        yield empty_batch if batch is None else batch
+
+
+def _rank_metrics(ranks: np.ndarray, cutoffs: tuple[int, ...]) -> dict[str, np.ndarray]:
+    per_user = {}
+    for k in cutoffs:
+        per_user[f"recall@{k}"] = recall_at(ranks, k)
+        per_user[f"ndcg@{k}"] = ndcg_at(ranks, k)
+    return per_user | {"mrr": reciprocal_rank(ranks)}
+
+
+def _list_metrics(lists: np.ndarray, cutoffs: tuple[int, ...], items: ItemTable) -> dict[str, np.ndarray]:
+    """Novelty, and diversity where items have embeddings or else categories."""
+    per_user = {f"novelty@{k}": novelty_at(lists, k, items.train_counts) for k in cutoffs}
+    if items.embeddings is not None:
+        # Only the recommended items' vectors are read: the matrix may be far larger than memory.
+        shown, lists = _renumbered(lists)
+        vectors = unit_vectors(items.embeddings[shown])
+    elif items.categories is not None:
+        vectors = category_vectors(items.categories)
+    else:
+        return per_user
+    return per_user | {f"diversity@{k}": diversity_at(lists, k, vectors) for k in cutoffs}
+
+
+def _renumbered(lists: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct items of all lists, and the lists as indices into them; empty slots stay -1."""
+    shown = np.unique(lists[lists >= 0])
+    return shown, np.where(lists >= 0, np.searchsorted(shown, lists), -1)
+
+
+def _means(per_user: Mapping[str, np.ndarray]) -> dict[str, float]:
+    return {name: float(values.mean()) for name, values in per_user.items()}

@@ -1,0 +1,158 @@
+"""What a run keeps between starts: saving all of it as one checkpoint, and bringing it back at any world size."""
+
+import logging
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from cluster.errors import CheckpointError
+from cluster.storage import Storage
+from data_streams.stream import Position, merge_positions
+from sharding.state import Piece
+from sharding.tables import EmbeddingTables
+from trainer.assembly import Assembly, describe_model
+from trainer.checkpoint import Checkpointer
+from trainer.checkpoint_reader import CheckpointReader
+from trainer.fingerprint import compare_fingerprint, model_fingerprint
+from trainer.plain_engine import named_trainable
+
+logger = logging.getLogger(__name__)
+
+_ROWS_AT_A_TIME = 65_536
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far a run has come; `position` is this rank's, everything else is the same on all ranks."""
+
+    step: int = 0
+    """Optimizer steps taken."""
+    epoch: int = 0
+    position: Position | None = None
+    """Where the streams stand inside the epoch; None at its beginning."""
+    best: float | None = None
+    """Best value of the selection metric so far."""
+    best_step: int | None = None
+    validations_without_gain: int = 0
+    status: str = "running"
+
+    def shared(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "position"}
+
+
+def fingerprint(assembly: Assembly, engine) -> dict[str, Any]:
+    shapes = {piece.name: piece.global_shape for piece in assembly.tables.pieces()}
+    shapes |= {f"dense/{name}": tuple(shape) for name, shape in engine.dense_shapes().items()}
+    return model_fingerprint(_whole_shapes(assembly, shapes), describe_model(assembly.config, assembly.items))
+
+
+def _whole_shapes(assembly: Assembly, shapes: dict) -> dict:
+    """Rank-independent: a rank that holds no row of a table names it all the same."""
+    tables = {f"table/{spec.name}": (spec.hash_rows or spec.num_rows, spec.dim) for spec in assembly.model.tables()}
+    return {**{name: shape for name, shape in shapes.items() if name.startswith("dense/")}, **tables}
+
+
+def save_progress(
+    checkpointer: Checkpointer, assembly: Assembly, engine, progress: Progress, config: dict, *, best: bool
+) -> None:
+    """Stage this rank's state and let it be written in the background; a collective call."""
+    checkpointer.save(
+        progress.step,
+        [*assembly.tables.pieces(), *engine.pieces()],
+        rank_state={"position": progress.position},
+        shared_state={
+            "progress": progress.shared(),
+            "fingerprint": fingerprint(assembly, engine),
+            "dense_shapes": {name: list(shape) for name, shape in engine.dense_shapes().items()},
+            "config": config,
+        },
+        best=best,
+    )
+
+
+def restore_progress(reader: CheckpointReader, assembly: Assembly, engine) -> Progress:
+    """Fill tables, weights and optimizer state, and say where the run stands.
+
+    Raises: CheckpointError if the checkpoint belongs to another model, listing what differs.
+    """
+    compare_fingerprint(reader.shared_state["fingerprint"], fingerprint(assembly, engine))
+    progress = Progress(**reader.shared_state["progress"])
+    for piece in [*assembly.tables.pieces(), *engine.pieces()]:
+        reader.read_into(piece.name, piece.start, piece.tensor)
+    engine.restore(lambda name: _read_whole(reader, name), progress.step)
+    positions = [state["position"] for state in reader.rank_states if state["position"]]
+    progress.position = merge_positions(positions) if positions else None
+    logger.info(
+        "Going on from step %d of epoch %d, saved by %d workers.",
+        progress.step,
+        progress.epoch + 1,
+        reader.world_size,
+    )
+    return progress
+
+
+def load_weights(reader: CheckpointReader, assembly: Assembly) -> None:
+    """Tables and dense weights for evaluation and serving, without an engine."""
+    _load_dense(reader, assembly)
+    for piece in assembly.tables.pieces():
+        reader.read_into(piece.name, piece.start, piece.tensor)
+
+
+def initialise_from(reader: CheckpointReader, saved_items: pl.Series, assembly: Assembly) -> None:
+    """Take the weights, and nothing else, of another run; must precede the engine.
+
+    Items are matched by their raw ids: rows of items the other run did not have keep their initial values.
+
+    Raises: CheckpointError if the dense part has another shape.
+    """
+    _load_dense(reader, assembly)
+    new_rows = _new_rows_of_saved(saved_items, assembly.items.item_ids)
+    logger.info(
+        "Weights from step %d: %d of %d items were known to it.",
+        reader.step,
+        int((new_rows >= 0).sum()),
+        assembly.items.num_items,
+    )
+    for piece in assembly.tables.pieces():
+        spec = assembly.tables.specs[piece.name.split("/", 1)[1]]
+        if not piece.name.startswith("table/"):
+            continue
+        if spec.hash_rows:
+            reader.read_into(piece.name, piece.start, piece.tensor)
+        else:
+            _copy_known_rows(reader, piece, new_rows)
+
+
+def _new_rows_of_saved(saved: pl.Series, current: pl.Series) -> np.ndarray:
+    """Row in this run of every saved item. Shapes: [saved N] int64, -1 where this run lacks it."""
+    known = pl.DataFrame({"id": current.cast(pl.String)}).with_row_index("row")
+    joined = pl.DataFrame({"id": saved.cast(pl.String)}).join(known, on="id", how="left", maintain_order="left")
+    return joined["row"].cast(pl.Int64).fill_null(-1).to_numpy()
+
+
+def _copy_known_rows(reader: CheckpointReader, piece: Piece, new_rows: np.ndarray) -> None:
+    stop = piece.start + piece.tensor.shape[0]
+    for first in range(0, len(new_rows), _ROWS_AT_A_TIME):
+        targets = new_rows[first : first + _ROWS_AT_A_TIME]
+        own = np.flatnonzero((targets >= piece.start) & (targets < stop))
+        if len(own):
+            rows = reader.read_rows(piece.name, first, first + len(targets))
+            piece.tensor[targets[own] - piece.start] = rows[own].to(piece.tensor.device)
+
+
+def _load_dense(reader: CheckpointReader, assembly: Assembly) -> None:
+    for name, parameter in named_trainable(assembly.model):
+        saved = reader.shared_state["dense_shapes"].get(name)
+        if saved != list(parameter.shape):
+            raise CheckpointError(
+                f"the weights of {name} must have shape {list(parameter.shape)}, the checkpoint has {saved}; "
+                "give the model options the checkpoint was trained with"
+            )
+        parameter.data.copy_(_read_whole(reader, f"dense/{name}").view(parameter.shape))
+
+
+def _read_whole(reader: CheckpointReader, name: str):
+    (length, *_), _ = reader.tensors[name]
+    return reader.read_rows(name, 0, length)

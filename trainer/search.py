@@ -1,0 +1,104 @@
+"""How a trained model is asked: `recommend` and `score`, whatever search stands behind them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cluster.errors import DataError
+from cluster.process import Process
+from data_streams.batch import SequenceBatch
+from data_streams.jagged import Jagged
+from models.recommender import Retriever
+from models.tables import Lookup
+from sharding.item_index import Found, ItemIndex, best_of_scores, evaluating, rank_in_scores
+
+Scorer = Callable[[SequenceBatch], Tensor]
+"""Scores of all items for each user of a batch. Shapes: [B, N] fp32."""
+
+
+class Search(ABC):
+    """Finds items for the users of a batch (on the host); every method is a collective over all ranks."""
+
+    num_items: int
+    process: Process | None
+
+    @abstractmethod
+    def find(self, batch: SequenceBatch, *, k: int, rank_held_out: bool, filter_seen: bool) -> Found:
+        """The k best items of each user (none for k = 0) and, where asked for, the rank of the held-out one."""
+
+    @abstractmethod
+    def score(self, batch: SequenceBatch, candidates: Tensor) -> Tensor:
+        """Scores of given items. Shapes: candidates [B, C] item rows, -1 for none -> [B, C] fp32, -inf for none."""
+
+    def recommend(self, batch: SequenceBatch, k: int, *, filter_seen: bool = True) -> tuple[Tensor, Tensor]:
+        """The k best items of each user. Shapes: items [B, k], scores [B, k]; empty slots -1 with score -inf."""
+        found = self.find(batch, k=k, rank_held_out=False, filter_seen=filter_seen)
+        return found.items, found.scores
+
+
+class RetrievalSearch(Search):
+    """Exact search over the vectors of all items, computed once; valid until the model is trained further."""
+
+    def __init__(self, model: Retriever, lookup: Lookup, index: ItemIndex):
+        self.model, self.lookup, self.index = model, lookup, index
+        self.num_items, self.process = index.num_items, index.process
+
+    @staticmethod
+    def build(
+        model: Retriever, lookup: Lookup, *, num_items: int, device: torch.device, process: Process | None = None
+    ) -> "RetrievalSearch":
+        index = ItemIndex.build(model, lookup, num_items=num_items, device=device, process=process)
+        return RetrievalSearch(model, lookup, index)
+
+    def find(self, batch: SequenceBatch, *, k: int, rank_held_out: bool, filter_seen: bool) -> Found:
+        device = self.index.device
+        exclude = _seen(batch).to(device) if filter_seen else None
+        targets = batch.held_out.to(device) if rank_held_out else None
+        return self.index.find(self._queries(batch), exclude, k=k, targets=targets)
+
+    def score(self, batch: SequenceBatch, candidates: Tensor) -> Tensor:
+        queries = self._queries(batch)
+        with evaluating(self.model):
+            ids = self.model.item_ids(candidates.clamp(min=0).flatten())
+            vectors = self.model.item_vectors(self.lookup(ids)[next(iter(ids))]).float()
+        scores = torch.einsum("bd,bcd->bc", queries, vectors.view(*candidates.shape, -1))
+        return scores.masked_fill(candidates.to(scores.device) < 0, float("-inf"))
+
+    def _queries(self, batch: SequenceBatch) -> Tensor:
+        with evaluating(self.model):
+            rows = self.lookup(self.model.query_ids(batch))
+            return self.model.query(rows, batch.to(self.index.device)).float()
+
+
+class ScorerSearch(Search):
+    """Ranks whatever a function scores for all items; on one process."""
+
+    process = None
+
+    def __init__(self, scorer: Scorer, num_items: int):
+        self.scorer, self.num_items = scorer, num_items
+
+    def find(self, batch: SequenceBatch, *, k: int, rank_held_out: bool, filter_seen: bool) -> Found:
+        scores = self.scorer(batch).float()
+        exclude = _seen(batch) if filter_seen else None
+        ranks = rank_in_scores(scores, batch.held_out, exclude) if rank_held_out else None
+        if exclude is not None:
+            scores = scores.index_put((exclude.row_index(), exclude.values), torch.tensor(float("-inf")))
+        items, best = best_of_scores(scores, k) if k else (None, None)
+        return Found(items=items, scores=best, ranks=ranks)
+
+    def score(self, batch: SequenceBatch, candidates: Tensor) -> Tensor:
+        scores = self.scorer(batch).float().gather(1, candidates.clamp(min=0))
+        return scores.masked_fill(candidates < 0, float("-inf"))
+
+
+def _seen(batch: SequenceBatch) -> Jagged:
+    if batch.seen is None:
+        raise DataError(
+            "leaving out seen items needs batches that hold each user's whole known past (`seen`), and this one does "
+            "not; read them with EvaluationStream or set evaluation.filter_seen to false"
+        )
+    return batch.seen

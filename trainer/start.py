@@ -1,0 +1,176 @@
+"""From a configuration to a job ready to train: built, placed, restored or initialised from another run."""
+
+import dataclasses
+import io
+import logging
+import secrets
+from typing import Any
+
+import polars as pl
+
+from cluster.errors import CheckpointError, ConfigError, PlanError
+from cluster.process import Process
+from cluster.reporter import Reporter
+from cluster.storage import Storage
+from data_streams.item_table import ITEMS_NAME
+from data_streams.stream import TrainStream
+from sharding.plan import render_plan
+from trainer.assembly import Assembly, agree_on, assemble
+from trainer.audit import AuditLog, next_attempt
+from trainer.checkpoint import Checkpointer
+from trainer.checkpoint_layout import latest_step
+from trainer.checkpoint_reader import CheckpointReader
+from trainer.configuration import PretrainConfig, TrainConfig
+from trainer.dense_engine import DenseEngine
+from trainer.learner import Learner
+from trainer.metric_log import MetricLog
+from trainer.pretrain import CheckpointClock, Job, train
+from trainer.run_state import Progress, initialise_from, restore_progress
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+
+
+def pretrain(
+    process: Process, config: PretrainConfig, config_document: dict[str, Any], reporter: Reporter
+) -> dict[str, Any]:
+    """A worker's whole life; a collective call.
+
+    Returns the status ("finished" or "stopped"), the last and the best step, and the best selection metric.
+    """
+    check(config)
+    storage = Storage(config.run_dir)
+    stream = TrainStream(
+        config.data, seed=config.seed, rank=process.rank, world_size=process.world_size
+    )
+    assembly = assemble(config, process)
+    saved_step = agree_on(_saved_step(storage), process)
+    if saved_step < 0 and config.init_from:
+        _initialise(config.init_from, assembly)
+    learner, engine = make_learner(assembly)
+    progress = Progress()
+    if saved_step >= 0:
+        reader = CheckpointReader(Storage(storage.path(CHECKPOINTS)), saved_step)
+        progress = restore_progress(reader, assembly, engine)
+        _reopen(progress, config.train)
+    if process.rank == 0:
+        _describe_run(storage, assembly, config)
+    attempt = _attempt(storage, process)
+    job = Job(
+        config=config,
+        config_document=config_document,
+        process=process,
+        reporter=reporter,
+        storage=storage,
+        assembly=assembly,
+        stream=stream,
+        learner=learner,
+        engine=engine,
+        checkpointer=Checkpointer(
+            Storage(storage.path(CHECKPOINTS)),
+            rank=process.rank,
+            world_size=process.world_size,
+            attempt=attempt,
+            keep_last=config.train.keep_last,
+        ),
+        audit=AuditLog(
+            storage, attempt=attempt, rank=process.rank, first_step=progress.step, enabled=config.train.audit
+        ),
+        metric_log=_metric_log(config, config_document, progress) if process.rank == 0 else None,
+        progress=progress,
+        clock=CheckpointClock(config.train.checkpoint_every_s, progress.step),
+    )
+    return train(job)
+
+
+def check(config: PretrainConfig) -> None:
+    """What can be known to fail before any worker is started.
+
+    Raises: ConfigError naming the option.
+    """
+    for name in ("epochs", "micro_batches", "keep_last"):
+        value = getattr(config.train, name)
+        if value < 1:
+            raise ConfigError(f"train.{name.replace('_', '-')} must be at least 1, got {value}")
+    cutoffs = [f"{metric}@{k}" for metric in ("recall", "ndcg") for k in config.evaluation.cutoffs]
+    if config.train.selection_metric not in (*cutoffs, "mrr"):
+        raise ConfigError(
+            f"train.selection-metric must be one of {', '.join(cutoffs)}, mrr; got {config.train.selection_metric}"
+        )
+    if config.cluster.workers > config.data.num_streams:
+        raise ConfigError(
+            f"data.num-streams must be at least cluster.workers ({config.cluster.workers}), got "
+            f"{config.data.num_streams}; it is a property of the run, so choose it for the largest cluster"
+        )
+
+
+def make_learner(assembly: Assembly) -> tuple[Learner, DenseEngine]:
+    """Wrap the dense part in the engine, and prove that this left the tables alone."""
+    before = assembly.tables.checksums()
+    module = assembly.module()
+    engine = DenseEngine(module, assembly.config.train, assembly.process)
+    changed = [name for name, value in assembly.tables.checksums().items() if value != before[name]]
+    if changed:
+        raise PlanError(
+            f"table rows must lie outside of the module that DeepSpeed wraps, yet starting it changed {changed}; "
+            "no table may be a parameter of the model"
+        )
+    process = assembly.process
+    learner = Learner(
+        module,
+        engine,
+        assembly.tables,
+        seed=assembly.config.seed,
+        rank=process.rank,
+        world_size=process.world_size,
+    )
+    return learner, engine
+
+
+def _saved_step(storage: Storage) -> int:
+    step = latest_step(Storage(storage.path(CHECKPOINTS)))
+    return -1 if step is None else step
+
+
+def _initialise(source: str, assembly: Assembly) -> None:
+    run = Storage(source)
+    if not run.exists(ITEMS_NAME):
+        raise CheckpointError(
+            f"--init-from needs the directory of a run with {ITEMS_NAME} and a checkpoint; {source} has none"
+        )
+    saved_items = pl.read_parquet(io.BytesIO(run.read(ITEMS_NAME)))["item_id"]
+    initialise_from(CheckpointReader(Storage(run.path(CHECKPOINTS)), "best"), saved_items, assembly)
+
+
+def _reopen(progress: Progress, config: TrainConfig) -> None:
+    """A run that ended may go on when its limits were raised."""
+    over = progress.epoch >= config.epochs
+    over |= config.max_steps is not None and progress.step >= config.max_steps
+    over |= config.patience is not None and progress.validations_without_gain > config.patience
+    progress.status = "finished" if over else "running"
+
+
+def _describe_run(storage: Storage, assembly: Assembly, config: PretrainConfig) -> None:
+    """Keep the plan and the items beside the checkpoints, so that a run explains itself."""
+    plan = render_plan(assembly.tables.placements)
+    for line in plan.splitlines():
+        logger.info(line)
+    storage.write("plan.txt", plan.encode())
+    if not storage.exists(ITEMS_NAME):
+        storage.write(ITEMS_NAME, Storage(config.data.path).read(ITEMS_NAME))
+
+
+def _attempt(storage: Storage, process: Process) -> str:
+    """A name for this start: numbered, so that audits can order them, and never used twice."""
+    number = agree_on(next_attempt(storage) if process.rank == 0 else 0, process)
+    return f"{number:04d}-{agree_on(secrets.randbits(48), process):012x}"
+
+
+def _metric_log(config: PretrainConfig, document: dict[str, Any], progress: Progress) -> MetricLog:
+    return MetricLog(config.run_dir, config.log, document, resume_step=progress.step)
+
+
+def with_run_dir(config: PretrainConfig) -> PretrainConfig:
+    """The configuration with its run directory spelled out."""
+    return config if config.run_dir else dataclasses.replace(config, run_dir=f"runs/{config.recipe}")
