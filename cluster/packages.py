@@ -37,9 +37,9 @@ def check_same(driver_root: Path, driver_fingerprint: str) -> None:
     if fingerprint() != driver_fingerprint:
         places = sorted({str(folder.parent) for folder in folders.values()})
         raise ClusterError(
-            f"every worker must run the code of the driver at {driver_root}, and this worker finds another one "
-            f"in {', '.join(places)}; install the same version everywhere, or remove the second copy from "
-            "PYTHONPATH"
+            f"every worker must run the code of the driver at {driver_root}, and this worker finds another "
+            f"one in {', '.join(places)}; install the same version everywhere, or remove the second copy "
+            "from PYTHONPATH"
         )
 
 

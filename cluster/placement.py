@@ -61,7 +61,8 @@ def place(
             remove_placement_group(group)
             raise ClusterError(
                 f"{workers} workers with {bundle} each were to be placed within {timeout_s:.0f} s, and after "
-                f"{now - begun:.0f} s the cluster has {has}; ask for fewer with --cluster.workers, or add machines"
+                f"{now - begun:.0f} s the cluster has {has}; ask for fewer with --cluster.workers, or add "
+                "machines"
             )
         if now - reported >= _REPORT_WAITING_S:
             reported = now

@@ -65,8 +65,8 @@ class Pool:
     def map(self, items: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         """(index of the item, result) in the order of completion; at most one item per member is taken ahead.
 
-        Raises: the function's own error; ClusterError if members die more often than `max_deaths`, or one item
-        kills three of them.
+        Raises: the function's own error; ClusterError if members die more often than `max_deaths`, or one
+        item kills three of them.
         """
         source, again = enumerate(items), deque[tuple[int, Any]]()
         idle, busy = list(range(len(self.members))), {}
@@ -104,7 +104,8 @@ class Pool:
         logger.warning("pool member %d died with item %d: %s; replacing it", slot, index, death_cause(error))
         if item_deaths >= _ITEM_DEATHS or self.deaths > self.max_deaths:
             raise ClusterError(
-                f"pool members must outlive their items, and {self.deaths} have died, {item_deaths} of them with "
-                f"item {index}: {death_cause(error)}; look at that item and at the memory of the machines"
+                f"pool members must outlive their items, and {self.deaths} have died, {item_deaths} of them "
+                f"with item {index}: {death_cause(error)}; look at that item and at the memory of the "
+                "machines"
             ) from error
         self.members[slot] = self._member(slot)

@@ -90,7 +90,8 @@ def loopback_interface() -> str:
         if any(entry.family == socket.AF_INET and entry.address.startswith("127.") for entry in addresses):
             return name
     raise ClusterError(
-        "processes of one machine speak over its loopback interface (127.0.0.1), and there is none; bring it up"
+        "processes of one machine speak over its loopback interface (127.0.0.1), and there is none; bring "
+        "it up"
     )
 
 

@@ -23,8 +23,8 @@ _OBJECT_STORE_BYTES = 256 * 2**20
 def start_ray(config: ClusterConfig, num_cpus: int | None = None) -> None:
     """Make sure that Ray runs: embedded in this job on this machine, or joined at `config.address`.
 
-    An embedded Ray has a core for every worker asked for, more than the machine has where need be; it ends with
-    this process, however this process ends. Calling again is free.
+    An embedded Ray has a core for every worker asked for, more than the machine has where need be; it ends
+    with this process, however this process ends. Calling again is free.
 
     Raises: ClusterError if the cluster at `config.address` does not answer or refuses the token.
     """
@@ -45,8 +45,9 @@ def _start_embedded(num_cpus: int) -> None:
         logger.warning(
             "%d cores were asked for, this machine has %d: workers share", num_cpus, usable_cores()
         )
-    # The token lives in the environment of this process and its children only. Ray 2.60 turns authentication on
-    # by itself where the mode is not set; setting it here would be too late, it is read when ray is imported.
+    # The token lives in the environment of this process and its children only. Ray 2.60 turns authentication
+    # on by itself where the mode is not set; setting it here would be too late, it is read when ray is
+    # imported.
     os.environ.pop("RAY_AUTH_MODE", None)
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -79,8 +80,9 @@ def _join(address: str) -> None:
         )
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         raise ClusterError(
-            f"a Ray cluster was expected at --cluster.address {address}, and it cannot be joined ({error}); look "
-            "whether it runs (`ray status`) and whether RAY_AUTH_TOKEN or ~/.ray/auth_token holds its token"
+            f"a Ray cluster was expected at --cluster.address {address}, and it cannot be joined ({error}); "
+            "look whether it runs (`ray status`) and whether RAY_AUTH_TOKEN or ~/.ray/auth_token holds its "
+            "token"
         ) from error
     logger.info("joined the Ray cluster at %s: %d hosts, %s", address, num_hosts(), ray.cluster_resources())
 
@@ -95,8 +97,8 @@ def _worker_environment() -> dict[str, str]:
 def _in_own_process_group() -> Iterator[None]:
     """Processes started inside do not get the signals that a shell or `timeout` sends to this job's group.
 
-    Ray's daemons would end at such a SIGTERM, and the workers with them, before they have saved. Nothing changes
-    where this process leads its group.
+    Ray's daemons would end at such a SIGTERM, and the workers with them, before they have saved. Nothing
+    changes where this process leads its group.
     """
     group = os.getpgrp()
     if group == os.getpid():

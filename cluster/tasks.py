@@ -26,7 +26,8 @@ def run_tasks(
     description: str,
     config: ClusterConfig | None = None,
 ) -> Iterator[Any]:
-    """Call `function(argument)` for each argument on the cluster; yield results as they complete, in any order.
+    """Call `function(argument)` for each argument on the cluster; yield results as they complete, in any
+    order.
 
     At most one task more than fit at once is in flight, so results do not pile up in memory. A task whose
     worker dies is run again by Ray.

@@ -126,12 +126,12 @@ def run_gang(
 ) -> Any:
     """Call `function(process, *arguments, reporter)` on `config.workers` processes; return rank 0's result.
 
-    When a worker dies the whole gang is started again, at most `config.max_restarts` times; the function goes on
-    from its own checkpoint. Log records of the workers are shown here, other events go to `on_event`. Returns
-    None where a stop was requested and the gang had not started or had died.
+    When a worker dies the whole gang is started again, at most `config.max_restarts` times; the function
+    goes on from its own checkpoint. Log records of the workers are shown here, other events go to
+    `on_event`. Returns None where a stop was requested and the gang had not started or had died.
 
-    Raises: the workers' own GrailError; ClusterError if there is no room or workers die too often; RuntimeError
-    with the worker's traceback for any other error.
+    Raises: the workers' own GrailError; ClusterError if there is no room or workers die too often;
+    RuntimeError with the worker's traceback for any other error.
     """
     start_ray(config)
     stop = stop or StopSignal()
@@ -151,8 +151,9 @@ def run_gang(
             break
         if not restart or restarts >= config.max_restarts:
             raise ClusterError(
-                f"the {config.workers} workers must live to the end of the run, and {cause}, after {restarts} "
-                f"restarts; look into {run_dir}/logs, and start again to go on from the latest checkpoint"
+                f"the {config.workers} workers must live to the end of the run, and {cause}, after "
+                f"{restarts} restarts; look into {run_dir}/logs, and start again to go on from the latest "
+                "checkpoint"
             )
         restarts += 1
         logger.warning(
@@ -282,8 +283,8 @@ class _Gang:
             raise _WorkerDied(f"a worker died while starting: {death_cause(error)}") from error
         except GetTimeoutError as error:
             raise ClusterError(
-                f"{len(references)} workers were to start within {self.config.start_timeout_s:.0f} s and did not; "
-                "look at the load of the machine, or raise --cluster.start-timeout-s"
+                f"{len(references)} workers were to start within {self.config.start_timeout_s:.0f} s and "
+                "did not; look at the load of the machine, or raise --cluster.start-timeout-s"
             ) from error
 
 

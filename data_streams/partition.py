@@ -158,13 +158,12 @@ def gather(task: GatherTask) -> Gathered:
     events = _with_item_rows(events, read_parquet(storage, ITEM_INDEX), task, counters)
     order = "order" if "order" in events.columns else "timestamp_s"
     events = events.sort("user_hash", "user_id", order, maintain_order=True)
-    events = _limit_lengths(events, task, counters)
+    events = _limit_lengths(_drop_unsorted(events, task, counters), task, counters)
     users = events.group_by("user_id", maintain_order=True).len("length")
     offsets = offsets_of(users["length"])
     positive = events["action"].ne(schema.EXPOSURE).to_numpy()
     columns = _shard_columns(events, task.actions)
     times = columns["timestamp_s"].to_numpy() if "timestamp_s" in columns.columns else None
-    _count_unsorted(times, offsets, counters)
     split = task.split.apply(offsets, positive, times)
     users = users.with_columns(train_end=split.train_end, valid_at=split.valid_at, test_at=split.test_at)
     trained = positive & (np.arange(len(events)) < np.repeat(offsets[:-1] + split.train_end, np.diff(offsets)))
@@ -229,12 +228,20 @@ def _shard_columns(events: pl.DataFrame, actions: tuple[str, ...]) -> pl.DataFra
     return columns.with_columns(pl.all().fill_null(schema.MISSING)).cast(types)
 
 
-def _count_unsorted(times: np.ndarray | None, offsets: np.ndarray, counters: Counter) -> None:
-    if times is None or len(times) < 2:
-        return
-    earlier = np.diff(times) < 0
-    earlier[offsets[1:-1] - 1] = False
-    counters["events earlier than the one before them"] += int(earlier.sum())
+def _drop_unsorted(events: pl.DataFrame, task: GatherTask, counters: Counter) -> pl.DataFrame:
+    """An order column must not contradict the times: what is said to come later must not be earlier."""
+    if not {"order", "timestamp_s"} <= set(events.columns):
+        return events
+    early = pl.col("timestamp_s") < pl.col("timestamp_s").cum_max().over("user_id")
+    kept = events.filter(~early)
+    if kept.height < events.height and task.on_bad_row == "fail":
+        raise DataError(
+            f"the order column must not contradict the times; {events.height - kept.height} events are earlier than "
+            f"one before them, such as {events.filter(early).select('user_id', 'item_id').row(0, named=True)}; "
+            "order by time (leave --order-column out) or leave these events out with --on-bad-row skip"
+        )
+    counters["events earlier than one before them"] += events.height - kept.height
+    return kept
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -162,13 +162,13 @@ class _Crowd:
     def _look_at(self, state: UserStates, kind: np.ndarray, where: np.ndarray, which: np.ndarray) -> np.ndarray:
         """Items from the exposure policy. Shapes: [B, LOOKS_PER_PAGE] uniform draws -> items."""
         catalogue, rows = self.catalogue, np.arange(len(kind))[:, None]
-        home = np.minimum((where - FOCUS_SHARE) / (1 - FOCUS_SHARE) * NUM_HOMES, NUM_HOMES - 1).astype(int)
-        cluster = np.where(where < FOCUS_SHARE, state.focus[:, None], state.homes[rows, np.maximum(home, 0)])
-        members = catalogue.members[cluster]
-        desire = np.exp(TASTE_SHARPNESS * np.einsum("blmd,bd->blm", catalogue.style[members], state.taste))
+        members = catalogue.members[np.column_stack([state.focus, state.homes])]
+        desire = np.exp(TASTE_SHARPNESS * np.einsum("bcmd,bd->bcm", catalogue.style[members], state.taste))
         upto = np.cumsum(desire * (members >= 0), axis=-1)
-        place = (upto < which[:, :, None] * upto[:, :, -1:]).sum(-1)
-        near = np.take_along_axis(members, place[:, :, None], axis=-1)[:, :, 0]
+        home = 1 + ((where - FOCUS_SHARE) / (1 - FOCUS_SHARE) * NUM_HOMES).astype(int)
+        chosen = np.where(where < FOCUS_SHARE, 0, np.minimum(home, NUM_HOMES))
+        place = (upto[rows, chosen] < (which * upto[rows, chosen, -1])[:, :, None]).sum(-1)
+        near = members[rows, chosen, place]
         num_items = len(catalogue.cluster)
         popular = np.minimum(np.searchsorted(self.popularity_upto, which), num_items - 1)
         anything = (which * num_items).astype(int)

@@ -73,7 +73,12 @@ class ItemIndex:
 
     @staticmethod
     def build(
-        model: Retriever, lookup: Lookup, *, num_items: int, device: torch.device, process: Process | None = None
+        model: Retriever,
+        lookup: Lookup,
+        *,
+        num_items: int,
+        device: torch.device,
+        process: Process | None = None,
     ) -> "ItemIndex":
         """Look up all items and compute their vectors, each rank its own."""
         start, stop = _own_range(num_items, process)
@@ -112,7 +117,9 @@ class ItemIndex:
         Cost: all-gathers of queries and excluded items; an all-to-all of k numbers per query and rank; all-reduces
         of the targets' vectors and of one number per query.
         """
-        sizes = exchange_integers([queries.shape[0], 0 if exclude is None else exclude.values.shape[0]], self.process)
+        sizes = exchange_integers(
+            [queries.shape[0], 0 if exclude is None else exclude.values.shape[0]], self.process
+        )
         counts = [size[0] for size in sizes]
         every_query = gather_rows(queries.float(), counts)
         bad = int((~every_query.isfinite().all(1)).sum())
@@ -127,7 +134,9 @@ class ItemIndex:
         above = own_rows(sum_over_ranks(above, self.world_size), counts, self.rank)
         return Found(items=items, scores=scores, ranks=(1 + above.double() / 2).float())
 
-    def _scan(self, queries: Tensor, excluded: "_Cells", k: int, targets: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _scan(
+        self, queries: Tensor, excluded: "_Cells", k: int, targets: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Best keys [Q, k] among own items, and twice the places they push each target down [Q]."""
         chunks = _in_blocks(queries, QUERY_ROWS)
         num_rows = chunks.shape[0] * QUERY_ROWS
@@ -259,10 +268,13 @@ def _encode(scores: Tensor, first_item: int) -> Tensor:
     The bits of an fp32 number, read as an integer, sort like the number itself once those of negative ones are
     turned around. The lower half holds the item row, inverted. Adding zero makes -0.0 equal to 0.0.
     """
+    # In place: the matrix is large, and memory that is new each time costs more than the arithmetic.
     bits = (scores + 0.0).view(torch.int32)
-    ordered = bits ^ ((bits >> 31) & _MAGNITUDE_MASK)
-    items = torch.arange(first_item, first_item + scores.shape[1], device=scores.device)
-    return (ordered.long() << 32).bitwise_or_(_ROW_MASK - items)
+    bits ^= (bits >> 31).bitwise_and_(_MAGNITUDE_MASK)
+    keys = bits.long()
+    keys <<= 32
+    keys |= _ROW_MASK - torch.arange(first_item, first_item + scores.shape[1], device=scores.device)
+    return keys
 
 
 def _decode(keys: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from models.kernels.cross_entropy import matmul_dtype
+
 from sharding.collectives import gather_rows, own_rows
 
 BLOCK_COLUMNS = 8192
@@ -35,9 +37,14 @@ class _ParallelCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, queries: Tensor, candidates: Tensor, targets: Tensor, counts: tuple[int, ...], first_candidate: int
+        ctx,
+        queries: Tensor,
+        candidates: Tensor,
+        targets: Tensor,
+        counts: tuple[int, ...],
+        first_candidate: int,
     ) -> Tensor:
-        dtype = _matmul_dtype(queries)
+        dtype = matmul_dtype(queries)
         every_query = gather_rows(queries, counts).to(dtype)
         columns = gather_rows(targets, counts) - first_candidate
         candidates = candidates.to(dtype)
@@ -77,12 +84,6 @@ class _ParallelCrossEntropy(torch.autograd.Function):
         dist.all_reduce(query_gradient)
         own = own_rows(query_gradient, ctx.counts, dist.get_rank()).to(query_dtype)
         return own, candidate_gradient, None, None, None
-
-
-def _matmul_dtype(queries: Tensor) -> torch.dtype:
-    """The autocast dtype where autocast is on; a custom function has to apply it by itself."""
-    device = queries.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else queries.dtype
 
 
 def _blocks(candidates: Tensor):

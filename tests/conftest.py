@@ -22,7 +22,7 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of the public data sets beside the checkout; tests that need it are skipped where it is absent."""
+    """Folder of public data sets beside the checkout; tests that need it are skipped where it is absent."""
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no public data at {SHARED_DATA}")
     return SHARED_DATA

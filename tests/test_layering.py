@@ -5,11 +5,14 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.source_tree import LAYERS, ROOT, dotted_name, imports, is_within, sources
 
 DEEPSPEED_FILES = {"trainer/dense_engine.py", "sharding/experts.py"}
 ACTOR_FILE = "cluster/placement.py"
 TASK_FILE = "cluster/tasks.py"
+PLACING_MODULES = ("ray.remote", "ray.actor", "ray.util.placement_group", "ray.util.scheduling_strategies")
 BATCH_TYPES = ("data_streams.jagged", "data_streams.batch")
 HEAVY_MODULES = ("ray", "deepspeed", "torchrec", "fbgemm_gpu")
 
@@ -58,7 +61,7 @@ def test_only_sharding_touches_torchrec():
 
 def test_two_files_touch_deepspeed():
     users = {path for path, _, module in imports_of(*LAYERS) if is_within(module, "deepspeed")}
-    assert users <= DEEPSPEED_FILES, f"only {sorted(DEEPSPEED_FILES)} may import deepspeed, and {sorted(users)} do"
+    assert users <= DEEPSPEED_FILES, f"only {DEEPSPEED_FILES} may import deepspeed, and {users} do"
 
 
 def test_only_data_streams_touches_tar_shards():
@@ -83,14 +86,28 @@ def test_one_file_places_ray_actors():
 def placements(tree: ast.Module, path: str):
     """Uses of ray.remote and of placement groups; tasks made of functions are allowed in their own file."""
     for module, line in imports(tree, path):
-        if is_within(module, "ray.remote", "ray.util.placement_group", "ray.util.scheduling_strategies", "ray.actor"):
+        if is_within(module, *PLACING_MODULES):
             yield line, module
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
-            decorators = (dotted_name(decorator) for decorator in node.decorator_list)
-            yield from ((node.lineno, f"an actor class, @{name}") for name in decorators if name == "ray.remote")
+            if any(dotted_name(decorator) == "ray.remote" for decorator in node.decorator_list):
+                yield node.lineno, "an actor class, @ray.remote"
         elif isinstance(node, ast.Attribute) and dotted_name(node) == "ray.remote" and path != TASK_FILE:
             yield node.lineno, "ray.remote"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import ray\n@ray.remote\nclass Worker: ...",
+        "import ray\n@ray.remote(num_cpus=1)\nclass Worker: ...",
+        "import ray\nray.remote(Worker).remote()",
+        "from ray import remote",
+        "from ray.util.placement_group import placement_group",
+    ],
+)
+def test_placing_an_actor_is_recognised(code):
+    assert list(placements(ast.parse(code), "trainer/pretrain.py"))
 
 
 def test_the_command_line_starts_without_torch():

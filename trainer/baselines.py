@@ -26,7 +26,7 @@ RECENT_ITEMS = 5
 """Last items of a history that the transition baseline looks at."""
 RECENCY_DECAY = 0.5
 """Weight of each of them against the one after it."""
-_SCORES_AT_A_TIME = 2**25
+_SCORES_AT_A_TIME = 2**23
 
 
 @dataclass(frozen=True, kw_only=True)

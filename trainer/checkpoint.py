@@ -22,28 +22,13 @@ from torch import Tensor
 
 from cluster.errors import CheckpointError, ConfigError
 from cluster.storage import Storage
+from sharding.state import Piece
 from trainer.checkpoint_commit import SaveTarget, commit, remove_leftovers, remove_old_steps
 from trainer.checkpoint_layout import BEST, DTYPES, Block, committed_steps, count_rows, write_pointer
 
 BLOCK_BYTES = 32 << 20
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """The rows of one global tensor that this rank owns, one after another."""
-
-    name: str
-    start: int
-    """First of the rows along dim 0 of the global tensor."""
-    global_shape: tuple[int, ...]
-    tensor: Tensor
-    """Shapes: [rows, *global_shape[1:]]; a scalar is a piece of global shape ()."""
-
-    @property
-    def num_rows(self) -> int:
-        return count_rows(tuple(self.tensor.shape))
 
 
 class Checkpointer:

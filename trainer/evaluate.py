@@ -125,29 +125,33 @@ def recommendation_table(user_ids: Tensor, items: Tensor, scores: Tensor) -> pa.
 
 
 def render(results: Mapping[str, EvaluationResult]) -> Table:
-    """A table of the metrics, one column per evaluated system, saying whether seen items were filtered."""
+    """A table of the metrics, one column per evaluated system, saying whether seen items were filtered.
+
+    A single system is shown with its intervals; several stand side by side without.
+    """
     first = next(iter(results.values()))
     seen = "seen items left out" if first.seen_filtered else "seen items not left out"
-    title = f"{first.split} split, {first.num_users:,} users, {seen}; [95 % intervals]"
-    table = Table(title=title.replace("[", "\\["))
+    table = Table(title=f"{first.split} split, {first.num_users:,} users, {seen}")
     table.add_column("metric")
     for name in results:
         table.add_column(name, justify="right")
+    if len(results) == 1:
+        table.add_column("95 % interval", justify="right")
     for metric in first.metrics:
-        table.add_row(metric, *(_cell(result, metric) for result in results.values()))
+        cells = [f"{result.metrics[metric]:.4f}" for result in results.values()]
+        if len(results) == 1:
+            low, high = first.intervals.get(metric, (None, None))
+            cells.append("" if low is None else f"{low:.4f} to {high:.4f}")
+        table.add_row(metric, *cells)
     return table
 
 
-def _cell(result: EvaluationResult, metric: str) -> str:
-    value = f"{result.metrics[metric]:.4f}" if metric in result.metrics else ""
-    if metric not in result.intervals:
-        return value
-    low, high = result.intervals[metric]
-    return f"{value} \\[{low:.4f}, {high:.4f}]"
-
-
 def _rank_users(
-    search: Search, batches: Iterable[SequenceBatch], empty_batch: SequenceBatch, config: EvaluationConfig, k: int
+    search: Search,
+    batches: Iterable[SequenceBatch],
+    empty_batch: SequenceBatch,
+    config: EvaluationConfig,
+    k: int,
 ) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
     """User rows in ascending order, ranks and lists of all users on rank 0; None on the other ranks."""
     users, ranks, lists = [], [], []
@@ -162,7 +166,10 @@ def _rank_users(
             "evaluation needs users with a held-out item, and there are none; build the shards from more events "
             "or with another split"
         )
-    own = [torch.cat(parts).cpu() if parts else empty for parts, empty in zip((users, ranks, lists), _nobody(k), strict=True)]
+    own = [
+        torch.cat(parts).cpu() if parts else empty
+        for parts, empty in zip((users, ranks, lists), _nobody(k), strict=True)
+    ]
     gathered = [gather_on_first(values, counts, search.process) for values in own]
     _check_each_once(gathered[0], search.process)
     if gathered[0] is None:

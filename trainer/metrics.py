@@ -85,7 +85,9 @@ def category_vectors(categories: pl.Series) -> sparse.csr_matrix:
     item = frame["item"].cast(pl.Int64).to_numpy()
     per_item = np.bincount(item, minlength=len(categories))
     weight = (1 / np.sqrt(per_item[item])).astype(np.float32)
-    return sparse.csr_matrix((weight, (item, column)), shape=(len(categories), max(column.max(initial=-1) + 1, 1)))
+    return sparse.csr_matrix(
+        (weight, (item, column)), shape=(len(categories), max(column.max(initial=-1) + 1, 1))
+    )
 
 
 def bootstrap_intervals(

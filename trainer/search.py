@@ -40,18 +40,30 @@ class Search(ABC):
 
 
 class RetrievalSearch(Search):
-    """Exact search over the vectors of all items, computed once; valid until the model is trained further."""
+    """Exact search over the vectors of all items, computed once; valid until the model is trained further.
 
-    def __init__(self, model: Retriever, lookup: Lookup, index: ItemIndex):
-        self.model, self.lookup, self.index = model, lookup, index
+    `precision` is that of computing queries; item vectors and scores are always fp32. With bf16 a query's last
+    bits depend on the users it is computed with, so that ranks can move a little with the number of workers.
+    """
+
+    def __init__(
+        self, model: Retriever, lookup: Lookup, index: ItemIndex, *, precision: torch.dtype = torch.float32
+    ):
+        self.model, self.lookup, self.index, self.precision = model, lookup, index, precision
         self.num_items, self.process = index.num_items, index.process
 
     @staticmethod
     def build(
-        model: Retriever, lookup: Lookup, *, num_items: int, device: torch.device, process: Process | None = None
+        model: Retriever,
+        lookup: Lookup,
+        *,
+        num_items: int,
+        device: torch.device,
+        process: Process | None = None,
+        precision: torch.dtype = torch.float32,
     ) -> "RetrievalSearch":
         index = ItemIndex.build(model, lookup, num_items=num_items, device=device, process=process)
-        return RetrievalSearch(model, lookup, index)
+        return RetrievalSearch(model, lookup, index, precision=precision)
 
     def find(self, batch: SequenceBatch, *, k: int, rank_held_out: bool, filter_seen: bool) -> Found:
         device = self.index.device
@@ -68,9 +80,11 @@ class RetrievalSearch(Search):
         return scores.masked_fill(candidates.to(scores.device) < 0, float("-inf"))
 
     def _queries(self, batch: SequenceBatch) -> Tensor:
-        with evaluating(self.model):
+        device = self.index.device
+        is_reduced = self.precision != torch.float32
+        with evaluating(self.model), torch.autocast(device.type, self.precision, enabled=is_reduced):
             rows = self.lookup(self.model.query_ids(batch))
-            return self.model.query(rows, batch.to(self.index.device)).float()
+            return self.model.query(rows, batch.to(device)).float()
 
 
 class ScorerSearch(Search):

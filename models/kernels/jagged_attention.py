@@ -113,12 +113,24 @@ def jagged_attention(queries: Tensor, keys: Tensor, values: Tensor, layout: Buck
     for part, (users, length) in zip(
         cells.split([users * length for users, length in layout.buckets]), layout.buckets, strict=True
     ):
-        q, k, v = part.view(users, length, 3, num_heads, dim).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        attended = _causal_attention(*part.view(users, length, 3, num_heads, dim).permute(2, 0, 3, 1, 4))
         outputs.append(attended.transpose(1, 2).reshape(users * length, num_heads * dim))
     padding = _padding_cells(layout, num_tokens)
     tokens = _Rearrange.apply(torch.cat(outputs), layout.cell_of_token, layout.token_of_cell, padding)
     return tokens.view(num_tokens, num_heads, dim)
+
+
+def _causal_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Shapes: [users, heads, L, D] each -> [users, heads, L, D]."""
+    users, num_heads, length, dim = queries.shape
+    if queries.device.type != "cpu":
+        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+    # In fp32, since bf16 products of a shape not met before are compiled first, and every step brings new shapes.
+    q, k, v = (part.reshape(users * num_heads, length, dim).float() for part in (queries, keys, values))
+    later = torch.full((length, length), float("-inf")).triu(1)
+    with torch.autocast("cpu", enabled=False):
+        weights = torch.baddbmm(later, q, k.transpose(1, 2), alpha=dim**-0.5).softmax(-1)
+        return torch.bmm(weights, v).view(users, num_heads, length, dim)
 
 
 def _padding_cells(layout: BucketLayout, num_tokens: int) -> Tensor | None:

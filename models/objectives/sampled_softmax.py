@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cluster.seeds import purpose_seed
+from models.kernels.sampled_softmax import shared_negative_softmax
 from models.objectives.retrieval import RetrievalObjective, Scoring
 from models.recommender import LossSum, StepContext
 from models.tables import Ids
@@ -55,9 +56,7 @@ class SampledSoftmax(RetrievalObjective):
         ids: Mapping[str, Tensor],
         context: StepContext,
     ) -> LossSum:
-        positive = (queries * vectors["target"]).sum(-1, keepdim=True)
-        negative = (queries @ vectors["negative"].T).float() + self.correction
-        negative = negative.masked_fill(targets[:, None] == ids["negative"], float("-inf"))
-        scores = torch.cat((positive, negative), dim=1)
-        losses = scores.logsumexp(1) - positive[:, 0]
+        positive = (queries * vectors["target"]).sum(-1)
+        is_target = targets[:, None] == ids["negative"]
+        losses = shared_negative_softmax(queries, vectors["negative"], positive, is_target, self.correction)
         return LossSum(sum=losses.sum(), count=targets.shape[0])

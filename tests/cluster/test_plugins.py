@@ -37,5 +37,7 @@ def test_an_unknown_plugin_is_answered_with_the_nearest_name(package):
 
 def test_a_plugin_that_cannot_be_imported_names_its_file(package, tmp_path):
     (tmp_path / package / "broken.py").write_text("import a_module_that_is_not_there\n")
-    with pytest.raises(ConfigError, match=r"'broken' cannot be imported from .*broken\.py.*a_module_that_is_not"):
+    with pytest.raises(
+        ConfigError, match=r"'broken' cannot be imported from .*broken\.py.*a_module_that_is_not"
+    ):
         load_plugin(package, "broken")

@@ -87,9 +87,7 @@ def _list_sockets(process: Process, driver: int, reporter: Reporter) -> list[tup
 def test_a_gang_computes_together_and_reports_to_the_driver(tmp_path, caplog):
     events: list[Event] = []
     with caplog.at_level(logging.INFO):
-        result = run_gang(
-            _sum_ranks, 10, config=TWO, run_dir=str(tmp_path), on_event=events.append
-        )
+        result = run_gang(_sum_ranks, 10, config=TWO, run_dir=str(tmp_path), on_event=events.append)
     assert result == {"total": 21, "threads": 1, "rank": 0}
     pids = {event.values["pid"] for event in events if event.kind == "started"}
     assert len(pids) == 2 and os.getpid() not in pids
@@ -124,7 +122,9 @@ def test_a_gang_starts_again_together_when_a_worker_is_killed(tmp_path, caplog):
 
 def test_workers_that_die_again_and_again_end_the_run(tmp_path):
     config = ClusterConfig(workers=1, max_restarts=1)
-    with pytest.raises(ClusterError, match=r"must live to the end .* rank 0 \(pid \d+\) died.* after 1 restarts"):
+    with pytest.raises(
+        ClusterError, match=r"must live to the end .* rank 0 \(pid \d+\) died.* after 1 restarts"
+    ):
         run_gang(_die, config=config, run_dir=str(tmp_path))
 
 
@@ -135,7 +135,9 @@ def test_an_error_on_purpose_reaches_the_driver_as_it_is_and_starts_nothing_agai
 
 
 def test_a_mistake_in_the_program_reaches_the_driver_with_its_traceback(tmp_path):
-    with pytest.raises(RuntimeError, match=r"rank 1 failed:[\s\S]*_fail_on_rank_one[\s\S]*a mistake in the program"):
+    with pytest.raises(
+        RuntimeError, match=r"rank 1 failed:[\s\S]*_fail_on_rank_one[\s\S]*a mistake in the program"
+    ):
         run_gang(_fail_on_rank_one, config=TWO, run_dir=str(tmp_path))
 
 
@@ -160,14 +162,18 @@ def test_a_run_listens_on_the_ports_of_ray_only(tmp_path):
     for (name, _), count in open_to_all.items():
         limit = 1 if name.startswith("ray::") else allowed.get(name, 0)
         assert count <= limit, f"{name} listens on {count} open ports: {sockets}"
-    assert any(name == "ray::_Worker" and ip.startswith("127.") for name, ip, _ in sockets), "gloo is on loopback"
+    assert any(name == "ray::_Worker" and ip.startswith("127.") for name, ip, _ in sockets), (
+        "gloo is on loopback"
+    )
 
 
 def test_ray_refuses_a_client_without_the_token():
     start_ray(TWO)
     address = ray.get_runtime_context().gcs_address
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
-    program = f"from ray._raylet import GcsClient; GcsClient(address={address!r}).get_all_node_info(timeout=5)"
+    program = (
+        f"from ray._raylet import GcsClient; GcsClient(address={address!r}).get_all_node_info(timeout=5)"
+    )
     refused = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60
     )

@@ -121,6 +121,19 @@ def test_the_order_follows_from_the_seed_and_differs_by_epoch(path):
     assert served_users(train_batches(config, seed=1)[0]) != first
 
 
+def test_the_users_inside_a_group_are_shuffled_anew_in_each_group_epoch_and_stream(tmp_path):
+    write_data_set(tmp_path, make_chunk([6] * 80), chunk_users=20)
+    orders = []
+    for epoch in range(2):
+        for own in train_batches(
+            make_config(tmp_path, num_streams=2, shuffle_chunks=1), epoch=epoch, world_size=2
+        ).values():
+            places = [user % 20 for user in served_users(own)]
+            orders += [tuple(places[:20]), tuple(places[20:])]
+    assert all(sorted(order) == list(range(20)) for order in orders)
+    assert len(set(orders)) == 8
+
+
 def test_users_of_neighbouring_chunks_are_mixed(path):
     config = make_config(path, num_streams=1, shuffle_chunks=4)
     first = served_users(train_batches(config)[0])[:40]

@@ -122,7 +122,11 @@ def test_search_and_ranks_equal_brute_force(alone):
         assert alone["items"][user].tolist() == expected
         assert alone["scores"][user].tolist() == [own[item] for item in expected]
         others = [own[item] for item in allowed if item != target]
-        rank = 1 + sum(score > own[target] for score in others) + sum(score == own[target] for score in others) / 2
+        rank = (
+            1
+            + sum(score > own[target] for score in others)
+            + sum(score == own[target] for score in others) / 2
+        )
         assert alone["ranks"][user] == rank
     assert (alone["ranks"] % 1 == 0.5).any(), "the case must have ties"
     assert (alone["unfiltered ranks"] >= alone["ranks"]).all()

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from cluster.storage import Storage
-from trainer.checkpoint import Checkpointer, Piece
+from sharding.state import Piece
+from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_reader import CheckpointReader
 
 State = Mapping[str, Tensor]

@@ -1,0 +1,222 @@
+"""What is in a data set: counts, lengths, popularity, times and a few users, printed and plotted."""
+
+import hashlib
+import io
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+from matplotlib.figure import Figure
+from rich.console import Console, Group
+from rich.progress import track
+from rich.table import Table
+
+from cluster.errors import DataError
+from cluster.storage import Storage
+from data_streams.shards import Chunk, Manifest, read_chunk
+
+logger = logging.getLogger(__name__)
+
+PLOT_NAME = "inspect.png"
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+MAX_TITLES = 6
+DAY_S = 86_400
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a pass over all chunks found; each checksum was checked on the way."""
+
+    manifest: Manifest
+    lengths: np.ndarray
+    """[U] events of each user."""
+    item_counts: np.ndarray
+    """[N] events of each item."""
+    action_counts: Counter
+    """Name of an action -> events."""
+    day_counts: Counter
+    """Day since 1970 -> events; empty without times."""
+    num_validation: int
+    num_test: int
+    samples: list[tuple[str, list[str]]]
+    """A few users: raw id and the titles of the latest events, oldest first."""
+    plot: str
+    """Where the picture lies."""
+
+    def render(self) -> Group:
+        """Tables for the terminal."""
+        return Group(self._overview(), self._users_table())
+
+    def _overview(self) -> Table:
+        manifest = self.manifest
+        table = Table(title="data set", show_header=False)
+        for name, value in (
+            ("source", manifest.source.get("name", "")),
+            ("users, items, events", f"{manifest.num_users:,}, {manifest.num_items:,}, {manifest.num_events:,}"),
+            ("events of a user", _quantiles(self.lengths)),
+            ("events of an item", _quantiles(self.item_counts)),
+            ("items without events", f"{int((self.item_counts == 0).sum()):,}"),
+            ("actions", ", ".join(f"{name} {count:,}" for name, count in self.action_counts.most_common())),
+            ("times", self._time_range()),
+            ("split", ", ".join(f"{value}" for value in manifest.split.values() if value is not None)),
+            ("held out", f"{self.num_validation:,} users for validation, {self.num_test:,} for test"),
+            ("columns", ", ".join(f"{name} {dtype}" for name, dtype in manifest.columns.items())),
+            ("item embeddings", _embedding(manifest)),
+            ("chunks", f"{len(manifest.chunks):,}, {_chunk_sizes(manifest)}; all checksums right"),
+            ("left out by the build", _counters(manifest)),
+            ("picture", self.plot),
+        ):
+            table.add_row(name, value)
+        return table
+
+    def _users_table(self) -> Table:
+        table = Table(title="some users, latest events last", show_lines=True)
+        table.add_column("user")
+        table.add_column("events")
+        for user, titles in self.samples:
+            table.add_row(user, "\n".join(titles))
+        return table
+
+    def _time_range(self) -> str:
+        if not self.day_counts:
+            return "none"
+        first, last = (np.datetime64(day, "D") for day in (min(self.day_counts), max(self.day_counts)))
+        return f"{first} to {last}"
+
+
+def inspect(path: str, num_samples: int = 3) -> Report:
+    """Read all of a data set, check every checksum, and plot it to DIR/inspect.png.
+
+    Raises: DataError for whatever is missing, damaged or does not fit together.
+    """
+    storage = Storage(path)
+    manifest = Manifest.load(storage)
+    items = _checked_items(storage, manifest)
+    tally = _Tally(manifest, items["title"], num_samples)
+    for record in track(manifest.chunks, description="reading chunks"):
+        tally.add(read_chunk(storage, record, manifest=manifest))
+    users = _first_users(storage, num_samples)
+    report = Report(
+        manifest=manifest,
+        lengths=np.concatenate(tally.lengths),
+        item_counts=tally.item_counts,
+        action_counts=tally.action_counts,
+        day_counts=tally.day_counts,
+        num_validation=tally.num_validation,
+        num_test=tally.num_test,
+        samples=[(users.get(row, str(row)), titles) for row, titles in tally.samples],
+        plot=storage.path(PLOT_NAME),
+    )
+    _check_counts(report, storage.root)
+    storage.write(PLOT_NAME, _plot(report))
+    return report
+
+
+def print_report(report: Report) -> None:
+    Console().print(report.render())
+
+
+class _Tally:
+    """Sums over chunks."""
+
+    def __init__(self, manifest: Manifest, titles: pl.Series, num_samples: int):
+        self.manifest, self.titles, self.num_samples = manifest, titles, num_samples
+        self.lengths: list[np.ndarray] = []
+        self.item_counts = np.zeros(manifest.num_items, dtype=np.int64)
+        self.action_counts, self.day_counts = Counter(), Counter()
+        self.num_validation = self.num_test = 0
+        self.samples: list[tuple[int, list[str]]] = []
+
+    def add(self, chunk: Chunk) -> None:
+        self.lengths.append(chunk.lengths)
+        self.item_counts += np.bincount(chunk.items, minlength=self.manifest.num_items)
+        self.num_validation += int((chunk.valid_at >= 0).sum())
+        self.num_test += int((chunk.test_at >= 0).sum())
+        if "action" in chunk.columns:
+            self._count(self.action_counts, chunk.columns["action"], lambda code: self.manifest.actions[code])
+        if "timestamp_s" in chunk.columns:
+            self._count(self.day_counts, chunk.columns["timestamp_s"] // DAY_S, int)
+        for user in range(min(self.num_samples - len(self.samples), chunk.num_users)):
+            latest = chunk.items[chunk.offsets[user] : chunk.offsets[user + 1]][-MAX_TITLES:]
+            self.samples.append((int(chunk.users[user]), self.titles[latest.tolist()].to_list()))
+
+    @staticmethod
+    def _count(counts: Counter, values: np.ndarray, name: Callable[[int], object]) -> None:
+        for value, number in zip(*np.unique(values, return_counts=True), strict=True):
+            counts[name(value)] += int(number)
+
+
+def _checked_items(storage: Storage, manifest: Manifest) -> pl.DataFrame:
+    try:
+        data = storage.read("items.parquet")
+    except FileNotFoundError as error:
+        raise DataError(f"{storage.path('items.parquet')} is missing; build the data set again") from error
+    if hashlib.sha256(data).hexdigest() != manifest.catalogue_sha256:
+        raise DataError(
+            f"the checksum of {storage.path('items.parquet')} is not that of the manifest; build the data set again"
+        )
+    return pl.read_parquet(io.BytesIO(data), columns=["item_id", "title"])
+
+
+def _first_users(storage: Storage, count: int) -> dict[int, str]:
+    if not storage.exists("users.parquet"):
+        return {}
+    with storage.filesystem.open(storage.path("users.parquet"), "rb") as file:
+        ids = pl.read_parquet(file, columns=["user_id"], n_rows=count)["user_id"]
+    return dict(enumerate(ids.cast(pl.String)))
+
+
+def _check_counts(report: Report, root: str) -> None:
+    manifest = report.manifest
+    found = (len(report.lengths), int(report.lengths.sum()), len(report.item_counts))
+    stated = (manifest.num_users, manifest.num_events, manifest.num_items)
+    if found != stated:
+        raise DataError(
+            f"{root} must hold what its manifest states: {stated} users, events and items are stated, {found} were "
+            "found; build the data set again"
+        )
+
+
+def _quantiles(values: np.ndarray) -> str:
+    levels = np.quantile(values, QUANTILES).tolist()
+    words = [f"{int(100 * share)} %: {level:,.0f}" for share, level in zip(QUANTILES, levels, strict=True)]
+    return f"mean {values.mean():,.1f}; {', '.join(words)}"
+
+
+def _embedding(manifest: Manifest) -> str:
+    embedding = manifest.embedding
+    return "none" if embedding is None else f"{embedding['dim']} dimensions, {embedding['dtype']}"
+
+
+def _chunk_sizes(manifest: Manifest) -> str:
+    sizes = np.array([record.stop - record.start for record in manifest.chunks]) / 2**10
+    users = np.array([record.num_users for record in manifest.chunks])
+    return f"{users.mean():,.0f} users and {sizes.mean():,.0f} KiB on average, largest {sizes.max():,.0f} KiB"
+
+
+def _counters(manifest: Manifest) -> str:
+    left_out = {name: count for name, count in manifest.counters.items() if name != "events read"}
+    return ", ".join(f"{count:,} {name}" for name, count in left_out.items()) or "nothing"
+
+
+def _plot(report: Report) -> bytes:
+    panels = 3 if report.day_counts else 2
+    figure = Figure(figsize=(5 * panels, 3.6), layout="constrained")
+    axes = figure.subplots(1, panels)
+    longest = max(int(report.lengths.max()), 1)
+    axes[0].hist(report.lengths, bins=np.geomspace(1, longest + 1, 40), color="tab:blue")
+    axes[0].set(xscale="log", xlabel="events of a user", ylabel="users", title="history lengths")
+    counts = np.sort(report.item_counts)[::-1]
+    axes[1].plot(np.arange(1, len(counts) + 1), np.maximum(counts, 0.5), color="tab:orange")
+    axes[1].set(xscale="log", yscale="log", xlabel="rank of the item", ylabel="events", title="item popularity")
+    if report.day_counts:
+        days = sorted(report.day_counts)
+        axes[2].plot(np.array(days, dtype="datetime64[D]"), [report.day_counts[day] for day in days], color="tab:green")
+        axes[2].set(xlabel="day", ylabel="events", title="events over time")
+        axes[2].tick_params(axis="x", rotation=30)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    return content.getvalue()

@@ -1,0 +1,65 @@
+"""The command `grail`: finds the command's file in launch/commands and runs it.
+
+Nothing slow is imported before the command is known, so that help is instant.
+"""
+
+import difflib
+import sys
+from pathlib import Path
+
+from cluster.errors import ConfigError, GrailError
+from cluster.plugins import first_line, load_plugin, plugin_files
+
+COMMANDS = "launch.commands"
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit code: 0 done, 1 failed, 2 wrong options, 75 stopped, resume me."""
+    try:
+        name, rest = find_command(arguments)
+        if name is None:
+            print(overview(rest))
+            return 0
+        return load_plugin(COMMANDS, name).run(rest) or 0
+    except GrailError as error:
+        print(f"grail: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        print("grail: interrupted", file=sys.stderr)
+        return 130
+
+
+def find_command(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The command's file name and its own arguments; no name where help was asked for.
+
+    Raises: ConfigError with the nearest valid command.
+    """
+    names = plugin_files(COMMANDS)
+    words = [word for word in arguments[:2] if not word.startswith("-")]
+    for count in (2, 1):
+        if len(words) >= count and "-".join(words[:count]) in names:
+            return "-".join(words[:count]), arguments[count:]
+    if not words or any(name.startswith(f"{words[0]}-") for name in names) and len(words) == 1:
+        return None, words
+    asked = " ".join(words)
+    spoken = [name.replace("-", " ") for name in names]
+    near = difflib.get_close_matches(asked, spoken, n=1, cutoff=0.5) or difflib.get_close_matches(
+        words[0], spoken, n=1, cutoff=0.5
+    )
+    nearest = f"; did you mean 'grail {near[0]}'?" if near else ""
+    raise ConfigError(f"there is no command '{asked}'{nearest} (there are: {', '.join(spoken)})")
+
+
+def overview(words: list[str]) -> str:
+    """One line for each command, or for those that begin with the given word."""
+    lines = ["grail: distributed training of generative recommenders", "", "usage: grail COMMAND [options]", ""]
+    files: dict[str, Path] = plugin_files(COMMANDS)
+    chosen = {name: path for name, path in files.items() if not words or name.startswith(f"{words[0]}-")}
+    width = max(len(name) for name in files) + 2
+    lines += [f"  {name.replace('-', ' '):{width}}{first_line(path)}" for name, path in chosen.items()]
+    return "\n".join([*lines, "", "Options of a command: grail COMMAND --help"])

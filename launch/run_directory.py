@@ -1,0 +1,81 @@
+"""What lies where in a run directory, and what may happen to one that is not empty.
+
+    config.yaml        the resolved configuration; `grail pretrain config.yaml` runs it again
+    plan.txt           how the tables were sharded
+    metrics.jsonl      a line of numbers every few steps
+    curves.png         pictures of them
+    logs/rank-N.log    everything each worker said
+    audit/             the users each step's loss saw
+    checkpoints/       steps, LATEST and BEST
+    evaluation.json    the last evaluation
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import CheckpointError, ConfigError
+from cluster.storage import Storage
+from launch.config_document import from_document, from_yaml, to_document, to_yaml
+from trainer.configuration import PretrainConfig
+
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+EVALUATION = "evaluation.json"
+CURVES = "curves.png"
+LOGS = "logs"
+
+
+def prepare(config: PretrainConfig) -> dict[str, Any]:
+    """Make the run directory ready for a start and return the document that was written as config.yaml.
+
+    Raises: ConfigError if `--resume never` meets a checkpoint.
+    """
+    storage = Storage(config.run_dir)
+    if config.resume == "never" and has_checkpoint(config.run_dir):
+        raise ConfigError(
+            f"--resume never needs a run directory without checkpoints, and {config.run_dir} has some; name "
+            "another --run-dir, or leave --resume out to go on from the latest one"
+        )
+    document = to_document(config)
+    storage.make_directory()
+    storage.write(CONFIG, to_yaml(document).encode())
+    return document
+
+
+def load_config(path: str) -> PretrainConfig:
+    """The configuration of a run directory, or of a YAML file such as one's config.yaml.
+
+    Raises: CheckpointError if there is no run; ConfigError if its configuration cannot be used.
+    """
+    is_file = path.endswith((".yaml", ".yml"))
+    folder, name = str(Path(path).parent) if is_file else path, Path(path).name if is_file else CONFIG
+    storage = Storage(folder)
+    if not storage.exists(name):
+        raise CheckpointError(
+            f"{path} must be {'a file' if is_file else f'a run directory with a {CONFIG}'}, and there is none; "
+            "look at the path, or start a run with `grail pretrain`"
+        )
+    text = storage.read(name).decode()
+    config = from_document(PretrainConfig, from_yaml(text, storage.path(name)))
+    return config if is_file else dataclasses.replace(config, run_dir=absolute(path))
+
+
+def has_checkpoint(run_dir: str) -> bool:
+    """Whether any step lies among the checkpoints, complete or not."""
+    return any(name.startswith("step-") for name in Storage(f"{run_dir}/{CHECKPOINTS}").list())
+
+
+def parse_checkpoint(text: str) -> str | int:
+    """latest, best or a step number, as the option --checkpoint takes it."""
+    if text in ("latest", "best"):
+        return text
+    if not re.fullmatch(r"\d+", text):
+        raise ConfigError(f"--checkpoint must be latest, best or the number of a step, got '{text}'")
+    return int(text)
+
+
+def absolute(path: str) -> str:
+    """A local path from the root on, since workers may stand in another folder; addresses as they are."""
+    return path if not path or "://" in path else str(Path(path).expanduser().absolute())

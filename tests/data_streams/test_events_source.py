@@ -1,0 +1,187 @@
+"""Reading tables a person has at hand: columns, types, ids, titles, embeddings, and what is wrong with them."""
+
+import numpy as np
+import polars as pl
+import pytest
+
+from cluster.errors import DataError
+from data_streams.sources import events as events_module
+from data_streams.sources.events import EventsSource
+
+EVENTS = {"user_id": [1, 1, 2], "item_id": [10, 11, 10], "timestamp": [5, 6, 7]}
+
+
+def write(folder, frame, name="events.parquet"):
+    path = str(folder / name)
+    frame = pl.DataFrame(frame)
+    if name.endswith(".parquet"):
+        frame.write_parquet(path)
+    else:
+        frame.write_csv(path, separator="\t" if name.endswith(".tsv") else ",")
+    return path
+
+
+def read(source):
+    return pl.concat([batch for part in source.parts() for batch in source.read(part)])
+
+
+def source_of(folder, frame, name="events.parquet", **options):
+    return EventsSource.Config(events=(write(folder, frame, name),), **options).build()
+
+
+def test_parquet_and_csv_and_tsv_hold_the_same_events(tmp_path):
+    tables = [read(source_of(tmp_path, EVENTS, name)) for name in ("a.parquet", "a.csv", "a.tsv")]
+    for table in tables:
+        assert table["timestamp_s"].to_list() == [5, 6, 7]
+        assert table["action"].to_list() == ["click"] * 3
+        assert table["item_id"].cast(pl.String).to_list() == ["10", "11", "10"]
+
+
+def test_columns_are_mapped_by_name(tmp_path):
+    frame = {"who": [1], "what": ["x"], "at": [9_000], "did": ["buy"], "slot": [3], "request": ["r1"]}
+    source = source_of(
+        tmp_path,
+        frame,
+        user_column="who",
+        item_column="what",
+        timestamp_column="at",
+        time_unit="ms",
+        action_column="did",
+        position_column="slot",
+        page_column="request",
+    )
+    row = read(source).row(0, named=True)
+    expected = dict(user_id=1, item_id="x", timestamp_s=9, action="buy", position=3, page_id="r1")
+    assert row == expected
+
+
+def test_times_may_be_dates_and_text(tmp_path):
+    stamps = pl.Series(["2020-01-01 00:00:10", "2020-01-01T00:00:20"])
+    seconds = [1577836810, 1577836820]
+    text = source_of(tmp_path, {"user_id": [1, 2], "item_id": [1, 2], "timestamp": stamps}, "a.csv")
+    dates = source_of(
+        tmp_path, {"user_id": [1, 2], "item_id": [1, 2], "timestamp": stamps.str.replace("T", " ").str.to_datetime()}
+    )
+    assert read(text)["timestamp_s"].to_list() == seconds
+    assert read(dates)["timestamp_s"].to_list() == seconds
+
+
+def test_large_files_are_read_in_parts_that_keep_the_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(events_module, "PART_ROWS", 30)
+    monkeypatch.setattr(events_module, "BATCH_ROWS", 7)
+    frame = {"user_id": np.arange(100), "item_id": np.arange(100), "timestamp": np.arange(100)}
+    source = source_of(tmp_path, frame)
+    assert len(source.parts()) == 4
+    assert read(source)["item_id"].to_list() == list(range(100))
+
+
+def test_a_glob_names_several_files_in_order(tmp_path):
+    for number in (2, 1):
+        write(tmp_path, {"user_id": [number], "item_id": [1], "timestamp": [1]}, f"day{number}.parquet")
+    source = EventsSource.Config(events=(str(tmp_path / "day*.parquet"),)).build()
+    assert read(source)["user_id"].to_list() == [1, 2]
+
+
+def test_titles_are_unescaped_and_categories_laid_flat(tmp_path):
+    items = {
+        "item_id": [1, 2, 3],
+        "title": ["Soap &amp; Towel &quot;A&quot;", "", None],
+        "categories": [[["Care", "Soap &amp; Co"], ["Care", "Gifts"]], [], None],
+        "price": [1.0, 2.0, 3.0],
+    }
+    items = pl.DataFrame(items, schema_overrides={"categories": pl.List(pl.List(pl.String))})
+    table = source_of(tmp_path, EVENTS, items=write(tmp_path, items, "items.parquet")).items()
+    assert table.columns == ["item_id", "title", "categories", "price"]
+    assert table["title"].to_list() == ['Soap & Towel "A"', "2", "3"]
+    assert table["categories"].to_list() == [["Care", "Soap & Co", "Gifts"], [], []]
+
+
+def test_categories_of_a_text_file_are_separated_by_bars(tmp_path):
+    items = write(tmp_path, {"item_id": [1], "name": ["Kettle"], "kinds": ["Kitchen|Kettles"]}, "items.csv")
+    source = source_of(tmp_path, EVENTS, items=items, title_column="name", categories_column="kinds")
+    assert source.items().rows() == [("1", "Kettle", ["Kitchen", "Kettles"])]
+
+
+def test_an_item_table_without_titles_calls_items_by_their_ids(tmp_path):
+    source = source_of(tmp_path, EVENTS, items=write(tmp_path, {"item_id": [7]}, "items.parquet"))
+    assert source.items().rows() == [(7, "7", [])]
+
+
+def broken(tmp_path, message, frame=EVENTS, name="events.parquet", **options):
+    with pytest.raises(DataError, match=message):
+        source = source_of(tmp_path, frame, name, **options)
+        read(source)
+        source.items()
+        source.users()
+        source.embeddings()
+
+
+def test_a_missing_column_names_what_is_there_and_the_option(tmp_path):
+    frame = {"user": [1], "item_id": [1], "timestamp": [1]}
+    broken(
+        tmp_path,
+        "must have a column 'user_id' that says who acted; its columns are user, item_id, timestamp; "
+        "say which of them it is with --user-column NAME",
+        frame,
+    )
+    broken(tmp_path, "must have a column 'who'.*--user-column", EVENTS, user_column="who")
+    broken(tmp_path, "must have the column 'rank'; their columns are user_id", EVENTS, order_column="rank")
+
+
+def test_events_without_times_and_order_are_refused(tmp_path):
+    frame = {"user_id": [1], "item_id": [1]}
+    broken(tmp_path, "must have times .* give --timestamp-column NAME or --order-column NAME", frame)
+
+
+def test_times_that_are_not_seconds_are_refused(tmp_path):
+    frame = {**EVENTS, "timestamp": [1_700_000_000_000] * 3}
+    broken(tmp_path, "times must be in seconds .* holds 1700000000000; say --time-unit ms", frame)
+
+
+def test_fractional_ids_are_refused(tmp_path):
+    broken(tmp_path, "ids must be integers or text, given Float64", {**EVENTS, "item_id": [1.0, 2.0, 3.0]})
+
+
+def test_an_unknown_file_type_and_a_missing_file_are_refused(tmp_path):
+    (tmp_path / "events.json").write_text("{}")
+    with pytest.raises(DataError, match=r"must be a \.parquet, \.csv or \.tsv file, given .*events\.json"):
+        EventsSource.Config(events=(str(tmp_path / "events.json"),)).build()
+    with pytest.raises(DataError, match="nothing is at .*nowhere.parquet; check --events"):
+        EventsSource.Config(events=(str(tmp_path / "nowhere.parquet"),)).build()
+
+
+def test_a_damaged_file_is_refused_by_its_name(tmp_path):
+    (tmp_path / "events.parquet").write_bytes(b"PAR1 but not really PAR1")
+    with pytest.raises(DataError, match=r"events\.parquet cannot be read"):
+        EventsSource.Config(events=(str(tmp_path / "events.parquet"),)).build().parts()
+
+
+def test_repeated_and_missing_item_ids_are_refused(tmp_path):
+    twice = write(tmp_path, {"item_id": [1, 2, 1]}, "twice.parquet")
+    broken(tmp_path, "one row per id; 1 ids occur more than once, such as 1", items=twice)
+    null = write(tmp_path, {"item_id": [1, None]}, "null.parquet")
+    broken(tmp_path, "must name every row by an id; 1 rows have none", items=null)
+    unnamed = write(tmp_path, {"sku": [1]}, "unnamed.parquet")
+    broken(tmp_path, "must have a column 'item_id'; its columns are sku.*--item-column", items=unnamed)
+
+
+def test_repeated_user_ids_are_refused(tmp_path):
+    users = write(tmp_path, {"user_id": [1, 1], "age": [3, 4]}, "users.parquet")
+    broken(tmp_path, "the user table .* must have one row per id", users=users)
+
+
+def test_bad_embeddings_are_refused(tmp_path):
+    items = write(tmp_path, {"item_id": [10, 11]}, "items.parquet")
+    path = str(tmp_path / "vectors.npy")
+    np.save(path, np.array([[1.0, 2.0], [np.nan, 1.0]], dtype=np.float32))
+    broken(tmp_path, "must hold finite numbers, but row 1 has NaN", items=items, embeddings=path)
+    np.save(path, np.arange(4))
+    broken(tmp_path, r"must be a matrix of floats \[items, dim\], given int64 \(4,\)", items=items, embeddings=path)
+    broken(tmp_path, "need an item table .* give --items", embeddings=path)
+    broken(tmp_path, r"must be an existing \.npy file", items=items, embeddings=str(tmp_path / "none.npy"))
+
+
+def test_feature_columns_must_hold_whole_numbers(tmp_path):
+    frame = {**EVENTS, "level": [1, None, 3], "price": [0.5, 1.0, 2.0]}
+    assert read(source_of(tmp_path, frame, feature_columns=("level",)))["level"].to_list() == [1, None, 3]
+    broken(tmp_path, "'price' must hold whole numbers", frame, feature_columns=("price",))

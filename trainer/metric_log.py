@@ -1,0 +1,101 @@
+"""The numbers of a run over its steps: metrics.jsonl always, Weights & Biases where asked for."""
+
+import json
+import logging
+import secrets
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.storage import Storage
+from trainer.configuration import LogConfig
+
+METRICS_NAME = "metrics.jsonl"
+WANDB_NAME = "wandb.json"
+_REMOTE_WRITE_S = 30.0
+
+logger = logging.getLogger(__name__)
+
+
+class MetricLog:
+    """Appends one line of JSON per call of `write`; to be held by rank 0 only.
+
+    Lines of steps after `resume_step` are taken out when it opens: their steps will be taken again.
+    """
+
+    def __init__(self, run_dir: str, config: LogConfig, document: Mapping[str, Any], *, resume_step: int = 0):
+        self._storage = Storage(run_dir)
+        self._lines = _lines_up_to(self._storage, resume_step)
+        self._storage.write(METRICS_NAME, "".join(self._lines).encode())
+        self._file = None
+        if self._storage.is_local:
+            self._lines.clear()
+            self._file = open(self._storage.path(METRICS_NAME), "a", buffering=1)
+        self._written_at = time.monotonic()
+        self._wandb = None if config.wandb == "off" else _start_wandb(self._storage, config, document)
+
+    def write(self, step: int, numbers: Mapping[str, float | int]) -> None:
+        line = json.dumps({"step": step, "time_s": round(time.time(), 3), **numbers}) + "\n"
+        if self._file is not None:
+            self._file.write(line)
+        else:
+            self._lines.append(line)
+            if time.monotonic() - self._written_at > _REMOTE_WRITE_S:
+                self._write_whole()
+        if self._wandb is not None:
+            self._wandb.log({"step": step, **numbers})
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        else:
+            self._write_whole()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _write_whole(self) -> None:
+        """Object stores cannot append: the file is replaced now and then."""
+        self._storage.write(METRICS_NAME, "".join(self._lines).encode())
+        self._written_at = time.monotonic()
+
+
+def read_metrics(run_dir: str) -> list[dict[str, float | int]]:
+    """All lines of a run's metrics.jsonl; empty where there is none."""
+    return [json.loads(line) for line in _lines_up_to(Storage(run_dir), None)]
+
+
+def _lines_up_to(storage: Storage, last_step: int | None) -> list[str]:
+    if not storage.exists(METRICS_NAME):
+        return []
+    lines = storage.read(METRICS_NAME).decode().splitlines(keepends=True)
+    # A killed process may leave a last line without its end.
+    whole = [line for line in lines if line.endswith("\n")]
+    return [line for line in whole if last_step is None or json.loads(line)["step"] <= last_step]
+
+
+def _start_wandb(storage: Storage, config: LogConfig, document: Mapping[str, Any]) -> Any:
+    import wandb  # only where it is asked for
+
+    run = wandb.init(
+        project=config.project,
+        id=_wandb_id(storage),
+        resume="allow",
+        mode=config.wandb,
+        dir=storage.path("") if storage.is_local else None,
+        config=dict(document),
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+    # W&B drops lines of steps it has seen; as an ordinary number a step may come again after a resume.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    logger.info("W&B run %s of project %s (%s)", run.id, config.project, config.wandb)
+    return run
+
+
+def _wandb_id(storage: Storage) -> str:
+    """The run's id, kept in the run directory so that a resumed run goes on in the same W&B run."""
+    if storage.exists(WANDB_NAME):
+        return json.loads(storage.read(WANDB_NAME))["id"]
+    run_id = secrets.token_hex(4)
+    storage.write(WANDB_NAME, json.dumps({"id": run_id}).encode())
+    return run_id
