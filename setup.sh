@@ -190,7 +190,7 @@ run_step() {
 
 remedy() {
     if grep -qiE 'no space left|disk quota' "$1"; then
-        echo "The disk is full: free 4 GiB in this folder (15 GiB with a CUDA torch), then run make setup again."
+        echo "The disk is full: free 4 GiB in this folder (10 GiB with a CUDA torch), then run make setup again."
     elif grep -qiE 'connection|timed out|name resolution|max retries|sslerror|certificate' "$1"; then
         echo "No package index could be reached: check the network, the proxy and \`$venv/bin/pip config list\`," \
             "then run make setup again; what was installed so far is kept."
@@ -202,8 +202,9 @@ remedy() {
     elif grep -qiE 'gcc|g\+\+|clang|Python\.h|failed building wheel|failed to build' "$1"; then
         echo "A package had to be compiled and could not be: install a C++ compiler and the Python headers" \
             "(Debian: apt install build-essential python${python_version%.*}-dev), then run make setup again."
-    elif grep -q 'GRAIL_FBGEMM' "$1"; then
-        echo "Unset GRAIL_FBGEMM, or set it to cpu or cuda."
+    elif grep -qE 'GRAIL_FBGEMM|Could not load this library.*fbgemm' "$1"; then
+        echo "Leave GRAIL_FBGEMM unset, or set it to the build that loads with this torch: cpu, or cuda, which needs" \
+            "an NVIDIA driver on this machine."
     else
         echo "The lines above say why; the whole log is $log. \`make clean setup\` starts from nothing."
     fi

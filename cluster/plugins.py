@@ -34,6 +34,25 @@ def load_plugin(package: str, name: str) -> ModuleType:
         raise ConfigError(f"the plug-in '{name}' cannot be imported from {files[name]}: {error}") from error
 
 
+def plugin_config(package: str, name: str) -> type:
+    """The configuration class of a plug-in: the one `Config` that stands inside a class of its file.
+
+    Raises: ConfigError if the file has none or several.
+    """
+    module = load_plugin(package, name)
+    owners = [value for value in vars(module).values() if isinstance(value, type)]
+    found = [
+        vars(owner)["Config"]
+        for owner in owners
+        if owner.__module__ == module.__name__ and "Config" in vars(owner)
+    ]
+    if len(found) != 1:
+        raise ConfigError(
+            f"the plug-in '{name}' must have one class with a Config inside, {module.__file__} has {len(found)}"
+        )
+    return found[0]
+
+
 def discover(package: str) -> dict[str, ModuleType]:
     """Import every plug-in of a package: name -> module, sorted by name."""
     return {name: load_plugin(package, name) for name in plugin_files(package)}

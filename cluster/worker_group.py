@@ -145,6 +145,10 @@ def run_gang(
                 return gang.follow(on_event)
             except _WorkerDied as death:
                 cause = str(death)
+            except ClusterError:
+                if stop.requested:
+                    return None
+                raise
             finally:
                 gang.kill()
         if stop.requested:

@@ -1,4 +1,4 @@
-"""From raw logs to shards: events are partitioned by user, ordered in time, split and written, out of core."""
+"""From raw logs to shards: events are partitioned by user, ordered, split and written, out of core."""
 
 import hashlib
 import io
@@ -35,7 +35,7 @@ class BuildConfig:
     overwrite: bool = False
     """Replace what is at `out`."""
     split: Literal["leave-last-out", "by-time"] = "leave-last-out"
-    """leave-last-out holds out each user's last two events; by-time the first ones after two points in time."""
+    """leave-last-out holds out each user's last two events, by-time the first ones after two moments."""
     valid_from_s: int | None = None
     """First second of the validation period of by-time, since 1970."""
     test_from_s: int | None = None
@@ -53,7 +53,7 @@ class BuildConfig:
     partitions: int | None = None
     """User partitions, each the work of one task; left out, one for every 2 million events."""
     on_bad_row: Literal["fail", "skip"] = "fail"
-    """What an event without ids or time, or with an unknown item, does: end the build, or be counted and left out."""
+    """What an event without ids or time, or of an unknown item, does: end it or be counted and skipped."""
     ray: Literal["auto", "always", "never"] = "auto"
     """Whether the work is spread by Ray tasks; auto does where there is more than one partition."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -67,7 +67,7 @@ class SourceConfig(Protocol):
 def build(source_config: SourceConfig, config: BuildConfig) -> Manifest:
     """Write the data set of a source and return its manifest.
 
-    Everything is written beside `out` and moved into place at the end, so an interrupted build leaves nothing there.
+    All is written beside `out` and moved into place at the end, so an interrupted build leaves nothing there.
 
     Raises: ConfigError for options that do not fit each other or an `out` in use; DataError for bad input.
     """
@@ -75,7 +75,9 @@ def build(source_config: SourceConfig, config: BuildConfig) -> Manifest:
     parent, name = os.path.split(config.out.rstrip("/"))
     home = Storage(parent or ".")
     if home.list(name) and not config.overwrite:
-        raise ConfigError(f"--out must be new or empty, but {config.out} holds files; name another or add --overwrite")
+        raise ConfigError(
+            f"--out must be new or empty, but {config.out} holds files; name another or add --overwrite"
+        )
     staged = f".{name}.building"
     home.delete(staged)
     home.make_directory(staged)
@@ -104,9 +106,13 @@ def _check_options(config: BuildConfig) -> None:
             f"given {times[0]} and {times[1]}"
         )
     if config.split != "by-time" and times != (None, None):
-        raise ConfigError(f"--valid-from-s and --test-from-s belong to --split by-time, given --split {config.split}")
+        raise ConfigError(
+            f"--valid-from-s and --test-from-s belong to --split by-time, given --split {config.split}"
+        )
     if EXPOSURE in config.sequence_actions:
-        raise ConfigError("--sequence-actions are what users chose; to keep exposures beside them say --keep-exposures")
+        raise ConfigError(
+            "--sequence-actions are what users chose; to keep exposures beside them say --keep-exposures"
+        )
     for name in ("partitions", "chunk_users", "max_events_per_user", "min_events_per_user"):
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -114,7 +120,7 @@ def _check_options(config: BuildConfig) -> None:
 
 
 def _publish(home: Storage, staged: str, name: str, manifest: Manifest) -> None:
-    """The manifest is there only when all else is: before the one rename of a local disk, else after the move."""
+    """The manifest appears when all else is there: with the rename of a local disk, else after the move."""
     if home.is_local:
         manifest.save(Storage(home.path(staged)))
     home.delete(name)
@@ -268,8 +274,8 @@ class _Build:
             return None
         if len(matrix) != num_items:
             raise DataError(
-                f"embeddings must have one row per row of the item table: {num_items} are required, {len(matrix)} "
-                "are given; compute them for this table"
+                f"embeddings must have one row per row of the item table: {num_items} are required, "
+                f"{len(matrix)} are given; compute them for this table"
             )
         if matrix.dtype not in (np.float16, np.float32):
             matrix = matrix.astype(np.float32)
@@ -320,7 +326,9 @@ def _sum(counters: Iterator[Counter]) -> Counter:
 
 
 def _in_words(counters: Counter) -> str:
-    return ", ".join(f"{count} {name}" for name, count in sorted(counters.items()) if count) or "none were read"
+    return (
+        ", ".join(f"{count} {name}" for name, count in sorted(counters.items()) if count) or "none were read"
+    )
 
 
 def _plain(values: Any) -> Any:

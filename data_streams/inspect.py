@@ -55,7 +55,10 @@ class Report:
         table = Table(title="data set", show_header=False)
         for name, value in (
             ("source", manifest.source.get("name", "")),
-            ("users, items, events", f"{manifest.num_users:,}, {manifest.num_items:,}, {manifest.num_events:,}"),
+            (
+                "users, items, events",
+                f"{manifest.num_users:,}, {manifest.num_items:,}, {manifest.num_events:,}",
+            ),
             ("events of a user", _quantiles(self.lengths)),
             ("events of an item", _quantiles(self.item_counts)),
             ("items without events", f"{int((self.item_counts == 0).sum()):,}"),
@@ -98,6 +101,7 @@ def inspect(path: str, num_samples: int = 3) -> Report:
     tally = _Tally(manifest, items["title"], num_samples)
     for record in track(manifest.chunks, description="reading chunks"):
         tally.add(read_chunk(storage, record, manifest=manifest))
+    _check_embeddings(storage, manifest)
     users = _first_users(storage, num_samples)
     report = Report(
         manifest=manifest,
@@ -156,9 +160,35 @@ def _checked_items(storage: Storage, manifest: Manifest) -> pl.DataFrame:
         raise DataError(f"{storage.path('items.parquet')} is missing; build the data set again") from error
     if hashlib.sha256(data).hexdigest() != manifest.catalogue_sha256:
         raise DataError(
-            f"the checksum of {storage.path('items.parquet')} is not that of the manifest; build the data set again"
+            f"the checksum of {storage.path('items.parquet')} is not that of the manifest; "
+            "build the data set again"
         )
     return pl.read_parquet(io.BytesIO(data), columns=["item_id", "title"])
+
+
+def _check_embeddings(storage: Storage, manifest: Manifest) -> None:
+    """The header of the matrix must agree with the manifest; the numbers were checked by the build."""
+    embedding = manifest.embedding
+    if embedding is None:
+        return
+    path = storage.path(embedding["file"])
+    try:
+        with storage.filesystem.open(path, "rb") as file:
+            version = np.lib.format.read_magic(file)
+            read_header = (
+                np.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0
+            )
+            shape, _, dtype = read_header(file)
+    except (FileNotFoundError, ValueError) as error:
+        raise DataError(f"{path} is missing or no NumPy file ({error}); build the data set again") from error
+    expected = (manifest.num_items, embedding["dim"])
+    if shape != expected or str(dtype) != embedding["dtype"]:
+        raise DataError(
+            f"{path} must be a {embedding['dtype']} matrix {expected}, found {dtype} {shape}; "
+            "build the data set again"
+        )
 
 
 def _first_users(storage: Storage, count: int) -> dict[int, str]:
@@ -175,8 +205,8 @@ def _check_counts(report: Report, root: str) -> None:
     stated = (manifest.num_users, manifest.num_events, manifest.num_items)
     if found != stated:
         raise DataError(
-            f"{root} must hold what its manifest states: {stated} users, events and items are stated, {found} were "
-            "found; build the data set again"
+            f"{root} must hold what its manifest states: {stated} users, events and items are stated, "
+            f"{found} were found; build the data set again"
         )
 
 
@@ -207,14 +237,20 @@ def _plot(report: Report) -> bytes:
     figure = Figure(figsize=(5 * panels, 3.6), layout="constrained")
     axes = figure.subplots(1, panels)
     longest = max(int(report.lengths.max()), 1)
-    axes[0].hist(report.lengths, bins=np.geomspace(1, longest + 1, 40), color="tab:blue")
+    axes[0].hist(
+        report.lengths, bins=np.geomspace(max(report.lengths.min(), 1), longest + 1, 30), color="tab:blue"
+    )
     axes[0].set(xscale="log", xlabel="events of a user", ylabel="users", title="history lengths")
     counts = np.sort(report.item_counts)[::-1]
     axes[1].plot(np.arange(1, len(counts) + 1), np.maximum(counts, 0.5), color="tab:orange")
-    axes[1].set(xscale="log", yscale="log", xlabel="rank of the item", ylabel="events", title="item popularity")
+    axes[1].set(
+        xscale="log", yscale="log", xlabel="rank of the item", ylabel="events", title="item popularity"
+    )
     if report.day_counts:
         days = sorted(report.day_counts)
-        axes[2].plot(np.array(days, dtype="datetime64[D]"), [report.day_counts[day] for day in days], color="tab:green")
+        axes[2].plot(
+            np.array(days, dtype="datetime64[D]"), [report.day_counts[day] for day in days], color="tab:green"
+        )
         axes[2].set(xlabel="day", ylabel="events", title="events over time")
         axes[2].tick_params(axis="x", rotation=30)
     content = io.BytesIO()

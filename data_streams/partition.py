@@ -1,11 +1,11 @@
 """The three tasks of a build, each on a bounded share of the events: scatter, gather, write.
 
-`scatter` reads one part of the source and spreads its events over user partitions; `gather` brings one partition
-into order, cuts it and splits it; `write_shards` numbers its users and writes its chunks. What they hand on lies in
-Parquet files below `tmp/`, so a task returns little more than counts.
+`scatter` reads one part of the source and spreads its events over user partitions; `gather` brings one
+partition into order, cuts it and splits it; `write_shards` numbers its users and writes its chunks. What they
+hand on lies in Parquet files below `tmp/`, so a task returns little more than counts.
 
-Users are placed by a hash of their id: partitions are ranges of it and users are numbered in its order, so that a
-user's row depends neither on the order of the files nor on the number of partitions.
+Users are placed by a hash of their id: partitions are ranges of it and users are numbered in its order, so
+that a user's row depends neither on the order of the files nor on the number of partitions.
 """
 
 import hashlib
@@ -72,7 +72,9 @@ def scatter(task: ScatterTask) -> Scattered:
             item_ids = [pl.concat([*item_ids, events["item_id"]]).unique()]
         _write_partitions(storage, events, f"{task.index:05d}-{number:05d}", task.num_partitions)
     if item_ids:
-        write_parquet(storage, f"tmp/item_ids/{task.index:05d}.parquet", pl.DataFrame({"item_id": item_ids[0]}))
+        write_parquet(
+            storage, f"tmp/item_ids/{task.index:05d}.parquet", pl.DataFrame({"item_id": item_ids[0]})
+        )
     return Scattered(index=task.index, num_events=num_events, actions=frozenset(actions), counters=counters)
 
 
@@ -92,8 +94,9 @@ def _drop_bad_rows(events: pl.DataFrame, task: ScatterTask, counters: Counter) -
         if task.on_bad_row == "fail":
             raise DataError(
                 f"every event needs an id of the user and the item and a place in time; {task.part.name} has "
-                f"{int(mask.sum())} {reason} that can be read, such as {events.filter(mask).row(0, named=True)}; "
-                "correct them or leave them out with --on-bad-row skip"
+                f"{int(mask.sum())} {reason} that can be read, such as "
+                f"{events.filter(mask).row(0, named=True)}; correct them "
+                "or leave them out with --on-bad-row skip"
             )
         counters[reason] += int(mask.sum())
     return events.filter(~pl.any_horizontal(*bad.values())) if bad else events
@@ -102,7 +105,9 @@ def _drop_bad_rows(events: pl.DataFrame, task: ScatterTask, counters: Counter) -
 def _write_partitions(storage: Storage, events: pl.DataFrame, name: str, num_partitions: int) -> None:
     hashed = events.with_columns(user_hash=_hash_ids(events["user_id"]))
     partition = (pl.col("user_hash") // 2**32 * num_partitions) // 2**32
-    parts = hashed.with_columns(partition=partition).partition_by("partition", as_dict=True, include_key=False)
+    parts = hashed.with_columns(partition=partition).partition_by(
+        "partition", as_dict=True, include_key=False
+    )
     for (number,), rows in parts.items():
         write_parquet(storage, f"tmp/events/{number:05d}/{name}.parquet", rows)
 
@@ -148,12 +153,17 @@ class Gathered:
 
 
 def gather(task: GatherTask) -> Gathered:
-    """Bring the events of one partition into order, cut and split them, and count the items of the training spans."""
+    """Bring the events of one partition into order, cut and split them, and count the items trained on."""
     storage, counters = Storage(task.root), Counter()
     events = _read_partition(storage, task.index)
     if events is None:
         return Gathered(
-            index=task.index, num_users=0, num_events=0, columns={}, train_length_counts=Counter(), counters=counters
+            index=task.index,
+            num_users=0,
+            num_events=0,
+            columns={},
+            train_length_counts=Counter(),
+            counters=counters,
         )
     events = _with_item_rows(events, read_parquet(storage, ITEM_INDEX), task, counters)
     order = "order" if "order" in events.columns else "timestamp_s"
@@ -166,7 +176,9 @@ def gather(task: GatherTask) -> Gathered:
     times = columns["timestamp_s"].to_numpy() if "timestamp_s" in columns.columns else None
     split = task.split.apply(offsets, positive, times)
     users = users.with_columns(train_end=split.train_end, valid_at=split.valid_at, test_at=split.test_at)
-    trained = positive & (np.arange(len(events)) < np.repeat(offsets[:-1] + split.train_end, np.diff(offsets)))
+    trained = positive & (
+        np.arange(len(events)) < np.repeat(offsets[:-1] + split.train_end, np.diff(offsets))
+    )
     train_counts = events.filter(pl.Series(trained)).group_by("item").len("train_count")
     write_parquet(storage, f"tmp/train_counts/{task.index:05d}.parquet", train_counts)
     write_parquet(storage, f"tmp/gathered/{task.index:05d}.parquet", columns.with_columns(events["item"]))
@@ -187,15 +199,17 @@ def _read_partition(storage: Storage, index: int) -> pl.DataFrame | None:
     return pl.concat(batches, how="diagonal") if batches else None
 
 
-def _with_item_rows(events: pl.DataFrame, index: pl.DataFrame, task: GatherTask, counters: Counter) -> pl.DataFrame:
+def _with_item_rows(
+    events: pl.DataFrame, index: pl.DataFrame, task: GatherTask, counters: Counter
+) -> pl.DataFrame:
     ids = events["item_id"].cast(index.schema["item_id"], strict=False)
     events = events.with_columns(ids).join(index, on="item_id", how="left", maintain_order="left")
     unknown = events["item"].null_count()
     if unknown and task.on_bad_row == "fail":
         example = events.filter(pl.col("item").is_null())["item_id"][0]
         raise DataError(
-            f"every event's item must be in the item table; {unknown} events of users partition {task.index} have "
-            f"unknown items, such as {example!r}; add them to the table or leave the events out with "
+            f"every event's item must be in the item table; {unknown} events of users partition {task.index} "
+            f"have unknown items, such as {example!r}; add them to the table or leave the events out with "
             "--on-bad-row skip"
         )
     counters["events with unknown items"] += unknown
@@ -221,11 +235,15 @@ def _shard_columns(events: pl.DataFrame, actions: tuple[str, ...]) -> pl.DataFra
         pl.col("action").replace_strict(list(actions), list(range(len(actions))), return_dtype=pl.Int8)
     )
     if "page_id" in columns.columns:
-        first = pl.int_range(pl.len()).min().over("user_id", "page_id")
-        number = pl.when(pl.col("page_id").is_null()).then(None).otherwise(first).rank("dense").over("user_id") - 1
-        columns = columns.with_columns(events.select(number.alias("page_id")))
+        columns = columns.with_columns(_page_numbers(events))
     types = {name: dtype for name, dtype in COLUMN_TYPES.items() if name in columns.columns}
     return columns.with_columns(pl.all().fill_null(schema.MISSING)).cast(types)
+
+
+def _page_numbers(events: pl.DataFrame) -> pl.Series:
+    """Pages of each user in the order they begin, from 0."""
+    begin = pl.when(pl.col("page_id").is_not_null()).then(pl.col("place").min().over("user_id", "page_id"))
+    return events.with_row_index("place").select(page_id=begin.rank("dense").over("user_id") - 1).to_series()
 
 
 def _drop_unsorted(events: pl.DataFrame, task: GatherTask, counters: Counter) -> pl.DataFrame:
@@ -235,10 +253,11 @@ def _drop_unsorted(events: pl.DataFrame, task: GatherTask, counters: Counter) ->
     early = pl.col("timestamp_s") < pl.col("timestamp_s").cum_max().over("user_id")
     kept = events.filter(~early)
     if kept.height < events.height and task.on_bad_row == "fail":
+        example = events.filter(early).select("user_id", "item_id").row(0, named=True)
         raise DataError(
-            f"the order column must not contradict the times; {events.height - kept.height} events are earlier than "
-            f"one before them, such as {events.filter(early).select('user_id', 'item_id').row(0, named=True)}; "
-            "order by time (leave --order-column out) or leave these events out with --on-bad-row skip"
+            f"the order column must not contradict the times; {events.height - kept.height} events are "
+            f"earlier than one before them, such as {example}; order by time (leave --order-column out) or "
+            "leave these events out with --on-bad-row skip"
         )
     counters["events earlier than one before them"] += events.height - kept.height
     return kept

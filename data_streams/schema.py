@@ -133,7 +133,9 @@ def _cast_id(value: pl.Expr, dtype: pl.DataType) -> pl.Expr:
     if dtype.is_integer():
         return value.cast(pl.Int64, strict=False)
     if dtype.is_float() or dtype.is_nested() or dtype.is_temporal():
-        raise DataError(f"ids must be integers or text, given {dtype}; convert the column {value.meta.output_name()!r}")
+        raise DataError(
+            f"ids must be integers or text, given {dtype}; convert the column {value.meta.output_name()!r}"
+        )
     text = value.cast(pl.String).str.strip_chars()
     return pl.when(text == "").then(None).otherwise(text).alias(value.meta.output_name())
 
@@ -154,15 +156,17 @@ def _cast_order(name: str, dtype: pl.DataType) -> pl.Expr:
     if isinstance(dtype, pl.String):
         column = column.cast(pl.Float64, strict=False)
     elif dtype.is_nested():
-        raise DataError(f"the order column {name!r} must hold numbers or times, given {dtype}; name another one")
+        raise DataError(
+            f"the order column {name!r} must hold numbers or times, given {dtype}; name another one"
+        )
     return column.alias("order")
 
 
 def _cast_feature(name: str, dtype: pl.DataType) -> pl.Expr:
     if not (dtype.is_integer() or isinstance(dtype, (pl.Boolean, pl.String))):
         raise DataError(
-            f"the feature column {name!r} must hold whole numbers (categories already encoded), given {dtype}; "
-            "encode it first"
+            f"the feature column {name!r} must hold whole numbers (categories already encoded), given "
+            f"{dtype}; encode it first"
         )
     return pl.col(name).cast(pl.Int64, strict=False)
 
@@ -184,7 +188,12 @@ def bad_rows(frame: pl.DataFrame) -> dict[str, pl.Series]:
 
 
 def normalise_items(
-    frame: pl.DataFrame, table: str, *, item_column: str, title_column: str | None, categories_column: str | None
+    frame: pl.DataFrame,
+    table: str,
+    *,
+    item_column: str,
+    title_column: str | None,
+    categories_column: str | None,
 ) -> pl.DataFrame:
     """Items with item_id, title and categories in front, then the further columns as they were given.
 
@@ -201,7 +210,10 @@ def normalise_items(
     known = {"item_id", "title", "categories", item_column, title_column, categories_column}
     further = [name for name in frame.columns if name not in known]
     items = frame.with_columns(ids, _grail_title=title, _grail_categories=categories).select(
-        "item_id", pl.col("_grail_title").alias("title"), pl.col("_grail_categories").alias("categories"), *further
+        "item_id",
+        pl.col("_grail_title").alias("title"),
+        pl.col("_grail_categories").alias("categories"),
+        *further,
     )
     _check_unique_ids(items["item_id"], table)
     return items.with_columns(pl.coalesce(pl.col("title"), pl.col("item_id").cast(pl.String)))
@@ -217,7 +229,9 @@ def _require_table_column(frame: pl.DataFrame, table: str, name: str | None, opt
 
 def _check_unique_ids(ids: pl.Series, table: str) -> None:
     if ids.null_count():
-        raise DataError(f"{table} must name every row by an id; {ids.null_count()} rows have none; remove them")
+        raise DataError(
+            f"{table} must name every row by an id; {ids.null_count()} rows have none; remove them"
+        )
     repeated = ids.filter(ids.is_duplicated()).unique().sort()
     if len(repeated):
         raise DataError(
@@ -252,7 +266,9 @@ def _categories(frame: pl.DataFrame, column: str | None) -> pl.Series:
 
 
 def _unescape(texts: pl.Series) -> pl.Series:
-    return pl.Series([text if text is None or "&" not in text else html.unescape(text) for text in texts], dtype=pl.String)
+    return pl.Series(
+        [text if text is None or "&" not in text else html.unescape(text) for text in texts], dtype=pl.String
+    )
 
 
 def normalise_users(frame: pl.DataFrame, table: str, *, user_column: str) -> pl.DataFrame:

@@ -1,7 +1,7 @@
 """Which events of a user train, and which are held out for validation and test.
 
-Shapes: U users, T events; a user's events lie at offsets[u]..offsets[u + 1], oldest first. `positive` [T] marks
-the events that can be held out (all but exposures).
+Shapes: U users, T events; a user's events lie at offsets[u]..offsets[u + 1], oldest first. `positive` [T]
+marks the events that can be held out (all but exposures).
 """
 
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class SplitRule:
 
 
 def leave_last_out(offsets: np.ndarray, positive: np.ndarray) -> Split:
-    """The last positive event is the test, the last but one the validation; users with fewer than 3 only train."""
+    """The last positive event is the test, the last but one the validation; with fewer than 3, all train."""
     upto = np.concatenate([[0], np.cumsum(positive)])
     later = np.repeat(upto[offsets[1:]], np.diff(offsets)) - upto[1:]
     test_at = _first_where(offsets, positive & (later == 0))
@@ -82,7 +82,9 @@ def by_time(
 
 def _as_int32(train_end: np.ndarray, valid_at: np.ndarray, test_at: np.ndarray) -> Split:
     return Split(
-        train_end=train_end.astype(np.int32), valid_at=valid_at.astype(np.int32), test_at=test_at.astype(np.int32)
+        train_end=train_end.astype(np.int32),
+        valid_at=valid_at.astype(np.int32),
+        test_at=test_at.astype(np.int32),
     )
 
 

@@ -1,13 +1,15 @@
 """A synthetic world in which the truth is known: who likes what, when, and why it was clicked.
 
-Items lie in clusters and have a style. A user has a style taste that drifts from session to session, some home
-clusters, and at each moment a focus cluster; having found something there, the user turns to a cluster that
-follows it. A page is a series of looks; each look falls on an item drawn from the exposure policy (popular ones,
-ones near the taste, random ones), and becomes a click with the item's appeal times the attention at that place.
+Items lie in clusters and have a style. A user has a style taste that drifts from session to session, some
+home clusters, and at each moment a focus cluster; having found something there, the user may turn to a
+cluster that follows it. A page is a series of looks; each look falls on an item drawn from the exposure
+policy (popular ones, ones near the taste, random ones), and becomes a click with a chance that is the
+item's appeal times the attention at that place.
 
-Looks of a page are independent given the user's state, a look at an item clicked before leads to nothing, and a
-user's history ends with a number of clicks fixed in advance. So, given the state, the next click falls on item i with
-a probability exactly proportional to exposure(i) * appeal(i) over the items not clicked yet. `oracle_scores` is that.
+Looks of a page are independent given the user's state, a look at an item clicked before leads to nothing, and
+a user's history ends with a number of clicks fixed in advance. So, given the state, the next click falls on
+item i with a probability exactly proportional to exposure(i) * appeal(i) over the items not clicked yet;
+`oracle_scores` is that.
 
 The events of user u depend on (seed, u) and the catalogue alone, so any range of users can be made by itself.
 """
@@ -52,8 +54,8 @@ class WorldConfig:
     def __post_init__(self) -> None:
         if not 3 <= self.num_clusters <= self.num_items:
             raise ConfigError(
-                f"--num-clusters must be from 3 to the number of items, given {self.num_clusters} clusters and "
-                f"{self.num_items} items"
+                f"--num-clusters must be from 3 to the number of items, given {self.num_clusters} clusters "
+                f"and {self.num_items} items"
             )
         if self.num_users < 1 or self.mean_clicks < 3 or self.mean_clicks > self.num_items / 8:
             raise ConfigError(
@@ -75,7 +77,9 @@ class World:
         Raises: ConfigError when it was built from another source.
         """
         if description.get("name") != "world":
-            raise ConfigError(f"only data built from the world knows its truth, given source {description.get('name')!r}")
+            raise ConfigError(
+                f"only data built from the world knows its truth, given source {description.get('name')!r}"
+            )
         return World(WorldConfig(**{entry.name: description[entry.name] for entry in fields(WorldConfig)}))
 
     @cached_property
@@ -100,7 +104,9 @@ class World:
         clicked = np.isin(first + items, (first + states.clicked)[states.clicked >= 0])
         return np.where(clicked | (items < 0), 0.0, probability)
 
-    def expected_positives(self, user_ids: np.ndarray, items: np.ndarray, moment: Moment = "end") -> np.ndarray:
+    def expected_positives(
+        self, user_ids: np.ndarray, items: np.ndarray, moment: Moment = "end"
+    ) -> np.ndarray:
         """Expected clicks if the user looks once at each recommended item; an item listed twice counts once.
 
         Shapes: items [B, K] -> [B].
@@ -108,7 +114,9 @@ class World:
         first = (items[:, :, None] == items[:, None, :]).argmax(-1) == np.arange(items.shape[1])
         return (self.click_probability(self.states(user_ids, moment), items) * first).sum(1)
 
-    def normalised_utility(self, user_ids: np.ndarray, items: np.ndarray, moment: Moment = "end") -> np.ndarray:
+    def normalised_utility(
+        self, user_ids: np.ndarray, items: np.ndarray, moment: Moment = "end"
+    ) -> np.ndarray:
         """Expected positives on a scale where a random list scores 0 and the best list of that length 1.
 
         Shapes: items [B, K] -> [B].
@@ -120,7 +128,9 @@ class World:
         random = length * everything.sum(1) / unclicked
         return (self.expected_positives(user_ids, items, moment) - random) / (best - random)
 
-    def oracle_scores(self, user_ids: np.ndarray, moment: Literal["validation", "test"] = "test") -> np.ndarray:
+    def oracle_scores(
+        self, user_ids: np.ndarray, moment: Literal["validation", "test"] = "test"
+    ) -> np.ndarray:
         """Probability that the held-out click falls on each item, given the user's true state.
 
         Shapes: [B, num_items]; each row sums to 1 and is 0 on items clicked before.

@@ -1,4 +1,4 @@
-"""The items of the synthetic world: what they are called, how they look, and which kinds follow each other."""
+"""The items of the synthetic world: their names, how they look, and which kinds follow each other."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,20 @@ STYLES = (
     "Royal",
     "Quiet",
 )
-MATERIALS = ("Oak", "Steel", "Linen", "Copper", "Bamboo", "Glass", "Wool", "Clay", "Marble", "Cork", "Silk", "Slate")
+MATERIALS = (
+    "Oak",
+    "Steel",
+    "Linen",
+    "Copper",
+    "Bamboo",
+    "Glass",
+    "Wool",
+    "Clay",
+    "Marble",
+    "Cork",
+    "Silk",
+    "Slate",
+)
 DEPARTMENTS = {
     "Kitchen": ("Kettle", "Pan", "Mug", "Bowl", "Knife", "Tray"),
     "Living": ("Lamp", "Sofa", "Rug", "Shelf", "Cushion", "Clock"),

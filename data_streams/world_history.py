@@ -1,6 +1,6 @@
 """How a user of the synthetic world behaves, page by page; many users are simulated side by side.
 
-Each user has a random stream of its own, keyed by (seed, user), so a history does not depend on its neighbours.
+Each user has a random stream of its own, keyed by (seed, user): a history does not depend on its neighbours.
 """
 
 from dataclasses import dataclass, field
@@ -64,10 +64,11 @@ class UserStates:
 
 @dataclass(frozen=True, kw_only=True)
 class Histories:
-    """All that happened to B users, as a row per look that showed or brought something, in the order of time."""
+    """All that happened to B users: a row per look that showed or brought something, in the order of time."""
 
     events: dict[str, np.ndarray]
-    """[E] each: row (of the user), item, page, position, time_s, shown, clicked, carted, purchased, play_time_s."""
+    """[E] each: row (of the user), item, page, position, time_s, click_time_s, shown, clicked, carted,
+    purchased, play_time_s."""
     moments: dict[str, UserStates] = field(default_factory=dict)
     """State of every user at each moment."""
 
@@ -121,7 +122,7 @@ class _Crowd:
         self.log: list[dict[str, np.ndarray]] = []
 
     def visit_page(self, draws: np.ndarray) -> None:
-        """One page of every active user: looks, clicks, what they leave in the log, and what is wanted next."""
+        """One page of every active user: looks, clicks, what is logged, and what is wanted next."""
         rows = self.active
         state = self._state(rows)
         look = draws[:, 8 + STYLE_DIM :].reshape(len(rows), _LOOK_DRAWS, LOOKS_PER_PAGE)
@@ -159,7 +160,9 @@ class _Crowd:
             focus=self.focus[rows], homes=self.homes[rows], taste=self.taste[rows], clicked=self.clicked[rows]
         )
 
-    def _look_at(self, state: UserStates, kind: np.ndarray, where: np.ndarray, which: np.ndarray) -> np.ndarray:
+    def _look_at(
+        self, state: UserStates, kind: np.ndarray, where: np.ndarray, which: np.ndarray
+    ) -> np.ndarray:
         """Items from the exposure policy. Shapes: [B, LOOKS_PER_PAGE] uniform draws -> items."""
         catalogue, rows = self.catalogue, np.arange(len(kind))[:, None]
         members = catalogue.members[np.column_stack([state.focus, state.homes])]
@@ -172,7 +175,9 @@ class _Crowd:
         num_items = len(catalogue.cluster)
         popular = np.minimum(np.searchsorted(self.popularity_upto, which), num_items - 1)
         anything = (which * num_items).astype(int)
-        return np.where(kind < TASTE_SHARE, near, np.where(kind < TASTE_SHARE + POPULAR_SHARE, popular, anything))
+        return np.where(
+            kind < TASTE_SHARE, near, np.where(kind < TASTE_SHARE + POPULAR_SHARE, popular, anything)
+        )
 
     def _record(
         self,
@@ -227,7 +232,7 @@ class _Crowd:
         focus[rows], taste[rows] = self.focus[rows], self.taste[rows]
 
     def _turn(self, rows: np.ndarray, found: np.ndarray, draws: np.ndarray) -> None:
-        """What is wanted on the next page: on to a successor, back home, or a new session with a drifted taste."""
+        """What is wanted next: a successor, a home cluster, or a new session with another taste."""
         temper, focus = self.temper[rows], self.focus[rows]
         own = draws[:, 0] < FOLLOW_TEMPER
         follower = self.catalogue.successors[focus, np.where(own, temper, (temper + 1) % 2)]
@@ -235,7 +240,9 @@ class _Crowd:
         ended = draws[:, 2] < SESSION_END
         go_on, go_home = found & (draws[:, 3] < MOVE_ON), ended | (~found & (draws[:, 3] < BORED))
         self.focus[rows] = np.where(go_home, home, np.where(go_on, follower, focus))
-        drift = np.sqrt(1 - TASTE_MEMORY**2) / np.sqrt(STYLE_DIM) * ndtri(np.clip(draws[:, 8:], 1e-9, 1 - 1e-9))
+        drift = (
+            np.sqrt(1 - TASTE_MEMORY**2) / np.sqrt(STYLE_DIM) * ndtri(np.clip(draws[:, 8:], 1e-9, 1 - 1e-9))
+        )
         drifted = _unit(TASTE_MEMORY * self.taste[rows] + drift)
         self.taste[rows] = np.where(ended[:, None], drifted, self.taste[rows])
         pause = np.where(ended, 3_600 - 1.5 * DAY_S * np.log1p(-draws[:, 4]), 60 + 120 * draws[:, 4])

@@ -63,3 +63,7 @@ def overview(words: list[str]) -> str:
     width = max(len(name) for name in files) + 2
     lines += [f"  {name.replace('-', ' '):{width}}{first_line(path)}" for name, path in chosen.items()]
     return "\n".join([*lines, "", "Options of a command: grail COMMAND --help"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
-"""Exchanges between ranks whose parts differ in length; on one process alone they give back what they were given.
+"""Exchanges between ranks whose parts differ in length.
 
-`process` is None where there is no process group.
+On one process alone they give back what they were given; `process` is None where there is no process group.
 """
 
 import json
@@ -48,7 +48,10 @@ def own_rows(values: Tensor, counts: Sequence[int], rank: int) -> Tensor:
 
 
 def rows_to_owners(values: Tensor, counts: Sequence[int], rank: int) -> Tensor:
-    """What every rank has found out about this rank's rows. Shapes: [sum(counts), ...] -> [W, counts[rank], ...]."""
+    """What every rank has found out about this rank's rows.
+
+    Shapes: W ranks; values [sum(counts), ...] -> [W, counts[rank], ...].
+    """
     if len(counts) == 1:
         return values[None]
     received = values.new_empty(len(counts) * counts[rank], *values.shape[1:])

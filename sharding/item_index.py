@@ -94,7 +94,7 @@ class ItemIndex:
         return ItemIndex(torch.cat(parts), num_items=num_items, process=process)
 
     def search(self, queries: Tensor, k: int, exclude: Jagged | None = None) -> tuple[Tensor, Tensor]:
-        """The k best items of each query, leaving out its `exclude` row; equal scores go to the smaller item row.
+        """The k best items of each query but for its `exclude` row; of equal scores the smaller item first.
 
         Shapes: queries [B, D] -> items [B, k] int64, scores [B, k] fp32; empty slots are -1 with score -inf.
         """
@@ -102,7 +102,7 @@ class ItemIndex:
         return found.items, found.scores
 
     def ranks(self, queries: Tensor, targets: Tensor, exclude: Jagged | None = None) -> Tensor:
-        """1 + items scored above the target + half of the others tied with it; the target always counts as an item.
+        """1 + items scored above the target + half of the others tied with it; the target is never excluded.
 
         Shapes: queries [B, D], targets [B] int64 -> [B] fp32.
         """
@@ -114,8 +114,8 @@ class ItemIndex:
     ) -> Found:
         """`search` (when k is given) and `ranks` (when targets are) with one product per block.
 
-        Cost: all-gathers of queries and excluded items; an all-to-all of k numbers per query and rank; all-reduces
-        of the targets' vectors and of one number per query.
+        Cost: all-gathers of queries and excluded items; an all-to-all of k numbers per query and rank;
+        all-reduces of the targets' vectors and of one number per query.
         """
         sizes = exchange_integers(
             [queries.shape[0], 0 if exclude is None else exclude.values.shape[0]], self.process
@@ -166,7 +166,7 @@ class ItemIndex:
         scores[:, self.stop - self.start - block * self.block_rows :] = float("-inf")
 
     def _pair_scores(self, queries: Tensor, vectors: Tensor) -> Tensor:
-        """Score of each query with one vector, in the bits it has inside a block. Shapes: [Q, D], [Q, D] -> [Q, 1]."""
+        """Score of each query with one vector, with the bits of a block. Shapes: 2 x [Q, D] -> [Q, 1]."""
         block = queries.new_zeros(self.block_rows, self.dim)
         block[:QUERY_ROWS] = vectors
         with torch.autocast(self.device.type, enabled=False):
@@ -263,10 +263,12 @@ def _twice_places_above(scores: Tensor, target_scores: Tensor) -> Tensor:
 
 
 def _encode(scores: Tensor, first_item: int) -> Tensor:
-    """Numbers that sort by score, and among equal scores put the smaller item first. Shapes: [Q, n] -> [Q, n] int64.
+    """Numbers that sort by score, and among equal scores put the smaller item first.
 
-    The bits of an fp32 number, read as an integer, sort like the number itself once those of negative ones are
-    turned around. The lower half holds the item row, inverted. Adding zero makes -0.0 equal to 0.0.
+    The bits of an fp32 number, read as an integer, sort like the number itself once those of negative ones
+    are turned around. The lower half holds the item row, inverted. Adding zero makes -0.0 equal to 0.0.
+
+    Shapes: [Q, n] fp32 -> [Q, n] int64.
     """
     # In place: the matrix is large, and memory that is new each time costs more than the arithmetic.
     bits = (scores + 0.0).view(torch.int32)
@@ -287,6 +289,6 @@ def _decode(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 def _raise_not_finite(what: str, bad: int, total: int) -> None:
     raise DivergenceError(
-        f"{what} must be finite to be ranked, and {bad} of {total} are not; the model has diverged: take an earlier "
-        "checkpoint, or train again with a lower learning rate"
+        f"{what} must be finite to be ranked, and {bad} of {total} are not; the model has diverged: take "
+        "an earlier checkpoint, or train again with a lower learning rate"
     )

@@ -7,7 +7,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from models.kernels.cross_entropy import matmul_dtype
-
 from sharding.collectives import gather_rows, own_rows
 
 BLOCK_COLUMNS = 8192

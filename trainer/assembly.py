@@ -38,7 +38,7 @@ class Assembly:
         """For evaluation and serving; a collective call."""
         return make_lookup(self.model.tables(), self.tables, self.item_features, self.process.device)
 
-    def search(self) -> Search:
+    def search(self, precision: torch.dtype = torch.float32) -> Search:
         """Search with the weights as they are now; a collective call."""
         return RetrievalSearch.build(
             self.model,
@@ -46,6 +46,7 @@ class Assembly:
             num_items=self.items.num_items,
             device=self.process.device,
             process=self.process,
+            precision=precision,
         )
 
     def users(self, split: Literal["valid", "test", "serve"]) -> EvaluationStream:

@@ -73,7 +73,7 @@ def popularity(events: TrainingEvents) -> Scorer:
 
 
 def transitions(events: TrainingEvents) -> Scorer:
-    """How often each item came right after one of the user's last items, as a share; the last ones weigh more."""
+    """How often an item came right after one of the user's last items, as a share; later ones count more."""
     same_user = events.users[1:] == events.users[:-1]
     follows = _count_pairs(events.items[:-1][same_user], events.items[1:][same_user], events.num_items)
     totals = np.asarray(follows.sum(axis=1)).ravel()
@@ -88,7 +88,7 @@ def transitions(events: TrainingEvents) -> Scorer:
 
 
 def cooccurrence(events: TrainingEvents) -> Scorer:
-    """In how many training histories an item stands together with those of the user, as a cosine, summed up."""
+    """In how many training histories an item stands together with those of the user: cosines, summed up."""
     present = sparse.csr_array(
         (np.ones(len(events.items), dtype=np.float32), (events.users, events.items)),
         shape=(events.users.max(initial=0) + 1, events.num_items),
@@ -108,7 +108,7 @@ def cooccurrence(events: TrainingEvents) -> Scorer:
 def evaluate_baselines(
     data: DataConfig, config: EvaluationConfig, *, split: str, oracle: Scorer | None = None
 ) -> dict[str, EvaluationResult]:
-    """popularity, co-occurrence, transitions and, where the truth is known, the oracle, by the protocol of models."""
+    """popularity, co-occurrence, transitions and (where given) the oracle, evaluated like a model."""
     events, items = read_training_events(data.path), ItemTable.load(data.path)
     scorers = {
         "popularity": popularity(events),

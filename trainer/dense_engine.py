@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cluster.process import Process
 from sharding.state import Piece
 from trainer.configuration import TrainConfig
-from trainer.plain_engine import MOMENTS, ensure_moments, make_optimizer, named_trainable, set_adam_steps
+from trainer.plain_engine import MOMENTS, make_optimizer, moments, named_trainable, set_adam_steps
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
@@ -67,11 +67,10 @@ class DenseEngine:
 
     def pieces(self) -> list[Piece]:
         """Flat ranges of `dense/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME` that this rank keeps."""
-        ensure_moments(self._optimizer())
         found = []
         for name, start, flat, first, length in self._fragments():
             total = self._numel(name)
-            state = self._optimizer().state[flat]
+            state = moments(self._optimizer(), flat)
             for kind, source in (("dense", flat.data), *((m, state[m]) for m in MOMENTS)):
                 part = source.view(-1)[first : first + length]
                 found.append(Piece(name=f"{kind}/{name}", start=start, global_shape=(total,), tensor=part))

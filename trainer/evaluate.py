@@ -1,4 +1,4 @@
-"""Evaluation of a search on held-out items, and recommendations for users; equal at every number of workers."""
+"""Evaluation of a search on held-out items, and recommendations for users, by any number of workers."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -65,8 +65,8 @@ def evaluate(
 ) -> EvaluationResult:
     """Rank the held-out item of every user among all items, and look at the recommended lists.
 
-    `batches` are this rank's users; ranks may have different numbers of them. A collective call, whose result is
-    the same on every rank.
+    `batches` are this rank's users; ranks may have different numbers of them. A collective call, whose result
+    is the same on every rank.
 
     Raises: DataError when there are no users, or one was evaluated twice.
     """
@@ -131,7 +131,7 @@ def render(results: Mapping[str, EvaluationResult]) -> Table:
     """
     first = next(iter(results.values()))
     seen = "seen items left out" if first.seen_filtered else "seen items not left out"
-    table = Table(title=f"{first.split} split, {first.num_users:,} users, {seen}")
+    table = Table(title=f"{first.split} split, {first.num_users:,} users\n{seen}")
     table.add_column("metric")
     for name in results:
         table.add_column(name, justify="right")
@@ -163,8 +163,8 @@ def _rank_users(
     counts = [count for (count,) in exchange_integers([sum(len(part) for part in users)], search.process)]
     if not sum(counts):
         raise DataError(
-            "evaluation needs users with a held-out item, and there are none; build the shards from more events "
-            "or with another split"
+            "evaluation needs users with a held-out item, and there are none; build the shards from more "
+            "events or with another split"
         )
     own = [
         torch.cat(parts).cpu() if parts else empty
@@ -188,15 +188,15 @@ def _check_each_once(users: Tensor | None, process: Process | None) -> None:
     ((doubled,), *_) = exchange_integers([doubled], process)
     if doubled:
         raise DataError(
-            f"every user must be evaluated once, and {doubled} were evaluated more often; deal the users of the split "
-            "to the workers without overlap"
+            f"every user must be evaluated once, and {doubled} were evaluated more often; deal the users "
+            "of the split to the workers without overlap"
         )
 
 
 def _in_step(
     batches: Iterable[SequenceBatch], empty_batch: SequenceBatch, process: Process | None
 ) -> Iterator[SequenceBatch]:
-    """This rank's batches, then empty ones until all ranks are through, so that every collective is matched."""
+    """This rank's batches, then empty ones until all ranks are through, so that collectives match."""
     iterator = iter(batches)
     while True:
         batch = next(iterator, None)

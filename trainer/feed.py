@@ -107,7 +107,7 @@ class _Exchange:
         counts = [micro.batch.num_tokens for micro in prepared.micro_batches]
         own = torch.tensor(counts + flags)
         self.everyone = own.new_empty(process.world_size, len(own))
-        self.work = dist.all_gather_into_tensor(
+        self.work = dist.all_gather_single(
             self.everyone.view(-1), own, group=process.host_group, async_op=True
         )
 

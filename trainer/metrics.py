@@ -2,8 +2,8 @@
 
 Functions that end in `_at` give one number per user; `coverage_at` is a number of all users together.
 
-Shapes: U users, N items; ranks [U], from 1, with halves where items are tied; lists [U, K] item rows, best first,
--1 for an empty slot.
+Shapes: U users, N items; ranks [U], from 1, with halves where items are tied; lists [U, K] item rows, best
+first, -1 for an empty slot.
 """
 
 from collections.abc import Mapping
@@ -50,7 +50,9 @@ def novelty_at(lists: np.ndarray, k: int, train_counts: np.ndarray) -> np.ndarra
 
 
 def diversity_at(lists: np.ndarray, k: int, vectors: np.ndarray | sparse.csr_matrix) -> np.ndarray:
-    """1 - mean cosine of all pairs in the first k; 0 for lists of fewer than two. A zero vector is unlike any other.
+    """1 - mean cosine of all pairs in the first k; 0 for lists of fewer than two.
+
+    A zero vector is unlike any other.
 
     Shapes: lists [U, K], vectors [N, E] of length one (or zero) -> [U].
     """
@@ -76,7 +78,7 @@ def unit_vectors(embeddings: np.ndarray) -> np.ndarray:
 
 
 def category_vectors(categories: pl.Series) -> sparse.csr_matrix:
-    """A unit vector per item over all categories, equal on its own ones. Shapes: [N] text or lists -> [N, C]."""
+    """A unit vector per item over all C categories. Shapes: [N] text or lists of it -> [N, C]."""
     frame = pl.DataFrame({"category": categories}).with_row_index("item")
     while isinstance(frame.schema["category"], pl.List | pl.Array):
         frame = frame.explode("category")

@@ -37,10 +37,9 @@ class PlainEngine:
 
     def pieces(self) -> list[Piece]:
         """Flat `dense/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, all of them on this rank."""
-        ensure_moments(self.optimizer)
         found = []
         for name, parameter in named_trainable(self.module):
-            state = self.optimizer.state[parameter]
+            state = moments(self.optimizer, parameter)
             for kind, tensor in (("dense", parameter.data), *((m, state[m]) for m in MOMENTS)):
                 found.append(whole_piece(f"{kind}/{name}", tensor))
         return found
@@ -70,20 +69,20 @@ def named_trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     ]
 
 
-def ensure_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Create Adam's state before the first step, so that it can be saved and restored."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            if not state:
-                state["step"] = torch.tensor(0.0)
-                state.update({moment: torch.zeros_like(parameter) for moment in MOMENTS})
+def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """Adam's state of a parameter, created before the first step where need be, so that it can be restored."""
+    state = optimizer.state[parameter]
+    if MOMENTS[0] not in state:
+        state["step"] = torch.tensor(0.0)
+        state.update({moment: torch.zeros_like(parameter) for moment in MOMENTS})
+    return state
 
 
 def set_adam_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
-    ensure_moments(optimizer)
+    """To be called once every parameter has its moments."""
     for state in optimizer.state.values():
-        state["step"] = torch.tensor(float(steps))
+        if MOMENTS[0] in state:
+            state["step"] = torch.tensor(float(steps))
 
 
 def whole_piece(name: str, tensor: Tensor) -> Piece:

@@ -135,7 +135,7 @@ def _validate(job: Job) -> bool:
     started = time.perf_counter()
     users = job.assembly.users("valid")
     metrics = validation_metrics(
-        job.assembly.search(), users.batches(), empty_batch=users.empty_batch(), config=job.config.evaluation
+        job.assembly.search(job.learner.module.precision), users.batches(), empty_batch=users.empty_batch(), config=job.config.evaluation
     )
     value = metrics[config.selection_metric]
     improved = progress.best is None or value > progress.best
@@ -176,6 +176,8 @@ def _finish(job: Job) -> dict[str, Any]:
     if job.clock.last_step != progress.step:
         _save(job, best=False)
     job.checkpointer.close()
+    # Rank 0 has committed the last checkpoint once it arrives here.
+    dist.barrier(group=job.process.host_group)
     if job.metric_log:
         job.metric_log.close()
     return {

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,14 +26,14 @@ class Search(ABC):
 
     @abstractmethod
     def find(self, batch: SequenceBatch, *, k: int, rank_held_out: bool, filter_seen: bool) -> Found:
-        """The k best items of each user (none for k = 0) and, where asked for, the rank of the held-out one."""
+        """The k best items of each user (none for k = 0) and, if asked for, the rank of the held-out one."""
 
     @abstractmethod
     def score(self, batch: SequenceBatch, candidates: Tensor) -> Tensor:
-        """Scores of given items. Shapes: candidates [B, C] item rows, -1 for none -> [B, C] fp32, -inf for none."""
+        """Scores of given items. Shapes: candidates [B, C], -1 for none -> [B, C] fp32, -inf for none."""
 
     def recommend(self, batch: SequenceBatch, k: int, *, filter_seen: bool = True) -> tuple[Tensor, Tensor]:
-        """The k best items of each user. Shapes: items [B, k], scores [B, k]; empty slots -1 with score -inf."""
+        """The k best items of each user. Shapes: items and scores [B, k]; empty slots -1 with score -inf."""
         found = self.find(batch, k=k, rank_held_out=False, filter_seen=filter_seen)
         return found.items, found.scores
 
@@ -42,8 +41,8 @@ class Search(ABC):
 class RetrievalSearch(Search):
     """Exact search over the vectors of all items, computed once; valid until the model is trained further.
 
-    `precision` is that of computing queries; item vectors and scores are always fp32. With bf16 a query's last
-    bits depend on the users it is computed with, so that ranks can move a little with the number of workers.
+    `precision` is that of computing queries; item vectors and scores are always fp32. With bf16 a query's
+    last bits depend on the users it is computed with, so ranks can move a little with the number of workers.
     """
 
     def __init__(
@@ -112,7 +111,7 @@ class ScorerSearch(Search):
 def _seen(batch: SequenceBatch) -> Jagged:
     if batch.seen is None:
         raise DataError(
-            "leaving out seen items needs batches that hold each user's whole known past (`seen`), and this one does "
-            "not; read them with EvaluationStream or set evaluation.filter_seen to false"
+            "leaving out seen items needs batches that hold each user's whole known past (`seen`), and this "
+            "one does not; read them with EvaluationStream or set evaluation.filter_seen to false"
         )
     return batch.seen

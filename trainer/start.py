@@ -1,6 +1,5 @@
 """From a configuration to a job ready to train: built, placed, restored or initialised from another run."""
 
-import dataclasses
 import io
 import logging
 import secrets
@@ -8,7 +7,7 @@ from typing import Any
 
 import polars as pl
 
-from cluster.errors import CheckpointError, ConfigError, PlanError
+from cluster.errors import CheckpointError, PlanError
 from cluster.process import Process
 from cluster.reporter import Reporter
 from cluster.storage import Storage
@@ -39,7 +38,6 @@ def pretrain(
 
     Returns the status ("finished" or "stopped"), the last and the best step, and the best selection metric.
     """
-    check(config)
     storage = Storage(config.run_dir)
     stream = TrainStream(
         config.data, seed=config.seed, rank=process.rank, world_size=process.world_size
@@ -67,13 +65,7 @@ def pretrain(
         stream=stream,
         learner=learner,
         engine=engine,
-        checkpointer=Checkpointer(
-            Storage(storage.path(CHECKPOINTS)),
-            rank=process.rank,
-            world_size=process.world_size,
-            attempt=attempt,
-            keep_last=config.train.keep_last,
-        ),
+        checkpointer=_checkpointer(storage, process, attempt, config.train),
         audit=AuditLog(
             storage, attempt=attempt, rank=process.rank, first_step=progress.step, enabled=config.train.audit
         ),
@@ -81,28 +73,19 @@ def pretrain(
         progress=progress,
         clock=CheckpointClock(config.train.checkpoint_every_s, progress.step),
     )
+    # Staging memory is taken before the first step, not during it.
+    job.checkpointer.prepare([*assembly.tables.pieces(), *engine.pieces()])
     return train(job)
 
 
-def check(config: PretrainConfig) -> None:
-    """What can be known to fail before any worker is started.
-
-    Raises: ConfigError naming the option.
-    """
-    for name in ("epochs", "micro_batches", "keep_last"):
-        value = getattr(config.train, name)
-        if value < 1:
-            raise ConfigError(f"train.{name.replace('_', '-')} must be at least 1, got {value}")
-    cutoffs = [f"{metric}@{k}" for metric in ("recall", "ndcg") for k in config.evaluation.cutoffs]
-    if config.train.selection_metric not in (*cutoffs, "mrr"):
-        raise ConfigError(
-            f"train.selection-metric must be one of {', '.join(cutoffs)}, mrr; got {config.train.selection_metric}"
-        )
-    if config.cluster.workers > config.data.num_streams:
-        raise ConfigError(
-            f"data.num-streams must be at least cluster.workers ({config.cluster.workers}), got "
-            f"{config.data.num_streams}; it is a property of the run, so choose it for the largest cluster"
-        )
+def _checkpointer(storage: Storage, process: Process, attempt: str, config: TrainConfig) -> Checkpointer:
+    return Checkpointer(
+        Storage(storage.path(CHECKPOINTS)),
+        rank=process.rank,
+        world_size=process.world_size,
+        attempt=attempt,
+        keep_last=config.keep_last,
+    )
 
 
 def make_learner(assembly: Assembly) -> tuple[Learner, DenseEngine]:
@@ -169,8 +152,3 @@ def _attempt(storage: Storage, process: Process) -> str:
 
 def _metric_log(config: PretrainConfig, document: dict[str, Any], progress: Progress) -> MetricLog:
     return MetricLog(config.run_dir, config.log, document, resume_step=progress.step)
-
-
-def with_run_dir(config: PretrainConfig) -> PretrainConfig:
-    """The configuration with its run directory spelled out."""
-    return config if config.run_dir else dataclasses.replace(config, run_dir=f"runs/{config.recipe}")

@@ -1,4 +1,4 @@
-"""Sources turn one raw format into the schema; each file here is one, named on the command line by its Config."""
+"""Sources turn one raw format each into the schema; a file here is one, and its Config names its options."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -53,5 +53,5 @@ class Source(ABC):
         return None
 
     def sequence_actions(self) -> tuple[str, ...]:
-        """Actions that make up a user's sequence unless a build says otherwise; empty means all but exposures."""
+        """Actions that make up a sequence unless a build says otherwise; empty means all but exposures."""
         return ()

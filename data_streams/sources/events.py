@@ -1,4 +1,4 @@
-"""Event logs in Parquet, CSV or TSV, with an optional item table, user table and matrix of item embeddings."""
+"""Event logs in Parquet, CSV or TSV, with optional tables of items and users and item embeddings."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -127,7 +127,9 @@ class EventsSource(Source):
         if path is None:
             return None
         if self.config.items is None:
-            raise DataError(f"embeddings {path} need an item table that says which row is which item; give --items")
+            raise DataError(
+                f"embeddings {path} need an item table that says which row is which item; give --items"
+            )
         if not path.endswith(".npy") or not os.path.exists(path):
             raise DataError(f"embeddings must be an existing .npy file on this machine, given {path}")
         matrix = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -154,12 +156,14 @@ class EventsSource(Source):
         config = self.config
         for name in (config.order_column, *config.feature_columns):
             if name is not None and name not in given:
-                raise DataError(f"events in {path} must have the column {name!r}; their columns are {', '.join(given)}")
+                raise DataError(
+                    f"events in {path} must have the column {name!r}; their columns are {', '.join(given)}"
+                )
         timed = config.timestamp_column or "timestamp_s" in given or "timestamp" in given
         if config.order_column is None and not timed:
             raise DataError(
-                f"events in {path} must have times (timestamp_s or timestamp) or a column that orders them; their "
-                f"columns are {', '.join(given)}; give --timestamp-column NAME or --order-column NAME"
+                f"events in {path} must have times (timestamp_s or timestamp) or a column that orders them; "
+                f"their columns are {', '.join(given)}; give --timestamp-column NAME or --order-column NAME"
             )
 
 
@@ -181,7 +185,9 @@ def _find_files(patterns: tuple[str, ...]) -> list[str]:
 def _extension(path: str) -> str:
     extension = os.path.splitext(path)[1].lower()
     if extension not in (".parquet", *SEPARATORS):
-        raise DataError(f"a table must be a .parquet, .csv or .tsv file, given {path}; convert it to one of them")
+        raise DataError(
+            f"a table must be a .parquet, .csv or .tsv file, given {path}; convert it to one of them"
+        )
     return extension
 
 
@@ -233,9 +239,13 @@ def _first_present(frame: pl.DataFrame, asked: str | None, default: str) -> str:
 
 def _check_matrix(matrix: np.ndarray, path: str) -> None:
     if matrix.ndim != 2 or matrix.dtype.kind != "f":
-        raise DataError(f"{path} must be a matrix of floats [items, dim], given {matrix.dtype} {matrix.shape}")
+        raise DataError(
+            f"{path} must be a matrix of floats [items, dim], given {matrix.dtype} {matrix.shape}"
+        )
     for start in range(0, len(matrix), EMBEDDING_BLOCK_ROWS):
         finite = np.isfinite(matrix[start : start + EMBEDDING_BLOCK_ROWS]).all(axis=1)
         if not finite.all():
             row = start + int(np.argmin(finite))
-            raise DataError(f"{path} must hold finite numbers, but row {row} has NaN or infinity; compute it again")
+            raise DataError(
+                f"{path} must hold finite numbers, but row {row} has NaN or infinity; compute it again"
+            )

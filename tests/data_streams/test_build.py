@@ -135,7 +135,9 @@ def test_items_keep_the_order_of_their_table_and_embeddings_go_along(tmp_path):
 
 
 def test_user_profiles_follow_the_rows_of_the_users(tmp_path):
-    pl.DataFrame({"user_id": range(60), "age": [2 * user for user in range(60)]}).write_csv(tmp_path / "users.csv")
+    pl.DataFrame({"user_id": range(60), "age": [2 * user for user in range(60)]}).write_csv(
+        tmp_path / "users.csv"
+    )
     build_events(tmp_path, random_events(5), source={"users": str(tmp_path / "users.csv")}, partitions=4)
     table = pl.read_parquet(tmp_path / "out" / "users.parquet")
     assert table.height == 40
@@ -151,7 +153,11 @@ def test_by_time_holds_out_what_lies_after_two_points_in_time(tmp_path):
 
 def test_long_users_are_cut_to_their_latest_events_and_short_ones_left_out(tmp_path):
     events = pl.DataFrame(
-        {"user_id": [1] * 6 + [2] * 2 + [3] * 4, "item_id": [*range(6), *range(2), *range(4)], "timestamp": range(12)}
+        {
+            "user_id": [1] * 6 + [2] * 2 + [3] * 4,
+            "item_id": [*range(6), *range(2), *range(4)],
+            "timestamp": range(12),
+        }
     )
     manifest = build_events(tmp_path, events, min_events_per_user=3, max_events_per_user=4)
     users = read_users(tmp_path / "out")
@@ -194,8 +200,14 @@ def test_kept_exposures_come_with_pages_and_are_never_held_out(tmp_path):
 
 
 def test_only_the_asked_actions_make_up_a_sequence(tmp_path):
-    events = page_events().with_columns(action=pl.lit("click")).with_columns(
-        action=pl.when(pl.int_range(pl.len()) % 2 == 0).then(pl.lit("purchase")).otherwise(pl.lit("click"))
+    events = (
+        page_events()
+        .with_columns(action=pl.lit("click"))
+        .with_columns(
+            action=pl.when(pl.int_range(pl.len()) % 2 == 0)
+            .then(pl.lit("purchase"))
+            .otherwise(pl.lit("click"))
+        )
     )
     manifest = build_events(tmp_path, events, sequence_actions=("purchase",))
     assert read_users(tmp_path / "out")[1]["items"] == [1, 3, 4, 5, 6]
@@ -231,7 +243,7 @@ def test_an_order_that_contradicts_the_times_is_refused_or_skipped(tmp_path):
     events = pl.DataFrame(
         {"user_id": [1, 1, 1, 2], "item_id": [1, 2, 3, 1], "timestamp": [5, 4, 6, 1], "pos": [0, 1, 2, 0]}
     )
-    with pytest.raises(DataError, match="must not contradict the times; 1 events .*'item_id': 2"):
+    with pytest.raises(DataError, match=r"must not contradict the times; 1 events .*'item_id': 2"):
         build_events(tmp_path, events, source={"order_column": "pos"})
     manifest = build_events(tmp_path, events, source={"order_column": "pos"}, on_bad_row="skip")
     assert read_users(tmp_path / "out")[1]["items"] == [1, 3]
@@ -252,7 +264,9 @@ def test_embeddings_of_another_length_are_refused(tmp_path):
 
 
 def test_options_that_do_not_fit_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="--split by-time needs --valid-from-s and, not before it, --test-from-s"):
+    with pytest.raises(
+        ConfigError, match="--split by-time needs --valid-from-s and, not before it, --test-from-s"
+    ):
         build_events(tmp_path, random_events(0), split="by-time", valid_from_s=9, test_from_s=3)
     with pytest.raises(ConfigError, match="belong to --split by-time, given --split leave-last-out"):
         build_events(tmp_path, random_events(0), valid_from_s=9)
@@ -264,7 +278,9 @@ def test_options_that_do_not_fit_are_refused(tmp_path):
 
 def test_a_data_set_is_replaced_only_when_asked(tmp_path):
     first = build_events(tmp_path, random_events(0))
-    with pytest.raises(ConfigError, match="must be new or empty, but .* holds files; name another or add --overwrite"):
+    with pytest.raises(
+        ConfigError, match=r"must be new or empty, but .* holds files; name another or add --overwrite"
+    ):
         build_events(tmp_path, random_events(1))
     assert Manifest.load(Storage(tmp_path / "out")) == first
     second = build_events(tmp_path, random_events(1), overwrite=True)
@@ -288,7 +304,12 @@ def test_a_data_set_can_be_built_into_an_object_store(tmp_path):
     manifest = build_events(tmp_path, random_events(0), out="memory://bucket/data")
     assert Manifest.load(Storage("memory://bucket/data")) == manifest
     assert Storage("memory://bucket").list() == ["data"]
-    assert Storage("memory://bucket/data").list() == ["items.parquet", "manifest.json", "shards", "users.parquet"]
+    assert Storage("memory://bucket/data").list() == [
+        "items.parquet",
+        "manifest.json",
+        "shards",
+        "users.parquet",
+    ]
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the shared data sets are not here")

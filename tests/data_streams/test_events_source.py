@@ -1,4 +1,4 @@
-"""Reading tables a person has at hand: columns, types, ids, titles, embeddings, and what is wrong with them."""
+"""Reading tables a person has at hand: columns, types, ids, titles, embeddings, and what is wrong."""
 
 import numpy as np
 import polars as pl
@@ -51,7 +51,14 @@ def test_columns_are_mapped_by_name(tmp_path):
         page_column="request",
     )
     row = read(source).row(0, named=True)
-    expected = dict(user_id=1, item_id="x", timestamp_s=9, action="buy", position=3, page_id="r1")
+    expected = {
+        "user_id": 1,
+        "item_id": "x",
+        "timestamp_s": 9,
+        "action": "buy",
+        "position": 3,
+        "page_id": "r1",
+    }
     assert row == expected
 
 
@@ -60,7 +67,8 @@ def test_times_may_be_dates_and_text(tmp_path):
     seconds = [1577836810, 1577836820]
     text = source_of(tmp_path, {"user_id": [1, 2], "item_id": [1, 2], "timestamp": stamps}, "a.csv")
     dates = source_of(
-        tmp_path, {"user_id": [1, 2], "item_id": [1, 2], "timestamp": stamps.str.replace("T", " ").str.to_datetime()}
+        tmp_path,
+        {"user_id": [1, 2], "item_id": [1, 2], "timestamp": stamps.str.replace("T", " ").str.to_datetime()},
     )
     assert read(text)["timestamp_s"].to_list() == seconds
     assert read(dates)["timestamp_s"].to_list() == seconds
@@ -146,7 +154,7 @@ def test_an_unknown_file_type_and_a_missing_file_are_refused(tmp_path):
     (tmp_path / "events.json").write_text("{}")
     with pytest.raises(DataError, match=r"must be a \.parquet, \.csv or \.tsv file, given .*events\.json"):
         EventsSource.Config(events=(str(tmp_path / "events.json"),)).build()
-    with pytest.raises(DataError, match="nothing is at .*nowhere.parquet; check --events"):
+    with pytest.raises(DataError, match=r"nothing is at .*nowhere\.parquet; check --events"):
         EventsSource.Config(events=(str(tmp_path / "nowhere.parquet"),)).build()
 
 
@@ -176,7 +184,12 @@ def test_bad_embeddings_are_refused(tmp_path):
     np.save(path, np.array([[1.0, 2.0], [np.nan, 1.0]], dtype=np.float32))
     broken(tmp_path, "must hold finite numbers, but row 1 has NaN", items=items, embeddings=path)
     np.save(path, np.arange(4))
-    broken(tmp_path, r"must be a matrix of floats \[items, dim\], given int64 \(4,\)", items=items, embeddings=path)
+    broken(
+        tmp_path,
+        r"must be a matrix of floats \[items, dim\], given int64 \(4,\)",
+        items=items,
+        embeddings=path,
+    )
     broken(tmp_path, "need an item table .* give --items", embeddings=path)
     broken(tmp_path, r"must be an existing \.npy file", items=items, embeddings=str(tmp_path / "none.npy"))
 

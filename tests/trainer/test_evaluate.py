@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+from itertools import pairwise
 
 import numpy as np
 import polars as pl
@@ -50,7 +51,7 @@ def make_items() -> ItemTable:
 
 
 def make_batch(users: range) -> SequenceBatch:
-    """Users whose histories follow from their number; every fifth has the held-out item in the past already."""
+    """Users whose histories follow from their number; every fifth has seen the held-out item before."""
     items, seen, held_out = [], [], []
     for user in users:
         generator = torch.Generator().manual_seed(user)
@@ -77,7 +78,7 @@ def own_batches(process: Process | None) -> list[SequenceBatch]:
         borders = [*range(0, NUM_USERS, 10), NUM_USERS]
     else:
         borders = [[0, 12, 13, 30, 41], [41, 43]][process.rank]
-    return [make_batch(range(*pair)) for pair in zip(borders, borders[1:], strict=False)]
+    return [make_batch(range(*pair)) for pair in pairwise(borders)]
 
 
 def make_search(process: Process | None) -> RetrievalSearch:
@@ -175,7 +176,7 @@ def test_evaluation_json_has_the_keys_that_scripts_rely_on(alone):
 
 
 def test_a_user_who_comes_twice_is_an_error():
-    batches = [make_batch(range(0, 5)), make_batch(range(4, 8))]
+    batches = [make_batch(range(5)), make_batch(range(4, 8))]
     with pytest.raises(DataError, match="every user must be evaluated once, and 1 were evaluated more often"):
         validation_metrics(make_search(None), batches, empty_batch=make_batch(range(0)), config=CONFIG)
 
@@ -226,7 +227,8 @@ def test_the_printed_table_says_whether_seen_items_were_left_out():
     for filter_seen, words in ((True, "seen items left out"), (False, "seen items not left out")):
         config = dataclasses.replace(CONFIG, filter_seen=filter_seen)
         result = evaluate(make_search(None), own_batches(None), config=config, **arguments)
-        assert f"valid split, 43 users, {words}" in printed({"sasrec": result})
+        assert "valid split, 43 users" in printed({"sasrec": result})
+        assert f" {words} " in printed({"sasrec": result})
         low, high = result.intervals["mrr"]
         assert f"{low:.4f} to {high:.4f}" in printed({"sasrec": result})
         assert f"{result.metrics['mrr']:.4f}" in printed({"sasrec": result, "popularity": result})

@@ -1,0 +1,54 @@
+"""Build shards from raw events: grail data build SOURCE --out DIR [options]"""
+
+from dataclasses import make_dataclass
+from typing import Annotated
+
+from cluster.errors import ConfigError
+from cluster.plugins import first_line, plugin_config, plugin_files, suggestion
+from launch.options import parse, split_name
+from launch.progress import start_console
+
+SOURCES = "data_streams.sources"
+
+
+def run(arguments: list[str]) -> int:
+    name, options = split_name(arguments)
+    sources = plugin_files(SOURCES)
+    if name is None and {"-h", "--help"} & set(options):
+        print("usage: grail data build SOURCE --out DIR [options]\n\nsources:")
+        for source, path in sources.items():
+            print(f"  {source:12}{first_line(path)}")
+        print("\nAll options of a source: grail data build SOURCE --help")
+        return 0
+    if name is None or name not in sources:
+        raise ConfigError(
+            f"grail data build needs a source in front of the options, got '{name or ''}'"
+            f"{suggestion(name or '', sources)}"
+        )
+    build_from(name, options)
+    return 0
+
+
+def build_from(name: str, options: list[str]) -> None:
+    """Parse the options of a source and of the build together, then build."""
+    import tyro
+
+    from data_streams.build import BuildConfig, build
+
+    flat = tyro.conf.arg(name="")
+    form = make_dataclass(
+        "Options",
+        [
+            ("source", Annotated[plugin_config(SOURCES, name), flat]),
+            ("build", Annotated[BuildConfig, flat]),
+        ],
+        frozen=True,
+        kw_only=True,
+    )
+    parsed = parse(form, options, program=f"grail data build {name}")
+    start_console()
+    manifest = build(parsed.source, parsed.build)
+    print(
+        f"{manifest.num_users:,} users, {manifest.num_items:,} items and {manifest.num_events:,} events in "
+        f"{parsed.build.out}\nNext: grail data inspect {parsed.build.out}"
+    )

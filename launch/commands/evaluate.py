@@ -1,0 +1,86 @@
+"""Rank the held-out items of all users with a run's weights: grail evaluate RUN_DIR [options]"""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from cluster.configuration import ClusterConfig
+from cluster.storage import Storage
+from launch.progress import start_console
+from launch.run_directory import EVALUATION
+from launch.served_run import DataOptions, find_step, parse_served
+from trainer.configuration import EvaluationConfig, PretrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    checkpoint: str = "best"
+    """latest, best or the number of a step."""
+    split: Literal["valid", "test"] = "test"
+    """Which held-out items are ranked."""
+    baselines: bool = False
+    """Evaluate popularity, co-occurrence and transitions beside it, and the oracle where the truth is known."""
+    data: DataOptions = field(default_factory=DataOptions)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+def run(arguments: list[str]) -> int:
+    config, options = parse_served("evaluate", arguments, EvaluateOptions)
+    evaluate(config, checkpoint=options.checkpoint, split=options.split, baselines=options.baselines)
+    return 0
+
+
+def evaluate(
+    config: PretrainConfig, *, checkpoint: str = "best", split: str = "test", baselines: bool = False
+) -> dict[str, Any]:
+    """Evaluate a run on workers, write its evaluation.json and print a table; returns the file's content."""
+    from rich.console import Console
+
+    from cluster.worker_group import run_gang
+    from launch.jobs import evaluate_job
+    from trainer.evaluate import EvaluationResult, render
+
+    step = find_step(config, checkpoint)
+    start_console()
+    content = run_gang(
+        *(evaluate_job, config, step, split), config=config.cluster, run_dir=config.run_dir
+    )
+    content["checkpoint"] = checkpoint
+    intervals = {metric: tuple(interval) for metric, interval in content["intervals"].items()}
+    results = {f"step {step} ({checkpoint})": EvaluationResult(**{**content, "intervals": intervals})}
+    if baselines:
+        results |= _baselines(config, split)
+        content["baselines"] = {
+            name: dict(result.metrics) for name, result in results.items() if result.step is None
+        }
+    storage = Storage(config.run_dir)
+    storage.write(EVALUATION, json.dumps(content, indent=1).encode())
+    Console().print(render(results))
+    print(f"Written to {storage.path(EVALUATION)}")
+    return content
+
+
+def _baselines(config: PretrainConfig, split: str) -> dict[str, Any]:
+    from data_streams.manifest import Manifest
+    from trainer.baselines import evaluate_baselines
+
+    source = Manifest.load(Storage(config.data.path)).source
+    oracle = _oracle(config.data.path, source, split) if source.get("name") == "world" else None
+    return evaluate_baselines(config.data, config.evaluation, split=split, oracle=oracle)
+
+
+def _oracle(data_path: str, source: dict[str, Any], split: str) -> Any:
+    """Scores all items by the true probability that the user takes them next; known in the world only."""
+    import torch
+
+    from data_streams.item_table import ItemTable
+    from data_streams.world import World
+    from launch.jobs import user_ids
+
+    world, users = World.from_source(source), user_ids(data_path).to_numpy()
+    item_ids = ItemTable.load(data_path).item_ids.to_numpy()
+    moment = {"valid": "validation", "test": "test"}[split]
+    return lambda batch: torch.from_numpy(
+        world.oracle_scores(users[batch.user_ids.numpy()], moment)[:, item_ids].astype("float32")
+    )

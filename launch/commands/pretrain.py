@@ -1,0 +1,117 @@
+"""Train a recipe, or go on with a run: grail pretrain RECIPE|CONFIG.yaml [options]"""
+
+import dataclasses
+import sys
+
+from cluster.errors import ConfigError
+from cluster.plugins import first_line, load_plugin, plugin_config, plugin_files, suggestion
+from cluster.reporter import StopSignal
+from launch.options import parse, split_name, take_option
+from launch.progress import TrainingProgress, start_console
+from launch.run_directory import CONFIG, absolute, load_config, prepare
+from trainer.checks import check
+from trainer.configuration import PretrainConfig
+
+RECIPES = "launch.recipes"
+OBJECTIVES = "models.objectives"
+STOPPED = 75
+
+
+def run(arguments: list[str]) -> int:
+    name, options = split_name(arguments)
+    if name is None:
+        return _show_recipes(options)
+    return train(parse_config(name, options))
+
+
+def parse_config(name: str, options: list[str]) -> PretrainConfig:
+    """The configuration of a recipe or a YAML file, overridden by the options.
+
+    Raises: ConfigError if there is no such recipe, or the options cannot work together.
+    """
+    default = _default(name)
+    objective, options = take_option(options, "--objective")
+    if objective is not None:
+        default = dataclasses.replace(default, objective=plugin_config(OBJECTIVES, objective)())
+    config = parse(PretrainConfig, options, program=f"grail pretrain {name}", default=default)
+    run_dir = config.run_dir or f"runs/{config.recipe}"
+    return dataclasses.replace(
+        config,
+        run_dir=absolute(run_dir),
+        init_from=config.init_from and absolute(config.init_from),
+        data=dataclasses.replace(config.data, path=absolute(config.data.path)),
+    )
+
+
+def train(config: PretrainConfig) -> int:
+    """Run a configuration on its workers; the exit code: 0 when finished, 75 when stopped to be resumed.
+
+    Raises: ConfigError or DataError before any worker is started, and whatever the workers raise.
+    """
+    from cluster.ray_start import start_ray
+    from cluster.worker_group import run_gang
+    from data_streams.stream import open_data
+    from launch.jobs import pretrain_job
+    from launch.plots import write_curves
+
+    check(config)
+    open_data(config.data)
+    document = prepare(config)
+    console, stop = start_console(), StopSignal()
+    start_ray(config.cluster)
+    with TrainingProgress(console) as progress, stop.on_signals():
+        result = run_gang(
+            *(pretrain_job, config, document),
+            config=config.cluster,
+            run_dir=config.run_dir,
+            on_event=progress.on_event,
+            stop=stop,
+        )
+    curves = write_curves(config.run_dir, config.train.selection_metric)
+    if result is None or result["status"] == "stopped":
+        at = f" at step {result['step']}" if result else ""
+        print(f"Stopped{at}. Go on with: grail pretrain {config.run_dir}/{CONFIG}", file=sys.stderr)
+        return STOPPED
+    _report(config, result, curves)
+    return 0
+
+
+def _report(config: PretrainConfig, result: dict, curves: str | None) -> None:
+    print(f"Finished at step {result['step']}, epoch {result['epoch']}.")
+    if result["best"] is not None:
+        metric = config.train.selection_metric
+        print(f"Best validation {metric}: {result['best']:.4f} at step {result['best_step']}.")
+    if curves:
+        print(f"Curves: {curves}")
+    print(f"Next: grail evaluate {config.run_dir}")
+
+
+def _default(name: str) -> PretrainConfig:
+    if name.endswith((".yaml", ".yml")):
+        return load_config(name)
+    recipes = plugin_files(RECIPES)
+    if name not in recipes:
+        raise ConfigError(
+            f"grail pretrain needs a recipe or the config.yaml of a run, and '{name}' is neither"
+            f"{suggestion(name, recipes)}"
+        )
+    return dataclasses.replace(load_plugin(RECIPES, name).recipe(), recipe=name)
+
+
+def _show_recipes(options: list[str]) -> int:
+    if not {"-h", "--help"} & set(options):
+        raise ConfigError(
+            "grail pretrain needs a recipe or the config.yaml of a run in front of the options "
+            f"(recipes: {', '.join(plugin_files(RECIPES))})"
+        )
+    print("usage: grail pretrain RECIPE|CONFIG.yaml [options]\n\nrecipes:")
+    for name, path in plugin_files(RECIPES).items():
+        print(f"  {name:20}{first_line(path)}")
+    print("\nAll options of a recipe: grail pretrain RECIPE --help")
+    print(f"Another objective: --objective {'|'.join(objective_names())}")
+    return 0
+
+
+def objective_names() -> list[str]:
+    """Plug-ins among the objectives; files that other objectives share have no Config of their own."""
+    return [name for name, path in plugin_files(OBJECTIVES).items() if "class Config" in path.read_text()]

@@ -1,0 +1,124 @@
+"""Show or write recommendations of a run: grail recommend RUN_DIR --users 3 | --all --out FILE.parquet"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.configuration import ClusterConfig
+from cluster.errors import ConfigError
+from launch.progress import start_console
+from launch.served_run import DataOptions, find_step, parse_served
+from trainer.configuration import EvaluationConfig, PretrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecommendOptions:
+    users: int = 3
+    """How many users are shown, with their history and titles."""
+    all: bool = False
+    """Recommend to every user and write the result to a file instead."""
+    out: str = ""
+    """Parquet file for --all: user_id, rank, item_id, title, score."""
+    k: int = 10
+    """Recommendations per user."""
+    checkpoint: str = "best"
+    """latest, best or the number of a step."""
+    data: DataOptions = field(default_factory=DataOptions)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+def run(arguments: list[str]) -> int:
+    config, options = parse_served("recommend", arguments, RecommendOptions)
+    if options.all != bool(options.out):
+        raise ConfigError("--all needs --out FILE.parquet to write to, and --out is for --all; give both or none")
+    if options.k < 1 or options.users < 1:
+        raise ConfigError(f"--k and --users must be at least 1, got {options.k} and {options.users}")
+    if options.all:
+        write_all(config, options.out, checkpoint=options.checkpoint, k=options.k)
+    else:
+        show(config, num_users=options.users, checkpoint=options.checkpoint, k=options.k)
+    return 0
+
+
+def show(config: PretrainConfig, *, num_users: int, checkpoint: str = "best", k: int = 10) -> None:
+    """Print history and recommendations of a few users."""
+    from rich.console import Console
+
+    from cluster.worker_group import run_gang
+    from launch.jobs import show_job
+
+    start_console()
+    shown = run_gang(
+        *(show_job, config, find_step(config, checkpoint), num_users, k),
+        config=config.cluster,
+        run_dir=config.run_dir,
+    )
+    console = Console()
+    for user in shown:
+        console.print(_user_table(user))
+
+
+def write_all(config: PretrainConfig, out: str, *, checkpoint: str = "best", k: int = 10) -> None:
+    """Write recommendations for every user; workers write parts, which are then merged in the users' order."""
+    from cluster.worker_group import run_gang
+    from launch.jobs import part_file, write_job
+
+    start_console()
+    out = str(Path(out).absolute())
+    parts = [part_file(out, rank) for rank in range(config.cluster.workers)]
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        run_gang(
+            *(write_job, config, find_step(config, checkpoint), out, k),
+            config=config.cluster,
+            run_dir=config.run_dir,
+        )
+        num_users = _merge([part for part in parts if os.path.exists(part)], config.data.path, out)
+    finally:
+        for part in parts:
+            Path(part).unlink(missing_ok=True)
+    print(f"Recommendations for {num_users:,} users written to {out}")
+
+
+def _merge(parts: list[str], data_path: str, out: str) -> int:
+    """Join rows with raw ids and titles, sorted by user; streamed, and there under its name only when whole."""
+    import polars as pl
+
+    from data_streams.item_table import ItemTable
+    from launch.jobs import user_ids
+
+    items = ItemTable.load(data_path)
+    item_frame = pl.LazyFrame({"item_id": items.item_ids, "title": items.titles}).with_row_index("item_row")
+    rows = pl.scan_parquet(parts).with_columns(pl.col("item_row", "user_row").cast(pl.UInt32))
+    users = user_ids(data_path)
+    known = rows.select("user_row").unique() if users is None else pl.LazyFrame({"user_id": users})
+    user_frame = (
+        known.with_columns(user_id=pl.col("user_row")) if users is None else known.with_row_index("user_row")
+    )
+    joined = (
+        rows.join(item_frame, on="item_row", how="left")
+        .join(user_frame, on="user_row", how="left")
+        .sort("user_row", "rank")
+        .select("user_id", "rank", "item_id", "title", "score")
+    )
+    temporary = f"{out}.tmp"
+    joined.sink_parquet(temporary)
+    os.replace(temporary, out)
+    return rows.select(pl.col("user_row").n_unique()).collect().item()
+
+
+def _user_table(user: dict[str, Any]) -> Any:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=f"user {escape(user['user'])}, {user['num_events']} events", title_justify="left")
+    table.add_column("latest history, oldest first", overflow="fold")
+    table.add_column("recommended", overflow="fold")
+    table.add_column("score", justify="right")
+    for index in range(max(len(user["history"]), len(user["recommended"]))):
+        past = user["history"][index] if index < len(user["history"]) else ""
+        title, score = user["recommended"][index] if index < len(user["recommended"]) else ("", None)
+        table.add_row(escape(past), escape(title), "" if score is None else f"{score:.3f}")
+    return table

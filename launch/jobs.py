@@ -1,0 +1,145 @@
+"""What each worker of a command does; the slow imports happen on the workers."""
+
+import dataclasses
+import logging
+from itertools import islice
+from typing import Any
+
+from cluster.process import Process
+from cluster.reporter import Reporter
+from cluster.storage import Storage
+from launch.run_directory import CHECKPOINTS
+from trainer.configuration import PretrainConfig
+
+logger = logging.getLogger(__name__)
+
+SHOWN_HISTORY = 8
+
+
+def pretrain_job(
+    process: Process, config: PretrainConfig, document: dict[str, Any], reporter: Reporter
+) -> dict[str, Any]:
+    """Train to the end or to a stop; see trainer.start.pretrain."""
+    from trainer.start import pretrain
+
+    return pretrain(process, config, document, reporter)
+
+
+def evaluate_job(
+    process: Process, config: PretrainConfig, step: int, split: str, reporter: Reporter
+) -> dict[str, Any]:
+    """Rank the held-out items of a split; the content of evaluation.json."""
+    from trainer.evaluate import evaluate
+
+    assembly = _load(process, config, step)
+    users = assembly.users(split)
+    result = evaluate(
+        assembly.search(),
+        users.batches(),
+        empty_batch=users.empty_batch(),
+        items=assembly.items,
+        config=config.evaluation,
+        split=split,
+        seed=config.seed,
+    )
+    return dataclasses.replace(result, step=step).to_json()
+
+
+def show_job(
+    process: Process, config: PretrainConfig, step: int, num_users: int, k: int, reporter: Reporter
+) -> list[dict[str, Any]]:
+    """History and recommendations of the first users, with titles; all of them are rank 0's."""
+    from trainer.evaluate import recommend
+
+    assembly = _load(process, config, step)
+    users = assembly.users("serve")
+    batches = _first_users(users.batches(), num_users) if process.rank == 0 else []
+    titles, ids, shown = assembly.items.titles, user_ids(config.data.path), []
+    found = recommend(
+        assembly.search(),
+        batches,
+        k=k,
+        empty_batch=users.empty_batch(),
+        filter_seen=config.evaluation.filter_seen,
+    )
+    # `found` stands first, so that it is exhausted on every rank.
+    for (rows, items, scores), batch in zip(found, batches, strict=False):
+        for index, row in enumerate(rows.tolist()):
+            history = batch.items.values[batch.items.offsets[index] : batch.items.offsets[index + 1]].tolist()
+            kept = [(item, score) for item, score in zip(items[index], scores[index], strict=True) if item >= 0]
+            shown.append(
+                {
+                    "user": str(row if ids is None else ids[row]),
+                    "num_events": len(history),
+                    "history": [titles[item] for item in history[-SHOWN_HISTORY:]],
+                    "recommended": [(titles[int(item)], float(score)) for item, score in kept],
+                }
+            )
+    return shown
+
+
+def write_job(
+    process: Process, config: PretrainConfig, step: int, out: str, k: int, reporter: Reporter
+) -> None:
+    """Write the recommendations for this rank's users to `out`.part-RANK."""
+    import pyarrow.parquet as pq
+
+    from trainer.evaluate import recommend, recommendation_table
+
+    assembly = _load(process, config, step)
+    users = assembly.users("serve")
+    found = recommend(
+        assembly.search(),
+        users.batches(),
+        k=k,
+        empty_batch=users.empty_batch(),
+        filter_seen=config.evaluation.filter_seen,
+    )
+    writer, num_users = None, 0
+    for rows, items, scores in found:
+        table = recommendation_table(rows, items, scores)
+        writer = writer or pq.ParquetWriter(part_file(out, process.rank), table.schema)
+        writer.write_table(table)
+        num_users += len(rows)
+        reporter.progress(users=num_users)
+    if writer:
+        writer.close()
+
+
+def part_file(out: str, rank: int) -> str:
+    return f"{out}.part-{rank:05d}"
+
+
+def user_ids(data_path: str) -> Any:
+    """Raw ids by user row, as a polars Series; None where the data set has no table of users."""
+    import polars as pl
+
+    storage = Storage(data_path)
+    if not storage.exists("users.parquet"):
+        return None
+    with storage.filesystem.open(storage.path("users.parquet"), "rb") as file:
+        return pl.read_parquet(file, columns=["user_id"])["user_id"]
+
+
+def _load(process: Process, config: PretrainConfig, step: int) -> Any:
+    """Model and tables with the weights of a checkpoint; a collective call."""
+    from trainer.assembly import assemble
+    from trainer.checkpoint_reader import CheckpointReader
+    from trainer.run_state import load_weights
+
+    reader = CheckpointReader(Storage(f"{config.run_dir}/{CHECKPOINTS}"), step)
+    assembly = assemble(config, process)
+    load_weights(reader, assembly)
+    assembly.model.eval()
+    logger.info("Weights of step %d from %s", step, config.run_dir)
+    return assembly
+
+
+def _first_users(batches: Any, num_users: int) -> list[Any]:
+    chosen = []
+    for batch in islice(batches, num_users):
+        chosen.append(batch.select(0, min(batch.num_users, num_users)))
+        num_users -= chosen[-1].num_users
+        if num_users == 0:
+            break
+    return chosen

@@ -1,0 +1,75 @@
+"""Options of the commands that use a finished or running run: its own configuration, with a few overrides."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cluster.errors import ConfigError
+from cluster.storage import Storage
+from launch.options import parse, split_name
+from launch.run_directory import CHECKPOINTS, absolute, load_config, parse_checkpoint
+from trainer.configuration import PretrainConfig
+
+SECTIONS = ("data", "evaluation", "cluster")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    path: str = ""
+    """Folder or address of the shards, if not the one the run was trained on."""
+    on_bad_shard: Literal["fail", "skip"] = "fail"
+    """What a damaged or missing chunk does: end the run with its name, or be counted and logged."""
+
+
+def parse_served(command: str, arguments: list[str], form: type) -> tuple[PretrainConfig, Any]:
+    """The configuration of the run named first, with its sections overridden, and the command's own options.
+
+    `form` is a dataclass of options; its fields `data`, `evaluation` and `cluster`, where it has them, start
+    from the run's.
+
+    Raises: ConfigError if no run is named; CheckpointError if there is none at that place.
+    """
+    name, rest = split_name(arguments)
+    program = f"grail {command} RUN_DIR"
+    if name is None:
+        if not {"-h", "--help"} & set(rest):
+            raise ConfigError(f"grail {command} needs a run directory in front of the options")
+        parse(form, ["--help"], program=program)
+    config = load_config(name)
+    options = parse(form, rest, program=program, default=_with_sections(form, config))
+    for section in SECTIONS:
+        if hasattr(options, section):
+            config = _override(config, section, getattr(options, section))
+    return config, options
+
+
+def find_step(config: PretrainConfig, checkpoint: str) -> int:
+    """The step that `--checkpoint latest|best|STEP` means now, found before any worker is started.
+
+    Raises: ConfigError if it is none of these; CheckpointError if there is no such checkpoint.
+    """
+    from trainer.checkpoint_reader import CheckpointReader
+
+    chosen = parse_checkpoint(checkpoint)
+    return CheckpointReader(Storage(f"{config.run_dir}/{CHECKPOINTS}"), chosen).step
+
+
+def _with_sections(form: type, config: PretrainConfig) -> Any:
+    """The command's defaults with the run's sections in place."""
+    default = form()
+    for section in SECTIONS:
+        if hasattr(default, section):
+            chosen = getattr(default, section)
+            values = {
+                entry.name: getattr(getattr(config, section), entry.name) for entry in dataclasses.fields(chosen)
+            }
+            default = dataclasses.replace(default, **{section: dataclasses.replace(chosen, **values)})
+    return default
+
+
+def _override(config: PretrainConfig, section: str, given: Any) -> PretrainConfig:
+    values = {entry.name: getattr(given, entry.name) for entry in dataclasses.fields(given)}
+    if "path" in values:
+        values["path"] = absolute(values["path"])
+    changed = dataclasses.replace(getattr(config, section), **values)
+    return dataclasses.replace(config, **{section: changed})

@@ -1,0 +1,126 @@
+import pytest
+import torch
+
+from cluster.errors import PlanError
+from models.tables import TableSpec
+from sharding.tables import fill_initial_rows, hash_twice
+from sharding.unsharded import UnshardedTables
+from tests.process_group import run_on_processes
+
+ITEM = TableSpec(name="item", num_rows=1001, dim=32, features=("history",), placement="row_wise")
+USER = TableSpec(name="user", num_rows=10**12, hash_rows=300, dim=16, features=("user",))
+STEPS = 4
+
+
+def ids_of(step, rank):
+    generator = torch.Generator().manual_seed(step * 10 + rank)
+    return {
+        "item": torch.randint(1001, (50 + rank * 7,), generator=generator),
+        "user": torch.randint(10**12, (5,), generator=generator),
+    }
+
+
+def gradient_of(rows):
+    return {name: values.detach() * 2 + 1 for name, values in rows.items()}
+
+
+def train_sharded(process, placement):
+    from sharding.apply import ShardedTables
+    from sharding.configuration import ShardingConfig
+
+    tables = ShardedTables(
+        [ITEM, USER],
+        process=process,
+        config=ShardingConfig(placement={"item": placement}),
+        seed=3,
+        learning_rate=0.1,
+    )
+    for step in range(STEPS):
+        ids = ids_of(step, process.rank)
+        tables.set_learning_rate(0.1 / (step + 1))
+        rows = tables.lookup(ids)
+        tables.update(ids, rows, gradient_of(rows))
+    return [(p.name, p.start, p.tensor.clone()) for p in tables.pieces()], tables.placements
+
+
+def train_unsharded(world_size):
+    tables = UnshardedTables([ITEM, USER], seed=3, learning_rate=0.1, device=torch.device("cpu"))
+    for step in range(STEPS):
+        per_rank = [ids_of(step, rank) for rank in range(world_size)]
+        ids = {name: torch.cat([part[name] for part in per_rank]) for name in ("item", "user")}
+        tables.set_learning_rate(0.1 / (step + 1))
+        rows = tables.lookup(ids)
+        tables.update(ids, rows, {name: g / world_size for name, g in gradient_of(rows).items()})
+    return {piece.name: piece.tensor for piece in tables.pieces()}
+
+
+@pytest.mark.parametrize(("world_size", "placement"), [(1, "row_wise"), (2, "row_wise"), (3, "table_wise")])
+def test_sharded_tables_equal_the_reference_with_fused_state(world_size, placement):
+    expected = train_unsharded(world_size)
+    results = run_on_processes(train_sharded, world_size, placement)
+    covered = dict.fromkeys(expected, 0)
+    for pieces, _ in results:
+        for name, start, tensor in pieces:
+            covered[name] += tensor.shape[0]
+            torch.testing.assert_close(tensor, expected[name][start : start + tensor.shape[0]], atol=1e-6, rtol=1e-5)
+    assert covered == {name: tensor.shape[0] for name, tensor in expected.items()}
+    kinds = {placed.name: placed.kind for placed in results[0][1]}
+    assert kinds["item"] == placement
+
+
+def test_the_reference_is_row_wise_adagrad_on_numbers_worked_out_by_hand():
+    spec = TableSpec(name="t", num_rows=2, dim=2, features=("f",))
+    tables = UnshardedTables([spec], seed=0, learning_rate=0.5, device=torch.device("cpu"))
+    tables.rows["t"].copy_(torch.tensor([[1.0, 1.0], [2.0, 2.0]]))
+    ids = {"t": torch.tensor([1, 1])}
+    rows = tables.lookup(ids)
+    # The row was looked up twice: g = (3, 1) + (0, 3) = (3, 4), s = (9 + 16) / 2 = 12.5.
+    tables.update(ids, rows, {"t": torch.tensor([[3.0, 1.0], [0.0, 3.0]])})
+    step = 0.5 / 12.5**0.5
+    torch.testing.assert_close(tables.rows["t"], torch.tensor([[1.0, 1.0], [2 - 3 * step, 2 - 4 * step]]))
+    torch.testing.assert_close(tables.state["t"], torch.tensor([0.0, 12.5]))
+
+
+def test_initial_rows_depend_on_seed_table_and_row_alone():
+    whole, part = torch.empty(1001, 32), torch.empty(200, 32)
+    fill_initial_rows(whole, ITEM, 0, seed=1)
+    fill_initial_rows(part, ITEM, 700, seed=1)
+    assert torch.equal(whole[700:900], part)
+    fill_initial_rows(part, ITEM, 700, seed=2)
+    assert not torch.equal(whole[700:900], part)
+
+
+def test_double_hashing_spreads_unbounded_ids_and_is_fixed_for_ever():
+    rows = hash_twice(torch.arange(100_000), 1000)
+    first, second = rows.view(2, -1)
+    assert rows.min() >= 0 and rows.max() < 1000
+    for hashed in (first, second):
+        counts = torch.bincount(hashed, minlength=1000)
+        assert counts.min() > 50 and counts.max() < 160
+    assert (first == second).float().mean() < 0.003
+    # Trained tables depend on these numbers.
+    known = [280931, 55944, 454294, 610897, 436617, 835468]
+    assert hash_twice(torch.tensor([0, 1, 10**17]), 1_000_000).tolist() == known
+
+
+def plan_with(process, placement):
+    from sharding.apply import ShardedTables
+    from sharding.configuration import ShardingConfig
+
+    try:
+        ShardedTables(
+            [ITEM], process=process, config=ShardingConfig(**placement), seed=0, learning_rate=0.1
+        )
+    except PlanError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_placement_of_an_unknown_table_names_the_tables_there_are():
+    (message,) = run_on_processes(plan_with, 1, {"placement": {"items": "row_wise"}})
+    assert "names items" in message and "item" in message and "use one of these" in message
+
+
+def test_tables_that_do_not_fit_are_a_plan_error():
+    (message,) = run_on_processes(plan_with, 1, {"hbm_gib_per_worker": 0.000001})
+    assert "do not fit on 1 workers" in message and "more workers" in message

@@ -1,0 +1,113 @@
+"""A run that was stopped and resumed ends where an uninterrupted one does, at any world size."""
+
+from dataclasses import replace
+
+import pytest
+
+from cluster.errors import CheckpointError
+from cluster.storage import Storage
+from tests.process_group import run_on_processes
+from tests.tiny_run import (
+    NUM_USERS,
+    assert_same_state,
+    build_tiny_data,
+    run,
+    tiny_config,
+    with_train,
+)
+from trainer.audit import read_audit
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return build_tiny_data(tmp_path_factory.mktemp("data"))
+
+
+def test_resumed_equals_uninterrupted_to_the_last_bit(data, tmp_path):
+    """With dropout, and with another number of steps between two checkpoints."""
+    whole = tiny_config(data, tmp_path / "whole", dropout=0.3)
+    parts = tiny_config(data, tmp_path / "parts", dropout=0.3)
+    (expected_result, expected), *_ = run_on_processes(run, 2, whole)
+    stopped, *_ = run_on_processes(run, 2, parts, 3)
+    assert stopped[0]["status"] == "stopped"
+    assert 0 < stopped[0]["step"] < expected_result["step"]
+    (result, state), *_ = run_on_processes(run, 2, parts)
+    assert result["status"] == "finished"
+    assert {**result, "best": pytest.approx(result["best"])} == expected_result
+    assert_same_state(state, expected, tolerance=0)
+
+
+def test_a_run_moved_from_two_to_one_to_three_workers_equals_an_uninterrupted_one(data, tmp_path):
+    whole = tiny_config(data, tmp_path / "whole")
+    parts = tiny_config(data, tmp_path / "parts", zero_stage=1)
+    (expected_result, expected), *_ = run_on_processes(run, 2, whole)
+    first, *_ = run_on_processes(run, 2, parts, 2)
+    second, *_ = run_on_processes(run, 1, with_train(parts, zero_stage=2), 3)
+    moved = replace(
+        with_train(parts, zero_stage=3), sharding=replace(parts.sharding, placement={"item": "table_wise"})
+    )
+    third, *_ = run_on_processes(run, 3, moved)
+    assert 0 < first[0]["step"] < second[0]["step"] < third[0]["step"] == expected_result["step"]
+    assert_same_state(third[1], expected, tolerance=2e-5)
+    for epoch, users in read_audit(Storage(parts.run_dir)).items():
+        assert sorted(users) == list(range(NUM_USERS)), f"epoch {epoch}"
+
+
+def test_a_finished_run_stays_as_it_is_and_goes_on_when_given_more_epochs(data, tmp_path):
+    config = tiny_config(data, tmp_path / "run", epochs=1)
+    (first, state), *_ = run_on_processes(run, 1, config)
+    (again, same), *_ = run_on_processes(run, 1, config)
+    assert first["status"] == again["status"] == "finished" and first["step"] == again["step"]
+    assert_same_state(same, state, tolerance=0)
+    (more, _), *_ = run_on_processes(run, 1, with_train(config, epochs=2))
+    assert more["step"] > first["step"] and more["epoch"] == 2
+
+
+def fail_to_run(process, config):
+    from tests.tiny_run import StopAfter
+    from trainer.start import pretrain
+
+    try:
+        pretrain(process, config, {}, StopAfter(process.rank, None))
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
+
+
+def test_another_model_is_refused_with_what_differs_and_what_may_change(data, tmp_path):
+    config = tiny_config(data, tmp_path / "run", epochs=1)
+    run_on_processes(run, 1, config)
+    other = replace(config, model=replace(config.model, width=32, num_blocks=2))
+    (message,) = run_on_processes(fail_to_run, 1, other)
+    assert "model.model.width: 16 saved, 32 now" in message
+    assert "num_blocks: 1 saved, 2 now" in message
+    assert "may change on resume" in message
+
+
+def initialised(process, config):
+    """Tables right after the start of a run, by raw item id."""
+    from trainer.assembly import assemble
+    from trainer.start import _initialise
+
+    assembly = assemble(config, process)
+    before = assembly.tables.pieces()[0].tensor.clone()
+    _initialise(config.init_from, assembly)
+    piece = assembly.tables.pieces()[0]
+    ids = assembly.items.item_ids[piece.start : piece.start + piece.num_rows].to_list()
+    return {name: (was, row) for name, was, row in zip(ids, before, piece.tensor.clone(), strict=True)}
+
+
+def test_init_from_takes_rows_by_item_id_and_new_items_join_the_table(data, tmp_path):
+    config = tiny_config(data, tmp_path / "run", epochs=1)
+    (_, state), *_ = run_on_processes(run, 1, config)
+    shifted = build_tiny_data(tmp_path / "shifted", first_item=20)
+    new = replace(tiny_config(shifted, tmp_path / "new"), init_from=config.run_dir)
+    rows = {}
+    for part in run_on_processes(initialised, 2, new):
+        rows |= part
+    assert len(rows) == 60
+    for item in range(20, 60):
+        assert (rows[f"i{item}"][1] == state["table/item"][item]).all()
+    for item in range(60, 80):
+        was, now = rows[f"i{item}"]
+        assert (was == now).all()
