@@ -48,7 +48,8 @@ def plugin_config(package: str, name: str) -> type:
     ]
     if len(found) != 1:
         raise ConfigError(
-            f"the plug-in '{name}' must have one class with a Config inside, {module.__file__} has {len(found)}"
+            f"the plug-in '{name}' must have one class with a Config inside, {module.__file__} has "
+            f"{len(found)}"
         )
     return found[0]
 

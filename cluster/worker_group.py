@@ -213,7 +213,7 @@ class _Gang:
         self._get([a.start.remote(seat, shared) for a, seat in zip(self.actors, self.seats, strict=True)])
         hosts = len({seat.host for seat in self.seats})
         logger.info(
-            "%d workers on %d hosts started in %.1f s", config.workers, hosts, time.monotonic() - begun
+            "%d worker(s) on %d host(s) started in %.1f s", config.workers, hosts, time.monotonic() - begun
         )
         for seat in self.seats if on_event else ():
             values = {"pid": seat.pid, "host": seat.address, "restarts": restarts}

@@ -44,7 +44,7 @@ def find_command(arguments: list[str]) -> tuple[str | None, list[str]]:
     for count in (2, 1):
         if len(words) >= count and "-".join(words[:count]) in names:
             return "-".join(words[:count]), arguments[count:]
-    if not words or any(name.startswith(f"{words[0]}-") for name in names) and len(words) == 1:
+    if not words or (len(words) == 1 and any(name.startswith(f"{words[0]}-") for name in names)):
         return None, words
     asked = " ".join(words)
     spoken = [name.replace("-", " ") for name in names]
@@ -57,7 +57,12 @@ def find_command(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 def overview(words: list[str]) -> str:
     """One line for each command, or for those that begin with the given word."""
-    lines = ["grail: distributed training of generative recommenders", "", "usage: grail COMMAND [options]", ""]
+    lines = [
+        "grail: distributed training of generative recommenders",
+        "",
+        "usage: grail COMMAND [options]",
+        "",
+    ]
     files: dict[str, Path] = plugin_files(COMMANDS)
     chosen = {name: path for name, path in files.items() if not words or name.startswith(f"{words[0]}-")}
     width = max(len(name) for name in files) + 2

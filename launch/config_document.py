@@ -1,4 +1,5 @@
-"""A typed configuration as plain YAML and back; reading it runs no code but imports of the project's packages."""
+"""A typed configuration as plain YAML and back; reading it runs no code but imports of the project's "
+"packages."""
 
 import dataclasses
 import importlib
@@ -49,7 +50,9 @@ def from_document(form: type, document: Mapping[str, Any], path: str = "") -> An
         and entry.default_factory is dataclasses.MISSING
     )
     if missing:
-        raise ConfigError(f"{path or 'the configuration'} must have the options {', '.join(missing)}; add them")
+        raise ConfigError(
+            f"{path or 'the configuration'} must have the options {', '.join(missing)}; add them"
+        )
     return form(**{name: _value(hints[name], value, _join(path, name)) for name, value in document.items()})
 
 

@@ -66,7 +66,9 @@ def show_job(
     for (rows, items, scores), batch in zip(found, batches, strict=False):
         for index, row in enumerate(rows.tolist()):
             history = batch.items.values[batch.items.offsets[index] : batch.items.offsets[index + 1]].tolist()
-            kept = [(item, score) for item, score in zip(items[index], scores[index], strict=True) if item >= 0]
+            kept = [
+                (item, score) for item, score in zip(items[index], scores[index], strict=True) if item >= 0
+            ]
             shown.append(
                 {
                     "user": str(row if ids is None else ids[row]),

@@ -9,7 +9,7 @@ from cluster.storage import Storage
 from launch.run_directory import CURVES
 from trainer.metric_log import read_metrics
 
-Points = tuple[list[float], list[float]]
+_FEW_POINTS = 50
 
 
 def write_curves(run_dir: str, selection_metric: str) -> str | None:
@@ -27,7 +27,7 @@ def write_curves(run_dir: str, selection_metric: str) -> str | None:
     for axes, (title, names) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         for name in names:
             steps, values = points(lines, name)
-            marker = "o" if name.startswith("validation/") else None
+            marker = "o" if len(steps) < _FEW_POINTS else None
             axes.plot(steps, values, marker=marker, markersize=3, label=name.partition("/")[2])
         axes.set_title(title)
         axes.set_xlabel("optimizer step")
@@ -42,7 +42,7 @@ def write_curves(run_dir: str, selection_metric: str) -> str | None:
     return storage.path(CURVES)
 
 
-def points(lines: Sequence[dict], name: str) -> Points:
+def points(lines: Sequence[dict], name: str) -> tuple[list[float], list[float]]:
     """Steps and values of one number, where it was reported."""
     chosen = [line for line in lines if name in line]
     return [line["step"] for line in chosen], [line[name] for line in chosen]

@@ -1,13 +1,13 @@
 """What lies where in a run directory, and what may happen to one that is not empty.
 
-    config.yaml        the resolved configuration; `grail pretrain config.yaml` runs it again
-    plan.txt           how the tables were sharded
-    metrics.jsonl      a line of numbers every few steps
-    curves.png         pictures of them
-    logs/rank-N.log    everything each worker said
-    audit/             the users each step's loss saw
-    checkpoints/       steps, LATEST and BEST
-    evaluation.json    the last evaluation
+config.yaml        the resolved configuration; `grail pretrain config.yaml` runs it again
+plan.txt           how the tables were sharded
+metrics.jsonl      a line of numbers every few steps
+curves.png         pictures of them
+logs/rank-N.log    everything each worker said
+audit/             the users each step's loss saw
+checkpoints/       steps, LATEST and BEST
+evaluation.json    the last evaluation
 """
 
 import dataclasses
@@ -54,8 +54,8 @@ def load_config(path: str) -> PretrainConfig:
     storage = Storage(folder)
     if not storage.exists(name):
         raise CheckpointError(
-            f"{path} must be {'a file' if is_file else f'a run directory with a {CONFIG}'}, and there is none; "
-            "look at the path, or start a run with `grail pretrain`"
+            f"{path} must be {'a file' if is_file else f'a run directory with a {CONFIG}'}, and there is "
+            "none; look at the path, or start a run with `grail pretrain`"
         )
     text = storage.read(name).decode()
     config = from_document(PretrainConfig, from_yaml(text, storage.path(name)))

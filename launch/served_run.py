@@ -61,7 +61,8 @@ def _with_sections(form: type, config: PretrainConfig) -> Any:
         if hasattr(default, section):
             chosen = getattr(default, section)
             values = {
-                entry.name: getattr(getattr(config, section), entry.name) for entry in dataclasses.fields(chosen)
+                entry.name: getattr(getattr(config, section), entry.name)
+                for entry in dataclasses.fields(chosen)
             }
             default = dataclasses.replace(default, **{section: dataclasses.replace(chosen, **values)})
     return default

@@ -59,8 +59,8 @@ def split_users(batch: SequenceBatch, parts: int) -> list[SequenceBatch]:
         return [batch]
     ends = batch.items.offsets[1:].numpy()
     goals = batch.num_tokens * np.arange(1, parts) / parts
-    cuts = [0, *np.searchsorted(ends, goals, side="left").tolist(), batch.num_users]
-    cuts = np.minimum(np.maximum.accumulate(cuts), batch.num_users).tolist()
+    inner = np.minimum(np.searchsorted(ends, goals) + 1, batch.num_users)
+    cuts = [0, *inner.tolist(), batch.num_users]
     return [batch.select(start, stop) for start, stop in zip(cuts[:-1], cuts[1:], strict=True)]
 
 

@@ -18,6 +18,7 @@ WORLDS: dict[str, dict[str, Any]] = {
     "full": {},
 }
 EPOCHS = {"small": 4, "full": 12}
+LOG_EVERY_STEPS = {"small": 3, "full": 20}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,9 @@ def demo(options: DemoOptions) -> int:
     code = pretrain.train(config)
     if code:
         return code
-    _heading("3 of 4", "every user's last click is ranked among all items, beside simple methods and the truth")
+    _heading(
+        "3 of 4", "every user's last click is ranked among all items, beside simple methods and the truth"
+    )
     found = evaluate.evaluate(config, baselines=True)
     _heading("4 of 4", "what three users would be shown")
     recommend.show(config, num_users=3)
@@ -65,6 +68,7 @@ def demo_config(options: DemoOptions, data: str, run_dir: str) -> PretrainConfig
         config,
         cluster=ClusterConfig(workers=options.workers),
         train=dataclasses.replace(config.train, epochs=EPOCHS[options.scale], checkpoint_every_s=10.0),
+        log=dataclasses.replace(config.log, every_steps=LOG_EVERY_STEPS[options.scale]),
     )
 
 

@@ -19,7 +19,8 @@ class EvaluateOptions:
     split: Literal["valid", "test"] = "test"
     """Which held-out items are ranked."""
     baselines: bool = False
-    """Evaluate popularity, co-occurrence and transitions beside it, and the oracle where the truth is known."""
+    """Evaluate popularity, co-occurrence and transitions beside it, and the oracle where the truth is "
+    "known."""
     data: DataOptions = field(default_factory=DataOptions)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -43,9 +44,7 @@ def evaluate(
 
     step = find_step(config, checkpoint)
     start_console()
-    content = run_gang(
-        *(evaluate_job, config, step, split), config=config.cluster, run_dir=config.run_dir
-    )
+    content = run_gang(*(evaluate_job, config, step, split), config=config.cluster, run_dir=config.run_dir)
     content["checkpoint"] = checkpoint
     intervals = {metric: tuple(interval) for metric, interval in content["intervals"].items()}
     results = {f"step {step} ({checkpoint})": EvaluationResult(**{**content, "intervals": intervals})}

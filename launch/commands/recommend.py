@@ -32,7 +32,9 @@ class RecommendOptions:
 def run(arguments: list[str]) -> int:
     config, options = parse_served("recommend", arguments, RecommendOptions)
     if options.all != bool(options.out):
-        raise ConfigError("--all needs --out FILE.parquet to write to, and --out is for --all; give both or none")
+        raise ConfigError(
+            "--all needs --out FILE.parquet to write to, and --out is for --all; give both or none"
+        )
     if options.k < 1 or options.users < 1:
         raise ConfigError(f"--k and --users must be at least 1, got {options.k} and {options.users}")
     if options.all:
@@ -61,7 +63,8 @@ def show(config: PretrainConfig, *, num_users: int, checkpoint: str = "best", k:
 
 
 def write_all(config: PretrainConfig, out: str, *, checkpoint: str = "best", k: int = 10) -> None:
-    """Write recommendations for every user; workers write parts, which are then merged in the users' order."""
+    """Write recommendations for every user; workers write parts, which are then merged in the users' "
+    "order."""
     from cluster.worker_group import run_gang
     from launch.jobs import part_file, write_job
 
@@ -83,7 +86,8 @@ def write_all(config: PretrainConfig, out: str, *, checkpoint: str = "best", k: 
 
 
 def _merge(parts: list[str], data_path: str, out: str) -> int:
-    """Join rows with raw ids and titles, sorted by user; streamed, and there under its name only when whole."""
+    """Join rows with raw ids and titles, sorted by user; streamed, and there under its name only when "
+    "whole."""
     import polars as pl
 
     from data_streams.item_table import ItemTable

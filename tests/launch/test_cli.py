@@ -1,0 +1,78 @@
+import subprocess
+import sys
+
+import pytest
+
+from cluster.packages import root
+from launch import cli
+from launch.options import take_option
+
+
+def grail(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "launch.cli", *arguments]
+    return subprocess.run(command, cwd=root(), capture_output=True, text=True, timeout=60)
+
+
+def test_help_lists_every_command_and_imports_nothing_slow():
+    program = (
+        "import sys, launch.cli; code = launch.cli.run(['--help']);"
+        "slow = {'torch', 'ray', 'numpy', 'polars', 'tyro', 'rich', 'matplotlib'} & set(sys.modules);"
+        "assert code == 0 and not slow, slow"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", program], cwd=root(), capture_output=True, text=True, timeout=60
+    )
+    assert shown.returncode == 0, shown.stderr
+    for command in (
+        "pretrain", "evaluate", "recommend", "demo", "data build", "data inspect", "checkpoint inspect",
+        "checkpoint export",
+    ):  # fmt: skip
+        (line,) = [line for line in shown.stdout.splitlines() if line.startswith(f"  {command} ")]
+        assert len(line.split()) > 4, f"{command} has no description"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evalute", "r"], "there is no command 'evalute r'; did you mean 'grail evaluate'?"),
+        (["data", "bild"], "there is no command 'data bild'; did you mean 'grail data build'?"),
+        (["pretrain", "sasrek"], "'sasrek' is neither; did you mean 'sasrec'?"),
+        (["pretrain"], "needs a recipe or the config.yaml of a run in front of the options"),
+        (["data", "build", "evnts"], "a source in front of the options, got 'evnts'; did you mean 'events'?"),
+        (["pretrain", "sasrec", "--objective", "full-sofmax"], "did you mean 'full-softmax'?"),
+    ],
+)
+def test_a_wrong_name_is_answered_with_the_nearest_valid_one(arguments, message, capsys):
+    assert cli.run(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_an_unknown_option_ends_with_the_nearest_valid_one(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.run(["pretrain", "sasrec", "--model.num-bloks", "3"])
+    assert end.value.code == 2
+    assert "--model.num-blocks" in capsys.readouterr().err
+
+
+def test_a_missing_run_is_an_error_without_a_traceback(capsys, tmp_path):
+    assert cli.run(["evaluate", str(tmp_path / "nowhere")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("grail: ") and "there is none" in error and "Traceback" not in error
+
+
+def test_the_first_word_of_commands_lists_those_that_begin_with_it(capsys):
+    assert cli.run(["checkpoint"]) == 0
+    output = capsys.readouterr().out
+    assert "checkpoint export" in output and "pretrain" not in output
+
+
+def test_the_console_module_can_be_run():
+    shown = grail("--help")
+    assert shown.returncode == 0 and "usage: grail COMMAND" in shown.stdout
+
+
+def test_an_option_can_be_taken_out_before_the_others_are_parsed():
+    assert take_option(["--a", "1", "--objective", "x", "--b"], "--objective") == ("x", ["--a", "1", "--b"])
+    assert take_option(["--objective=x"], "--objective") == ("x", [])
+    assert take_option(["--a"], "--objective") == (None, ["--a"])

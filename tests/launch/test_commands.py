@@ -1,0 +1,104 @@
+"""The commands of a first day, on a tiny world and two workers, as a person would type them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import polars as pl
+import pytest
+from safetensors.torch import load_file
+
+from cluster.packages import root
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(root()), "OMP_NUM_THREADS": "1"}
+WORLD = "--num-users 300 --num-items 200 --num-clusters 8 --mean-clicks 12"
+LONG = "--train.epochs 100000 --train.patience None --train.checkpoint-every-s None --log.every-steps 1"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("commands")
+
+
+def grail(folder, line: str, timeout_s: float = 120) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli", *line.split()],
+        cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout_s,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def run_dir(folder):
+    """A run that was stopped by a SIGTERM to its whole process group, and then went on to its end."""
+    grail(folder, f"data build world {WORLD} --out shards")
+    start = f"pretrain sasrec --data.path shards --run-dir run --cluster.workers 2 --model.width 16 {LONG}"
+    # A shell leads the group, as `make` or `timeout` does, and lives on to tell the exit code.
+    script = f"trap : TERM; {sys.executable} -m launch.cli {start} & wait $!; wait $!; exit $?"
+    shell = subprocess.Popen(
+        ["sh", "-c", script],
+        cwd=folder,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    _wait_for_lines(folder / "run" / "metrics.jsonl", 3, shell)
+    os.killpg(shell.pid, signal.SIGTERM)
+    _, error = shell.communicate(timeout=60)
+    assert shell.returncode == 75, error
+    assert "Stopped at step" in error and "Go on with: grail pretrain" in error
+    grail(folder, "pretrain run/config.yaml --train.epochs 4 --train.warmup-steps 5")
+    return folder / "run"
+
+
+def _wait_for_lines(path, count: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 90
+    while not path.exists() or len(path.read_text().splitlines()) < count:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+
+
+def test_a_stopped_run_goes_on_where_it_stopped(run_dir):
+    steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert "Going on from step" in (run_dir / "logs" / "rank-0.log").read_text()
+    for name in ("config.yaml", "plan.txt", "curves.png", "audit", "checkpoints/LATEST", "logs/rank-1.log"):
+        assert (run_dir / name).exists(), name
+
+
+def test_a_finished_run_has_nothing_left_to_do(folder, run_dir):
+    done = grail(folder, "pretrain run/config.yaml")
+    assert "Finished at step" in done.stdout
+
+
+def test_evaluation_is_printed_and_written(folder, run_dir):
+    done = grail(folder, "evaluate run --cluster.workers 1 --baselines")
+    content = json.loads((run_dir / "evaluation.json").read_text())
+    assert content["split"] == "test" and content["seen_filtered"] is True and content["num_users"] == 300
+    assert {"recall@5", "ndcg@5", "recall@10", "ndcg@10"} <= content["metrics"].keys()
+    assert content["baselines"]["oracle"]["ndcg@10"] > content["metrics"]["ndcg@10"] > 0
+    assert f"{content['metrics']['recall@10']:.4f}" in done.stdout and "seen items left out" in done.stdout
+
+
+def test_recommendations_are_shown_with_titles_and_written_for_everybody(folder, run_dir):
+    shown = grail(folder, "recommend run --users 2 --k 3").stdout
+    assert shown.count("latest history, oldest first") == 2
+    grail(folder, "recommend run --all --out all.parquet --k 3")
+    table = pl.read_parquet(folder / "all.parquet")
+    assert table.columns == ["user_id", "rank", "item_id", "title", "score"]
+    assert table["user_id"].n_unique() == 300 and table.height == 900
+    assert table["title"].null_count() == 0 and table["title"][0] in shown
+    assert not list(folder.glob("all.parquet.*"))
+
+
+def test_a_checkpoint_can_be_looked_at_and_taken_out(folder, run_dir):
+    assert "table/item" in grail(folder, "checkpoint inspect run").stdout
+    grail(folder, "checkpoint export run --out exported")
+    assert "positions.weight" in load_file(folder / "exported" / "model.safetensors")
+    table = pl.read_parquet(folder / "exported" / "item.parquet")
+    assert table.columns == ["row", "item_id", "vector"] and table.height == 200

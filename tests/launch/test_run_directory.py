@@ -1,0 +1,94 @@
+import dataclasses
+
+import pytest
+
+from cluster.errors import CheckpointError, ConfigError
+from launch.commands.pretrain import parse_config
+from launch.plots import points, write_curves
+from launch.run_directory import absolute, load_config, parse_checkpoint, prepare
+from models.objectives.full_softmax import FullSoftmax
+from trainer.checks import check
+from trainer.configuration import LogConfig, PretrainConfig
+from trainer.metric_log import MetricLog
+
+
+def test_a_run_is_started_again_from_what_it_wrote(tmp_path):
+    options = ["--run-dir", str(tmp_path / "run"), "--model.num-blocks", "4", "--seed", "3"]
+    config = parse_config("sasrec", options)
+    assert config.model.num_blocks == 4 and config.recipe == "sasrec"
+    prepare(config)
+    assert load_config(str(tmp_path / "run")) == config
+    again = parse_config(str(tmp_path / "run" / "config.yaml"), ["--train.max-steps", "9"])
+    assert again == dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=9))
+
+
+def test_the_options_scripts_rely_on_are_there(tmp_path):
+    config = parse_config(
+        "sasrec-amazon",
+        "--data.path d --run-dir r --cluster.workers 3 --train.max-steps 5 --train.epochs 2 "
+        "--train.patience 1 --seed 4 --resume never --data.on-bad-shard skip --log.wandb offline --profile "
+        "--init-from x "
+        "--cluster.address 10.0.0.1:6379".split(),
+    )
+    assert (config.cluster.workers, config.train.max_steps, config.train.epochs) == (3, 5, 2)
+    assert (config.train.patience, config.seed, config.resume, config.profile) == (1, 4, "never", True)
+    assert (config.data.on_bad_shard, config.log.wandb) == ("skip", "offline")
+    assert config.cluster.address == "10.0.0.1:6379"
+    assert (config.data.path, config.run_dir, config.init_from) == tuple(map(absolute, ("d", "r", "x")))
+
+
+def test_another_objective_takes_the_place_of_the_recipe_s_with_options_of_its_own():
+    config = parse_config("sasrec", ["--objective", "full-softmax", "--objective.temperature", "0.5"])
+    assert config.objective == FullSoftmax.Config(temperature=0.5)
+
+
+def test_the_run_directory_is_named_after_the_recipe_where_none_is_given():
+    assert parse_config("sasrec-amazon", []).run_dir == absolute("runs/sasrec-amazon")
+
+
+def test_resume_never_refuses_a_run_directory_with_a_checkpoint(tmp_path):
+    config = PretrainConfig(run_dir=str(tmp_path), resume="never")
+    prepare(config)
+    (tmp_path / "checkpoints" / "step-00000012").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="--resume never needs a run directory without checkpoints"):
+        prepare(config)
+    prepare(dataclasses.replace(config, resume="auto"))
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(
+        CheckpointError, match="must be a run directory with a config.yaml, and there is none"
+    ):
+        load_config(str(tmp_path))
+
+
+def test_a_checkpoint_is_named_by_word_or_step():
+    assert [parse_checkpoint(text) for text in ("latest", "best", "120")] == ["latest", "best", 120]
+    with pytest.raises(ConfigError, match="must be latest, best or the number of a step, got 'newest'"):
+        parse_checkpoint("newest")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--cluster.workers", "9"], r"data.num-streams must be at least cluster.workers \(9\), got 8"),
+        (["--train.epochs", "0"], "train.epochs must be at least 1, got 0"),
+        (["--log.every-steps", "0"], "log.every-steps must be at least 1, got 0"),
+        (["--train.selection-metric", "ndcg@7"], "train.selection-metric must be one of recall@5, .* ndcg@7"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_before_any_worker_starts(options, message):
+    with pytest.raises(ConfigError, match=message):
+        check(parse_config("sasrec", options))
+
+
+def test_curves_are_drawn_from_the_numbers_of_a_run(tmp_path):
+    assert write_curves(str(tmp_path), "ndcg@10") is None
+    log = MetricLog(str(tmp_path), LogConfig(), {})
+    for step in range(1, 4):
+        log.write(step, {"train/loss": 1 / step, "train/learning_rate": 0.1, "train/targets_per_s": 9.0})
+    log.write(3, {"validation/ndcg@10": 0.2})
+    log.close()
+    path = write_curves(str(tmp_path), "ndcg@10")
+    assert open(path, "rb").read(8) == b"\x89PNG\r\n\x1a\n"
+    assert points([{"step": 1, "a": 5}, {"step": 2}], "a") == ([1], [5])
