@@ -39,7 +39,9 @@ class SASRec(Retriever):
         item_features: bool = False
         """Add a projection of the items' feature vectors (such as text embeddings) to their rows."""
 
-        def build(self, *, num_items: int, max_length: int, item_feature_dim: int, objective: nn.Module) -> "SASRec":
+        def build(
+            self, *, num_items: int, max_length: int, item_feature_dim: int, objective: nn.Module
+        ) -> "SASRec":
             return SASRec(self, num_items, max_length, item_feature_dim, objective)
 
     def __init__(

@@ -91,7 +91,9 @@ class ShardedTables(EmbeddingTables):
             lengths=torch.tensor([value.shape[0] for value in values], device=self.device),
         )
 
-    def update(self, ids: Mapping[str, Tensor], rows: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
+    def update(
+        self, ids: Mapping[str, Tensor], rows: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+    ) -> None:
         names = list(gradients)
         torch.autograd.backward([rows[name] for name in names], [gradients[name] for name in names])
 
@@ -119,6 +121,8 @@ def _table_of(key: str) -> str:
 def _local_pieces(name: str, tensor: ShardedTensor) -> list[Piece]:
     shape = tuple(tensor.metadata().size)
     return [
-        Piece(name=name, start=shard.metadata.shard_offsets[0], global_shape=shape, tensor=shard.tensor.detach())
+        Piece(
+            name=name, start=shard.metadata.shard_offsets[0], global_shape=shape, tensor=shard.tensor.detach()
+        )
         for shard in tensor.local_shards()
     ]

@@ -33,7 +33,9 @@ def merge_ids(specs: Sequence[TableSpec], requests: Sequence[Ids]) -> MergedIds:
     positions: list[dict[str, Tensor]] = [{} for _ in requests]
     tables = {}
     for spec in specs:
-        wanted = [(i, name) for i, request in enumerate(requests) for name in spec.features if name in request]
+        wanted = [
+            (i, name) for i, request in enumerate(requests) for name in spec.features if name in request
+        ]
         if not wanted:
             continue
         parts = [requests[i][name] for i, name in wanted]
@@ -90,7 +92,10 @@ class ItemFeatures:
 
 
 def make_lookup(
-    specs: Sequence[TableSpec], tables: EmbeddingTables, item_features: ItemFeatures | None, device: torch.device
+    specs: Sequence[TableSpec],
+    tables: EmbeddingTables,
+    item_features: ItemFeatures | None,
+    device: torch.device,
 ) -> Lookup:
     """A lookup outside of training steps: ids on the host go in, rows without gradient come out."""
 

@@ -28,7 +28,9 @@ class EmbeddingTables(ABC):
         """Rows of every table, a collective call. Shapes: ids [n] int64 per table -> [n, dim] per table."""
 
     @abstractmethod
-    def update(self, ids: Mapping[str, Tensor], rows: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
+    def update(
+        self, ids: Mapping[str, Tensor], rows: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+    ) -> None:
         """Give the gradients of looked-up rows back; each row that was looked up takes one optimizer step."""
 
     @abstractmethod

@@ -27,7 +27,9 @@ class UnshardedTables(EmbeddingTables):
             found[name] = logical_rows(spec, self.rows[name].index_select(0, physical_ids(spec, wanted)))
         return found
 
-    def update(self, ids: Mapping[str, Tensor], rows: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
+    def update(
+        self, ids: Mapping[str, Tensor], rows: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+    ) -> None:
         for name, gradient in gradients.items():
             spec = self.specs[name]
             touched, position = physical_ids(spec, ids[name]).unique(return_inverse=True)

@@ -103,7 +103,9 @@ def read_all(reader, name: str) -> Tensor:
 def assert_same_state(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(actual[name], tensor, atol=tolerance, rtol=1e-4 if tolerance else 0, msg=name)
+        torch.testing.assert_close(
+            actual[name], tensor, atol=tolerance, rtol=1e-4 if tolerance else 0, msg=name
+        )
 
 
 def with_train(config: PretrainConfig, **changes: Any) -> PretrainConfig:

@@ -40,7 +40,10 @@ class Case:
 
     def train_config(self) -> TrainConfig:
         return TrainConfig(
-            zero_stage=self.zero_stage, micro_batches=self.micro_batches, max_gradient_norm=0.5, weight_decay=0.01
+            zero_stage=self.zero_stage,
+            micro_batches=self.micro_batches,
+            max_gradient_norm=0.5,
+            weight_decay=0.01,
         )
 
 

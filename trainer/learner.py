@@ -35,7 +35,9 @@ class StepResult:
 
 
 class Learner:
-    def __init__(self, module: DenseModule, engine, tables: EmbeddingTables, *, seed: int, rank: int, world_size: int):
+    def __init__(
+        self, module: DenseModule, engine, tables: EmbeddingTables, *, seed: int, rank: int, world_size: int
+    ):
         self.module, self.engine, self.tables = module, engine, tables
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.specs = module.model.tables()

@@ -135,7 +135,10 @@ def _validate(job: Job) -> bool:
     started = time.perf_counter()
     users = job.assembly.users("valid")
     metrics = validation_metrics(
-        job.assembly.search(job.learner.module.precision), users.batches(), empty_batch=users.empty_batch(), config=job.config.evaluation
+        job.assembly.search(job.learner.module.precision),
+        users.batches(),
+        empty_batch=users.empty_batch(),
+        config=job.config.evaluation,
     )
     value = metrics[config.selection_metric]
     improved = progress.best is None or value > progress.best
@@ -155,16 +158,16 @@ def _validate(job: Job) -> bool:
         time.perf_counter() - started,
     )
     if job.metric_log:
-        job.metric_log.write(progress.step, {f"validation/{name}": number for name, number in metrics.items()})
+        job.metric_log.write(
+            progress.step, {f"validation/{name}": number for name, number in metrics.items()}
+        )
     return improved
 
 
 def _save(job: Job, *, best: bool) -> None:
     job.audit.flush()
     started = time.perf_counter()
-    save_progress(
-        job.checkpointer, job.assembly, job.engine, job.progress, job.config_document, best=best
-    )
+    save_progress(job.checkpointer, job.assembly, job.engine, job.progress, job.config_document, best=best)
     job.clock.saved(job.progress.step)
     if job.metric_log:
         held = time.perf_counter() - started
@@ -225,7 +228,10 @@ class Window:
         if process.world_size > 1:
             dist.all_reduce(totals)
         seconds = time.perf_counter() - self.started
-        means = {f"train/{name}": total / max(self.targets, 1) for name, total in zip(self.sums, totals.tolist(), strict=True)}
+        means = {
+            f"train/{name}": total / max(self.targets, 1)
+            for name, total in zip(self.sums, totals.tolist(), strict=True)
+        }
         return means | {
             "train/targets_per_s": self.targets / seconds,
             "train/step_s": seconds / self.steps,

@@ -50,7 +50,9 @@ def fingerprint(assembly: Assembly, engine) -> dict[str, Any]:
 
 def _whole_shapes(assembly: Assembly, shapes: dict) -> dict:
     """Rank-independent: a rank that holds no row of a table names it all the same."""
-    tables = {f"table/{spec.name}": (spec.hash_rows or spec.num_rows, spec.dim) for spec in assembly.model.tables()}
+    tables = {
+        f"table/{spec.name}": (spec.hash_rows or spec.num_rows, spec.dim) for spec in assembly.model.tables()
+    }
     return {**{name: shape for name, shape in shapes.items() if name.startswith("dense/")}, **tables}
 
 
@@ -128,7 +130,9 @@ def initialise_from(reader: CheckpointReader, saved_items: pl.Series, assembly: 
 def _new_rows_of_saved(saved: pl.Series, current: pl.Series) -> np.ndarray:
     """Row in this run of every saved item. Shapes: [saved N] int64, -1 where this run lacks it."""
     known = pl.DataFrame({"id": current.cast(pl.String)}).with_row_index("row")
-    joined = pl.DataFrame({"id": saved.cast(pl.String)}).join(known, on="id", how="left", maintain_order="left")
+    joined = pl.DataFrame({"id": saved.cast(pl.String)}).join(
+        known, on="id", how="left", maintain_order="left"
+    )
     return joined["row"].cast(pl.Int64).fill_null(-1).to_numpy()
 
 

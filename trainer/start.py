@@ -39,9 +39,7 @@ def pretrain(
     Returns the status ("finished" or "stopped"), the last and the best step, and the best selection metric.
     """
     storage = Storage(config.run_dir)
-    stream = TrainStream(
-        config.data, seed=config.seed, rank=process.rank, world_size=process.world_size
-    )
+    stream = TrainStream(config.data, seed=config.seed, rank=process.rank, world_size=process.world_size)
     assembly = assemble(config, process)
     saved_step = agree_on(_saved_step(storage), process)
     if saved_step < 0 and config.init_from:

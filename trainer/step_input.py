@@ -84,7 +84,9 @@ def prepare_step(
                 batch=part.to(device),
                 context=context,
                 ids={name: values.to(device, non_blocking=True) for name, values in ids.items()},
-                item_features={name: values.to(device, non_blocking=True) for name, values in features.items()},
+                item_features={
+                    name: values.to(device, non_blocking=True) for name, values in features.items()
+                },
             )
         )
     return StepInput(

@@ -64,7 +64,11 @@ def test_full_softmax_is_its_formula():
 
 
 def test_the_shared_negative_kernel_equals_the_reference_with_gradients():
-    inputs = [random(4, 3).requires_grad_(), random(6, 3, seed=1).requires_grad_(), random(4, seed=2).requires_grad_()]
+    inputs = [
+        random(4, 3).requires_grad_(),
+        random(6, 3, seed=1).requires_grad_(),
+        random(4, seed=2).requires_grad_(),
+    ]
     excluded = random(4, 6, seed=3) > 1
     found = []
     for function in (shared_negative_softmax, reference_shared_negative_softmax):

@@ -62,7 +62,9 @@ def padded_states(model, table, batch):
         attention.in_proj_bias.data.zero_()
         attention.out_proj.load_state_dict(block.attention_output.state_dict())
         normalised = block.attention_norm(hidden)
-        hidden = hidden + attention(normalised, normalised, normalised, attn_mask=later, need_weights=False)[0]
+        hidden = (
+            hidden + attention(normalised, normalised, normalised, attn_mask=later, need_weights=False)[0]
+        )
         inner = F.relu(block.feedforward_input(block.feedforward_norm(hidden)))
         hidden = hidden + block.feedforward_output(inner)
     hidden = model.final_norm(hidden)

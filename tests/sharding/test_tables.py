@@ -62,7 +62,9 @@ def test_sharded_tables_equal_the_reference_with_fused_state(world_size, placeme
     for pieces, _ in results:
         for name, start, tensor in pieces:
             covered[name] += tensor.shape[0]
-            torch.testing.assert_close(tensor, expected[name][start : start + tensor.shape[0]], atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(
+                tensor, expected[name][start : start + tensor.shape[0]], atol=1e-6, rtol=1e-5
+            )
     assert covered == {name: tensor.shape[0] for name, tensor in expected.items()}
     kinds = {placed.name: placed.kind for placed in results[0][1]}
     assert kinds["item"] == placement
@@ -108,9 +110,7 @@ def plan_with(process, placement):
     from sharding.configuration import ShardingConfig
 
     try:
-        ShardedTables(
-            [ITEM], process=process, config=ShardingConfig(**placement), seed=0, learning_rate=0.1
-        )
+        ShardedTables([ITEM], process=process, config=ShardingConfig(**placement), seed=0, learning_rate=0.1)
     except PlanError as error:
         return str(error)
     return "no error"

@@ -12,7 +12,9 @@ from trainer.step_input import split_users
 def poison(learner, where):
     """Make something of one rank's step infinite."""
     if where == "loss":
-        learner.module.model.final_norm.register_forward_hook(lambda _module, _inputs, output: output * torch.inf)
+        learner.module.model.final_norm.register_forward_hook(
+            lambda _module, _inputs, output: output * torch.inf
+        )
     elif where == "weight gradient":
         weight = learner.module.model.blocks[0].attention_output.weight
         weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), torch.inf))

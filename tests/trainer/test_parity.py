@@ -25,7 +25,9 @@ def assert_same_training(case: Case, world_size: int, against: Case) -> None:
     state = join_pieces([state for _, state in results])
     assert state.keys() == expected.keys()
     for name, tensor in state.items():
-        torch.testing.assert_close(tensor.view(-1), expected[name].view(-1), atol=TOLERANCE, rtol=1e-3, msg=name)
+        torch.testing.assert_close(
+            tensor.view(-1), expected[name].view(-1), atol=TOLERANCE, rtol=1e-3, msg=name
+        )
 
 
 @pytest.mark.parametrize("objective", ["sampled", "full"])
