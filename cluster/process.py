@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import psutil
 import torch
@@ -43,11 +44,12 @@ def start_process(
     """Join the process group and return this process's place in it; ends with `stop_process`.
 
     `rendezvous` is `file:///path` on one machine, where no port of the store is opened then, or
-    `tcp://host:port` between machines.
+    `tcp://host:port` between machines; gloo speaks over loopback or over the interface towards that host.
 
     Raises: ClusterError if the other processes do not arrive within `timeout_s`.
     """
     _set_environment(rank, world_size, local_rank, local_world_size, num_threads, use_gpu)
+    os.environ["GLOO_SOCKET_IFNAME"] = _interface(rendezvous)
     torch.set_num_threads(num_threads)
     device = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
     if use_gpu:
@@ -86,12 +88,27 @@ def stop_process() -> None:
 
 def loopback_interface() -> str:
     """Name of the network interface that never leaves this machine, `lo` on most."""
+    return _interface_of("127.0.0.1")
+
+
+def _interface(rendezvous: str) -> str:
+    """The network interface over which the other processes of the group are reached."""
+    parts = urlsplit(rendezvous)
+    if parts.scheme == "file":
+        return loopback_interface()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        # Connecting a datagram socket sends nothing; it only picks the route.
+        probe.connect((parts.hostname, parts.port))
+        return _interface_of(probe.getsockname()[0])
+
+
+def _interface_of(own_address: str) -> str:
     for name, addresses in psutil.net_if_addrs().items():
-        if any(entry.family == socket.AF_INET and entry.address.startswith("127.") for entry in addresses):
+        if any(entry.address == own_address for entry in addresses):
             return name
     raise ClusterError(
-        "processes of one machine speak over its loopback interface (127.0.0.1), and there is none; bring "
-        "it up"
+        f"processes speak over the network interface with address {own_address}, and this machine has none "
+        "such; bring it up (`ip link set lo up` for 127.0.0.1)"
     )
 
 
@@ -108,5 +125,3 @@ def _set_environment(
     )
     if not use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    if local_world_size == world_size:
-        os.environ["GLOO_SOCKET_IFNAME"] = loopback_interface()

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import secrets
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,7 @@ from cluster.topology import num_hosts, usable_cores
 logger = logging.getLogger(__name__)
 
 _OBJECT_STORE_BYTES = 256 * 2**20
+_ANSWER_TIMEOUT_S = 10.0
 
 
 def start_ray(config: ClusterConfig, num_cpus: int | None = None) -> None:
@@ -70,6 +72,7 @@ def _start_embedded(num_cpus: int) -> None:
 
 
 def _join(address: str) -> None:
+    _check_answers(address)
     packages = [str(root() / package) for package in PACKAGES]
     try:
         ray.init(
@@ -85,6 +88,20 @@ def _join(address: str) -> None:
             "token"
         ) from error
     logger.info("joined the Ray cluster at %s: %d hosts, %s", address, num_hosts(), ray.cluster_resources())
+
+
+def _check_answers(address: str) -> None:
+    """Fail at once where nothing listens; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_ANSWER_TIMEOUT_S).close()
+    except OSError as error:
+        raise ClusterError(
+            f"a Ray cluster must listen at --cluster.address {address}, and nothing answers there ({error}); "
+            "start it (`ray start --head`) or correct the address"
+        ) from error
 
 
 def _worker_environment() -> dict[str, str]:

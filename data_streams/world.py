@@ -40,13 +40,13 @@ from data_streams.world_history import (
 
 @dataclass(frozen=True, kw_only=True)
 class WorldConfig:
-    num_users: int = 5_000
+    num_users: int = 6_000
     """Users of the world."""
-    num_items: int = 2_400
+    num_items: int = 1_500
     """Items of the world."""
-    num_clusters: int = 60
+    num_clusters: int = 40
     """Kinds of items."""
-    mean_clicks: float = 45.0
+    mean_clicks: float = 40.0
     """Clicks of a user on average."""
     seed: int = 0
     """Seed of the catalogue and of every user."""
@@ -111,8 +111,7 @@ class World:
 
         Shapes: items [B, K] -> [B].
         """
-        first = (items[:, :, None] == items[:, None, :]).argmax(-1) == np.arange(items.shape[1])
-        return (self.click_probability(self.states(user_ids, moment), items) * first).sum(1)
+        return self._expected_positives(self.states(user_ids, moment), items)
 
     def normalised_utility(
         self, user_ids: np.ndarray, items: np.ndarray, moment: Moment = "end"
@@ -126,7 +125,7 @@ class World:
         best = np.sort(everything, axis=1)[:, -length:].sum(1)
         unclicked = self.config.num_items - (states.clicked >= 0).sum(1)
         random = length * everything.sum(1) / unclicked
-        return (self.expected_positives(user_ids, items, moment) - random) / (best - random)
+        return (self._expected_positives(states, items) - random) / (best - random)
 
     def oracle_scores(
         self, user_ids: np.ndarray, moment: Literal["validation", "test"] = "test"
@@ -153,6 +152,10 @@ class World:
             clusters[rows, states.homes[:, place]] += (1 - FOCUS_SHARE) / NUM_HOMES
         near = desire * (clusters / totals)[:, catalogue.cluster]
         return TASTE_SHARE * near + POPULAR_SHARE * catalogue.popularity + RANDOM_SHARE / config.num_items
+
+    def _expected_positives(self, states: UserStates, items: np.ndarray) -> np.ndarray:
+        first = (items[:, :, None] == items[:, None, :]).argmax(-1) == np.arange(items.shape[1])
+        return (self.click_probability(states, items) * first).sum(1)
 
     def _all_items(self, num_users: int) -> np.ndarray:
         return np.broadcast_to(np.arange(self.config.num_items), (num_users, self.config.num_items))

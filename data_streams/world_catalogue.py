@@ -5,20 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-STYLES = (
-    "Rustic",
-    "Modern",
-    "Vintage",
-    "Minimal",
-    "Playful",
-    "Elegant",
-    "Rugged",
-    "Floral",
-    "Nordic",
-    "Urban",
-    "Royal",
-    "Quiet",
-)
+STYLES = ("Rustic", "Modern", "Vintage", "Minimal", "Playful", "Elegant", "Nordic", "Royal")
 MATERIALS = (
     "Oak",
     "Steel",
@@ -46,7 +33,7 @@ DEPARTMENTS = {
     "Care": ("Soap", "Brush", "Towel", "Candle", "Mirror", "Comb"),
 }
 STYLE_DIM = 6
-STYLE_NOISE = 0.35
+STYLE_NOISE = 0.2
 NUM_SUCCESSORS = 2
 POPULARITY_EXPONENT = 0.8
 """Zipf exponent of the shares in which items are shown as popular."""
@@ -63,7 +50,9 @@ class Catalogue:
     style: np.ndarray
     """[N, STYLE_DIM] how an item looks."""
     look: np.ndarray
-    """[N] nearest named style."""
+    """[N] named style an item is called by."""
+    archetypes: np.ndarray
+    """[len(STYLES), STYLE_DIM] the named styles, of length 1."""
     quality: np.ndarray
     """[N] appeal to everyone, standard normal."""
     popularity: np.ndarray
@@ -90,6 +79,7 @@ class Catalogue:
             members=_members(cluster, num_clusters),
             style=style,
             look=look,
+            archetypes=archetypes,
             quality=quality,
             popularity=popularity / popularity.sum(),
             duration_s=np.exp(rng.normal(3.5, 0.6, num_items)).astype(np.float32),

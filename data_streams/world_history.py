@@ -11,29 +11,31 @@ from scipy.special import expit, ndtri
 
 from data_streams.world_catalogue import STYLE_DIM, Catalogue
 
-LOOKS_PER_PAGE = 10
+LOOKS_PER_PAGE = 11
 """Draws from the exposure policy for a page; about 8 of them show something new."""
 NUM_HOMES = 3
-TASTE_SHARE, POPULAR_SHARE, RANDOM_SHARE = 0.6, 0.2, 0.2
+TASTE_SHARE, POPULAR_SHARE, RANDOM_SHARE = 0.65, 0.2, 0.15
 """Of the looks: items near the taste, popular items, random items."""
-FOCUS_SHARE = 0.7
+FOCUS_SHARE = 0.75
 """Of the looks near the taste, those in the focus cluster; the others lie in the home clusters."""
-TASTE_SHARPNESS = 2.0
+TASTE_SHARPNESS = 2.5
 """How closely looks near the taste follow the style taste."""
 
-APPEAL_BIAS, APPEAL_STYLE, APPEAL_QUALITY, APPEAL_FOCUS, APPEAL_HOME = -3.0, 1.5, 0.5, 2.0, 1.0
+APPEAL_BIAS, APPEAL_STYLE, APPEAL_QUALITY, APPEAL_FOCUS, APPEAL_HOME = -3.0, 1.5, 0.7, 2.0, 1.0
 """Log-odds of a click on an item that is looked at."""
 ATTENTION = 1.0 / (1.0 + 0.12 * np.arange(LOOKS_PER_PAGE))
 """Chance that a look is a serious one, by its place on the page."""
 CART_BIAS, CART_APPEAL, PURCHASE_BIAS, PURCHASE_QUALITY = -1.2, 0.6, -0.3, 0.8
 
-MOVE_ON = 0.7
+MOVE_ON = 0.35
 """After a page with a click in the focus cluster, the chance to turn to the cluster that follows it."""
 FOLLOW_TEMPER = 0.85
 """The chance that this is the successor of the user's temper."""
-BORED = 0.2
+BORED = 0.1
 """After a page without such a click, the chance to turn to a home cluster."""
-SESSION_END = 0.1
+SESSION_END = 0.06
+TASTE_SPREAD = 0.2
+"""How far the style taste of a user begins from a named style, in each dimension."""
 TASTE_MEMORY = 0.9
 """Share of the style taste that lives on in the next session."""
 
@@ -111,7 +113,8 @@ class _Crowd:
         self.temper = (draws[:, 1] * catalogue.successors.shape[1]).astype(int)
         self.homes = (draws[:, 2 : 2 + NUM_HOMES] * num_clusters).astype(int)
         self.focus = self.homes[:, 0].copy()
-        self.taste = _unit(ndtri(draws[:, 6 : 6 + STYLE_DIM]))
+        favourite = catalogue.archetypes[(draws[:, 12] * len(catalogue.archetypes)).astype(int)]
+        self.taste = _unit(favourite + TASTE_SPREAD * ndtri(draws[:, 6 : 6 + STYLE_DIM]))
         self.time_s = FIRST_TIME_S + (draws[:, 13] * 30 * DAY_S).astype(np.int64)
         self.page = np.zeros(num_users, dtype=np.int64)
         self.num_clicks = np.zeros(num_users, dtype=np.int64)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from data_streams.batch import SequenceBatch
 from models.kernels.jagged_attention import BucketLayout, attention_layout, jagged_attention
 from models.layers.dropout import Dropout
+from models.layers.linear import Linear
 from models.recommender import LossSum, Retriever, StepContext
 from models.tables import Ids, LookedUp, Rows, TableSpec
 
@@ -56,7 +57,7 @@ class SASRec(Retriever):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
         self.final_norm = nn.LayerNorm(config.width)
         if config.item_features:
-            self.feature_projection = nn.Linear(item_feature_dim, config.width, bias=False)
+            self.feature_projection = Linear(item_feature_dim, config.width, bias=False)
         self.apply(self._initialise)
 
     def _initialise(self, module: nn.Module) -> None:
@@ -124,11 +125,11 @@ class Block(nn.Module):
         hidden = config.feedforward_width or config.width
         self.num_heads = config.num_heads
         self.attention_norm = nn.LayerNorm(config.width)
-        self.query_key_value = nn.Linear(config.width, 3 * config.width, bias=False)
-        self.attention_output = nn.Linear(config.width, config.width)
+        self.query_key_value = Linear(config.width, 3 * config.width, bias=False)
+        self.attention_output = Linear(config.width, config.width)
         self.feedforward_norm = nn.LayerNorm(config.width)
-        self.feedforward_input = nn.Linear(config.width, hidden)
-        self.feedforward_output = nn.Linear(hidden, config.width)
+        self.feedforward_input = Linear(config.width, hidden)
+        self.feedforward_output = Linear(hidden, config.width)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, hidden: Tensor, layout: BucketLayout) -> Tensor:

@@ -56,7 +56,7 @@ class PlainEngine:
 def make_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     parameters = [parameter for _, parameter in named_trainable(module)]
     return torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
+        parameters, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True
     )
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from models.kernels.cross_entropy import matmul_dtype
+from models.layers.linear import align_rows
 
 
 def shared_negative_softmax(
@@ -34,8 +35,9 @@ class _SharedNegativeSoftmax(torch.autograd.Function):
         ctx, queries: Tensor, negatives: Tensor, positive: Tensor, excluded: Tensor, correction: float
     ) -> Tensor:
         dtype = matmul_dtype(queries)
-        q, n = queries.to(dtype), negatives.to(dtype)
-        scores = (q @ n.T).float()
+        q, n = align_rows(queries.to(dtype)), negatives.to(dtype)
+        num_queries = queries.shape[0]
+        scores = (q @ n.T)[:num_queries].float()
         scores.masked_fill_(excluded, float("-inf"))
         highest = torch.maximum(scores.amax(1) + correction, positive) if scores.numel() else positive
         exponentials = scores.sub_((highest - correction)[:, None]).exp_()
@@ -47,5 +49,6 @@ class _SharedNegativeSoftmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         q, n, exponentials, own, total = ctx.saved_tensors
-        share = (exponentials * (gradient / total)[:, None]).to(q.dtype)
-        return (share @ n).float(), (share.T @ q).float(), gradient * (own / total - 1), None, None
+        share = align_rows((exponentials * (gradient / total)[:, None]).to(q.dtype))
+        to_queries = (share @ n)[: exponentials.shape[0]].float()
+        return to_queries, (share.T @ q).float(), gradient * (own / total - 1), None, None

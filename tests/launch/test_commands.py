@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from cluster.packages import root
+from launch import cli
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(root()), "OMP_NUM_THREADS": "1"}
 WORLD = "--num-users 300 --num-items 200 --num-clusters 8 --mean-clicks 12"
@@ -71,24 +72,32 @@ def test_a_stopped_run_goes_on_where_it_stopped(run_dir):
         assert (run_dir / name).exists(), name
 
 
-def test_a_finished_run_has_nothing_left_to_do(folder, run_dir):
-    done = grail(folder, "pretrain run/config.yaml")
-    assert "Finished at step" in done.stdout
+@pytest.fixture
+def command(folder, run_dir, monkeypatch, capsys):
+    """Runs a command in this process, which keeps Ray and the imports warm; returns what it prints."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("launch.progress.start_driver_logs", lambda *_: None)
+
+    def run(line: str) -> str:
+        assert cli.run(line.split()) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_evaluation_is_printed_and_written(folder, run_dir):
-    done = grail(folder, "evaluate run --cluster.workers 1 --baselines")
+def test_evaluation_is_printed_and_written(run_dir, command):
+    printed = command("evaluate run --cluster.workers 1 --baselines")
     content = json.loads((run_dir / "evaluation.json").read_text())
     assert content["split"] == "test" and content["seen_filtered"] is True and content["num_users"] == 300
     assert {"recall@5", "ndcg@5", "recall@10", "ndcg@10"} <= content["metrics"].keys()
     assert content["baselines"]["oracle"]["ndcg@10"] > content["metrics"]["ndcg@10"] > 0
-    assert f"{content['metrics']['recall@10']:.4f}" in done.stdout and "seen items left out" in done.stdout
+    assert f"{content['metrics']['recall@10']:.4f}" in printed and "seen items left out" in printed
 
 
-def test_recommendations_are_shown_with_titles_and_written_for_everybody(folder, run_dir):
-    shown = grail(folder, "recommend run --users 2 --k 3").stdout
+def test_recommendations_are_shown_with_titles_and_written_for_everybody(folder, command):
+    shown = command("recommend run --users 2 --k 3")
     assert shown.count("latest history, oldest first") == 2
-    grail(folder, "recommend run --all --out all.parquet --k 3")
+    command("recommend run --all --out all.parquet --k 3")
     table = pl.read_parquet(folder / "all.parquet")
     assert table.columns == ["user_id", "rank", "item_id", "title", "score"]
     assert table["user_id"].n_unique() == 300 and table.height == 900
@@ -96,9 +105,9 @@ def test_recommendations_are_shown_with_titles_and_written_for_everybody(folder,
     assert not list(folder.glob("all.parquet.*"))
 
 
-def test_a_checkpoint_can_be_looked_at_and_taken_out(folder, run_dir):
-    assert "table/item" in grail(folder, "checkpoint inspect run").stdout
-    grail(folder, "checkpoint export run --out exported")
+def test_a_checkpoint_can_be_looked_at_and_taken_out(folder, command):
+    assert "table/item" in command("checkpoint inspect run")
+    command("checkpoint export run --out exported")
     assert "positions.weight" in load_file(folder / "exported" / "model.safetensors")
     table = pl.read_parquet(folder / "exported" / "item.parquet")
     assert table.columns == ["row", "item_id", "vector"] and table.height == 200

@@ -1,0 +1,112 @@
+"""`python -m benchmarks [NAME ...]`: ratios against stock libraries, one JSON file for each benchmark."""
+
+import json
+import os
+import shlex
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.setting.benchmark import Benchmark, Request, Scale
+from benchmarks.setting.ranks import measure_on_ranks
+from benchmarks.setting.users import build_users
+from cluster.errors import GrailError
+from cluster.plugins import load_plugin, plugin_files
+
+TIMEOUT_S = 900.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Compare parts of the project with plain library code on this machine; it should be idle."""
+
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Benchmarks to run; left out, all of them."""
+    scale: Scale = "full"
+    """small only shows that everything works; its ratios mean nothing and no bar is asked for."""
+    data: str | None = None
+    """Shards to take users and items from; left out, made-up users (benchmarks/setting/users.py)."""
+    results: str = str(Path(__file__).parent / "results")
+    """Folder of the JSON files."""
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 1 where a bar is not met, 2 for a benchmark that does not exist."""
+    options = tyro.cli(Options, args=arguments, prog="python -m benchmarks")
+    try:
+        modules = {name: load_plugin("benchmarks", name) for name in options.names or plugin_files("benchmarks")}
+    except GrailError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
+        data = options.data or build_users(Path(folder) / "users", options.scale)
+        results = []
+        for name, module in modules.items():
+            results.append(_run(name, module, options, os.path.abspath(data)))
+            _write(Path(options.results), results[-1])
+    Console().print(_table(results, options.scale))
+    met = all(bar["met"] for result in results for bar in result["bars"])
+    return 0 if met or options.scale == "small" else 1
+
+
+def _run(name: str, module: Any, options: Options, data: str) -> dict[str, Any]:
+    benchmark: Benchmark = module.BENCHMARK
+    with tempfile.TemporaryDirectory(prefix=f"benchmark-{name}-") as scratch:
+        request = Request(scale=options.scale, data=data, scratch=scratch)
+        measured = measure_on_ranks(
+            module.measure, benchmark.world_size, benchmark.threads_per_rank, request, timeout_s=TIMEOUT_S
+        )
+    return {
+        "name": name,
+        "unit": benchmark.unit,
+        "command": _command(name, options),
+        **measured,
+        "bars": [{"bar": str(bar), "met": bar.is_met(measured)} for bar in benchmark.bars],
+        "scale": options.scale,
+        "users": options.data or "made up",
+        "processes": benchmark.world_size,
+        "threads_per_process": benchmark.threads_per_rank,
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def _command(name: str, options: Options) -> str:
+    words = ["python", "-m", "benchmarks", name]
+    words += ["--scale", options.scale] if options.scale != "full" else []
+    return shlex.join(words + (["--data", options.data] if options.data else []))
+
+
+def _write(folder: Path, result: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{result['name']}.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _table(results: list[dict[str, Any]], scale: Scale) -> Table:
+    title = "Ours against stock libraries" + (", at a size that means nothing" if scale == "small" else "")
+    table = Table(title=title)
+    for column in ("benchmark", "ours", "peer", "unit", "ratio", "processor time ratio", "bar", "met"):
+        table.add_column(column)
+    for result in results:
+        cpu = result["cpu_seconds"]
+        table.add_row(
+            result["name"],
+            f"{result['ours']:.4g}",
+            f"{result['peer']:.4g}",
+            result["unit"],
+            f"{result['ratio']:.3g}",
+            f"{cpu['ours'] / cpu['peer']:.3g}",
+            "\n".join(bar["bar"] for bar in result["bars"]),
+            "\n".join("yes" if bar["met"] else "[bold red]no" for bar in result["bars"]),
+        )
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,71 @@
+"""Runs a measurement on processes of its own, so that no benchmark sees the threads or memory of another."""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.multiprocessing
+from torch.multiprocessing.spawn import ProcessContext
+
+from cluster.process import start_process, stop_process
+
+
+def measure_on_ranks(
+    measure: Callable[..., dict[str, Any]], world_size: int, threads_per_rank: int, *arguments: Any, timeout_s: float
+) -> dict[str, Any]:
+    """What `measure(process, *arguments)` returns on rank 0, which must be plain JSON values.
+
+    Raises: ProcessRaisedException with the traceback of the rank that failed; TimeoutError.
+    """
+    # DeepSpeed reads it at its import, which here comes before the process has joined its group.
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        context = torch.multiprocessing.start_processes(
+            _run_rank,
+            args=(world_size, threads_per_rank, folder, timeout_s, measure, arguments),
+            nprocs=world_size,
+            join=False,
+            start_method="forkserver",
+        )
+        try:
+            _wait(context, timeout_s)
+        finally:
+            for process in context.processes:
+                process.kill()
+                process.join()
+        return json.loads((Path(folder) / "result.json").read_text())
+
+
+def _wait(context: ProcessContext, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not context.join(timeout=max(deadline - time.monotonic(), 0.0)):
+        if time.monotonic() >= deadline:
+            raise TimeoutError(f"a benchmark must end within {timeout_s:.0f} s; this one did not and was ended")
+
+
+def _run_rank(
+    rank: int,
+    world_size: int,
+    threads_per_rank: int,
+    folder: str,
+    timeout_s: float,
+    measure: Callable,
+    arguments: tuple,
+) -> None:
+    process = start_process(
+        rank=rank,
+        world_size=world_size,
+        local_rank=rank,
+        local_world_size=world_size,
+        rendezvous=f"file://{folder}/rendezvous",
+        num_threads=threads_per_rank,
+        timeout_s=timeout_s,
+    )
+    result = measure(process, *arguments)
+    if rank == 0:
+        (Path(folder) / "result.json").write_text(json.dumps(result))
+    stop_process()

@@ -1,0 +1,85 @@
+"""A whole training step of `sasrec-amazon` against a padded torch.nn.TransformerEncoder with full softmax."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.peers.padded_transformer import PaddedStep, PaddedTrainer
+from benchmarks.setting.benchmark import Bar, Benchmark, Request, compare_rates
+from benchmarks.setting.recipe import RunningRecipe, first_batches, start_recipe
+from benchmarks.setting.timing import interleave
+from cluster.process import Process
+from data_streams.batch import SequenceBatch
+from models.recommender import StepContext
+from trainer.dense_module import resolve_precision
+from trainer.step_input import prepare_step
+
+BENCHMARK = Benchmark(
+    unit="supervised targets/s (as many as real tokens/s: every position has a target)",
+    bars=(Bar(key="ratio", at_least=4.0),),
+)
+ROUNDS = {"full": 4, "small": 1}
+STEPS = {"full": 4, "small": 1}
+
+
+def measure(process: Process, request: Request) -> dict[str, Any]:
+    """One round trains on the users of some steps, each side from their unpadded ids on the host."""
+    recipe = start_recipe(process, request.data)
+    batches = first_batches(recipe.stream, STEPS[request.scale])
+    ours = resolve_precision(recipe.config.train.precision, process.device)
+    peers = {
+        f"{'trimmed ' if trimmed else ''}{precision}": _peer(recipe, precision, trimmed)
+        for trimmed in (False, True)
+        for precision in {torch.float32, ours}
+    }
+    sides = {"ours": lambda: _take_our_steps(recipe, process, batches)}
+    sides |= {name: _all_steps(peer, batches) for name, peer in peers.items()}
+    timings = interleave(process, sides, rounds=ROUNDS[request.scale])
+    quickest = {
+        trimmed: min(
+            (name for name in peers if name.startswith("trimmed") == trimmed),
+            key=lambda name: timings[name].best_s,
+        )
+        for trimmed in (False, True)
+    }
+    num_targets = sum(batch.num_tokens for batch in batches)
+    return {
+        **compare_rates(num_targets, timings["ours"], timings[quickest[False]]),
+        "our_precision": str(ours),
+        "peer_precision": quickest[False],
+        "ratio_to_trimmed_peer": timings[quickest[True]].best_s / timings["ours"].best_s,
+        "targets_per_step": num_targets / len(batches),
+        "step_s": {name: timing.best_s / len(batches) for name, timing in timings.items()},
+    }
+
+
+def _peer(recipe: RunningRecipe, precision: torch.dtype, trimmed: bool) -> PaddedStep:
+    return PaddedTrainer(precision=precision, trimmed=trimmed).build(
+        recipe.config.model,
+        num_items=recipe.assembly.items.num_items,
+        max_length=recipe.config.data.max_length,
+        learning_rate=recipe.config.train.learning_rate,
+    )
+
+
+def _take_our_steps(recipe: RunningRecipe, process: Process, batches: Sequence[SequenceBatch]) -> None:
+    """What the feed prepares in the background is done here in front of each step."""
+    train = recipe.config.train
+    for step, batch in enumerate(batches):
+        context = StepContext(
+            step=step, seed=recipe.config.seed, rank=process.rank, world_size=process.world_size
+        )
+        prepared = prepare_step(
+            recipe.assembly.model, batch, context, train.micro_batches, recipe.assembly.item_features, process.device
+        )
+        prepared = prepared.with_counts([[batch.num_tokens]])
+        recipe.learner.step(prepared, train.learning_rate, train.table_learning_rate)
+
+
+def _all_steps(peer: PaddedStep, batches: Sequence[SequenceBatch]) -> Callable[[], None]:
+    def take() -> None:
+        for batch in batches:
+            peer.take(batch)
+
+    return take

@@ -1,0 +1,27 @@
+"""Linear layers over jagged rows, whose number changes from step to step."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ALIGNMENT_ROWS = 64
+
+
+class Linear(nn.Linear):
+    """nn.Linear that, on a processor in bf16, computes a multiple of 64 rows.
+
+    There the library compiles (and keeps) code for every shape it meets, and jagged batches bring a new number of
+    rows at every step: that took a quarter of the time of the matrix products.
+    """
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Shapes: [T, in] -> [T, out]."""
+        return super().forward(align_rows(rows))[: rows.shape[0]]
+
+
+def align_rows(rows: Tensor) -> Tensor:
+    """Append zero rows up to a multiple of 64 where that saves compiling. Shapes: [T, D] -> [T', D]."""
+    compiles = rows.device.type == "cpu" and (
+        rows.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    )
+    return F.pad(rows, (0, 0, 0, -rows.shape[0] % ALIGNMENT_ROWS)) if compiles else rows
