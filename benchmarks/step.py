@@ -19,7 +19,7 @@ BENCHMARK = Benchmark(
     unit="supervised targets/s (as many as real tokens/s: every position has a target)",
     bars=(Bar(key="ratio", at_least=4.0),),
 )
-ROUNDS = {"full": 4, "small": 1}
+ROUNDS = {"full": 3, "small": 1}
 STEPS = {"full": 4, "small": 1}
 
 

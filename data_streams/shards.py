@@ -14,9 +14,11 @@ hundred users. A chunk is read by one byte-range request, checked against its SH
 
 import hashlib
 import io
+import math
 import tarfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -259,11 +261,30 @@ def _parse_members(data: bytes, where: str, columns: set[str] | None) -> dict[st
     arrays = {}
     try:
         for file in tar_file_iterator(io.BytesIO(data), select_files=is_wanted):
-            content = io.BytesIO(file["data"])
-            arrays[_array_name(file["fname"])] = np.lib.format.read_array(content, allow_pickle=False)
+            arrays[_array_name(file["fname"])] = _array(file["data"])
     except (tarfile.TarError, ValueError) as error:
         raise DataError(f"{where} is not a tar of plain NumPy arrays ({error}); {REBUILD}") from error
     return arrays
+
+
+def _array(content: bytes) -> np.ndarray:
+    """A read-only view of the numbers in a .npy file."""
+    start = 10 + int.from_bytes(content[8:10], "little")
+    shape, dtype = _parse_header(content[:start])
+    return np.frombuffer(content, dtype, count=math.prod(shape), offset=start).reshape(shape)
+
+
+@lru_cache(maxsize=4096)
+def _parse_header(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type; kept, since most arrays of a data set share a header and parsing costs more than reading."""
+    stream = io.BytesIO(header)
+    version = np.lib.format.read_magic(stream)
+    if version != (1, 0):
+        raise ValueError(f"an array has version {version} of the .npy format instead of (1, 0)")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    if dtype.hasobject:
+        raise ValueError("an array holds Python objects")
+    return shape, dtype
 
 
 def _array_name(member: str) -> str:

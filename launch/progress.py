@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from cluster.logs import start_driver_logs
 from cluster.reporter import Event
@@ -20,7 +20,7 @@ def start_console() -> Console:
     """Send the project's log lines to a terminal without disturbing its progress bars."""
     console = Console(stderr=True)
     if console.is_terminal:
-        start_driver_logs(RichHandler(console=console, show_path=False, show_level=False, markup=False))
+        start_driver_logs(RichHandler(console=console, show_path=False, show_level=False, show_time=False))
     else:
         start_driver_logs()
     return console
@@ -32,11 +32,8 @@ class TrainingProgress:
     def __init__(self, console: Console):
         self.console = console
         self.bar = Progress(
-            TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(),
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=12),
             TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
             console=console,
             disable=not console.is_terminal,
         )
@@ -55,19 +52,21 @@ class TrainingProgress:
             self._show(dict(event.values))
 
     def _show(self, values: dict[str, Any]) -> None:
-        left = duration((values["total_steps"] - values["step"]) * values["step_s"])
+        # The number of steps is an estimate where an epoch's last step takes what is left.
+        total = max(values["total_steps"], values["step"])
+        left = duration((total - values["step"]) * values["step_s"])
+        epoch = min(values["epoch"], values["epochs"])
         numbers = (
-            f"loss {values['loss']:.4f}, {values['tokens_per_s']:,.0f} tokens/s, "
-            f"{1000 * values['step_s']:.0f} ms/step, {left} left"
+            f"epoch {epoch}/{values['epochs']}, step {values['step']}/{total}, "
+            f"loss {values['loss']:.4f}, {values['tokens_per_s']:,.0f} tokens/s, {left} left"
         )
-        epoch = f"{min(values['epoch'], values['epochs'])}/{values['epochs']}"
         if self.console.is_terminal:
             if self.task is None:
-                self.task = self.bar.add_task("", total=values["total_steps"], epoch=epoch, numbers=numbers)
-            self.bar.update(self.task, completed=values["step"], epoch=epoch, numbers=numbers)
+                self.task = self.bar.add_task("", total=total, numbers=numbers)
+            self.bar.update(self.task, completed=values["step"], total=total, numbers=numbers)
         elif time.monotonic() - self.said_at > _LINE_EVERY_S:
             self.said_at = time.monotonic()
-            logger.info("epoch %s, step %d of %d: %s", epoch, values["step"], values["total_steps"], numbers)
+            logger.info(numbers)
 
 
 def duration(seconds: float) -> str:

@@ -48,6 +48,8 @@ def read_audit(storage: Storage) -> dict[int, list[int]]:
     """
     attempts: dict[str, list[dict]] = {}
     for name in storage.list(DIRECTORY):
+        if not name.endswith(".json"):
+            continue  # the temporary file of a process that was killed while writing
         entries = json.loads(storage.read(f"{DIRECTORY}/{name}"))
         attempts.setdefault(name.split(".", 1)[0], []).extend(entries)
     valid: list[dict] = []

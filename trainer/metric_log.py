@@ -20,12 +20,16 @@ logger = logging.getLogger(__name__)
 class MetricLog:
     """Appends one line of JSON per call of `write`; to be held by rank 0 only.
 
-    Lines of steps after `resume_step` are taken out when it opens: their steps will be taken again.
+    Lines beyond the first `resume_lines` are taken out when it opens: what they tell will be done again. (The
+    step alone would not say it: a checkpoint can lie between a step and the validation of that step.)
     """
 
-    def __init__(self, run_dir: str, config: LogConfig, document: Mapping[str, Any], *, resume_step: int = 0):
+    def __init__(
+        self, run_dir: str, config: LogConfig, document: Mapping[str, Any], *, resume_lines: int = 0
+    ):
         self._storage = Storage(run_dir)
-        self._lines = _lines_up_to(self._storage, resume_step)
+        self._lines = _whole_lines(self._storage)[:resume_lines]
+        self.num_lines = len(self._lines)
         self._storage.write(METRICS_NAME, "".join(self._lines).encode())
         self._file = None
         if self._storage.is_local:
@@ -36,6 +40,7 @@ class MetricLog:
 
     def write(self, step: int, numbers: Mapping[str, float | int]) -> None:
         line = json.dumps({"step": step, "time_s": round(time.time(), 3), **numbers}) + "\n"
+        self.num_lines += 1
         if self._file is not None:
             self._file.write(line)
         else:
@@ -61,16 +66,15 @@ class MetricLog:
 
 def read_metrics(run_dir: str) -> list[dict[str, float | int]]:
     """All lines of a run's metrics.jsonl; empty where there is none."""
-    return [json.loads(line) for line in _lines_up_to(Storage(run_dir), None)]
+    return [json.loads(line) for line in _whole_lines(Storage(run_dir))]
 
 
-def _lines_up_to(storage: Storage, last_step: int | None) -> list[str]:
+def _whole_lines(storage: Storage) -> list[str]:
     if not storage.exists(METRICS_NAME):
         return []
     lines = storage.read(METRICS_NAME).decode().splitlines(keepends=True)
     # A killed process may leave a last line without its end.
-    whole = [line for line in lines if line.endswith("\n")]
-    return [line for line in whole if last_step is None or json.loads(line)["step"] <= last_step]
+    return [line for line in lines if line.endswith("\n")]
 
 
 def _start_wandb(storage: Storage, config: LogConfig, document: Mapping[str, Any]) -> Any:

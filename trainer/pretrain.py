@@ -166,6 +166,8 @@ def _validate(job: Job) -> bool:
 
 def _save(job: Job, *, best: bool) -> None:
     job.audit.flush()
+    if job.metric_log:
+        job.progress.metric_lines = job.metric_log.num_lines
     started = time.perf_counter()
     save_progress(job.checkpointer, job.assembly, job.engine, job.progress, job.config_document, best=best)
     job.clock.saved(job.progress.step)

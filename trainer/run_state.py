@@ -36,6 +36,8 @@ class Progress:
     """Best value of the selection metric so far."""
     best_step: int | None = None
     validations_without_gain: int = 0
+    metric_lines: int = 0
+    """Lines of metrics.jsonl; counted on rank 0, whose account is the one that is saved."""
     status: str = "running"
 
     def shared(self) -> dict[str, Any]:

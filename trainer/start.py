@@ -149,4 +149,4 @@ def _attempt(storage: Storage, process: Process) -> str:
 
 
 def _metric_log(config: PretrainConfig, document: dict[str, Any], progress: Progress) -> MetricLog:
-    return MetricLog(config.run_dir, config.log, document, resume_step=progress.step)
+    return MetricLog(config.run_dir, config.log, document, resume_lines=progress.metric_lines)

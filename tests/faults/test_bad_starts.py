@@ -15,6 +15,8 @@ from tests.data_streams.tiny_data import damage
 from tests.faults.training import last_step, latest_step, pretrain_line, saved_state
 from tests.tiny_run import build_tiny_data
 
+SHORT = ("--train.epochs", "1", "--cluster.workers", "1")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -24,7 +26,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one_epoch(data, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("run")
-    assert grail(pretrain_line(data, run_dir, "--train.epochs", "1")) == 0
+    assert grail(pretrain_line(data, run_dir, *SHORT)) == 0
     return run_dir
 
 
@@ -77,7 +79,7 @@ def test_a_damaged_shard_ends_the_run_with_the_name_of_its_chunk(damaged, tmp_pa
 
 
 def test_a_damaged_shard_is_skipped_and_logged_where_that_is_asked_for(damaged, tmp_path, capsys):
-    line = pretrain_line(damaged, tmp_path / "run", "--data.on-bad-shard", "skip", "--train.epochs", "1")
+    line = pretrain_line(damaged, tmp_path / "run", "--data.on-bad-shard", "skip", *SHORT)
     assert grail(line) == 0
     assert re.search(r"Skipped 16 users of a bad chunk: chunk at bytes \d+", capsys.readouterr().err)
 

@@ -168,7 +168,7 @@ def reported(run_dir: Path) -> list[tuple[int, str, float]]:
 
 
 def assert_nothing_lost(run_dir: Path, undisturbed: Path) -> None:
-    """Every user of every epoch once, the numbers of every step once, and the state of a run without faults."""
+    """Every user of every epoch once, the numbers of every step once, the state of a run without faults."""
     audit = read_audit(Storage(run_dir))
     assert sorted(audit) == list(range(EPOCHS))
     for epoch, users in audit.items():

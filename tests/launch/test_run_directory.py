@@ -57,7 +57,7 @@ def test_resume_never_refuses_a_run_directory_with_a_checkpoint(tmp_path):
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(
-        CheckpointError, match="must be a run directory with a config.yaml, and there is none"
+        CheckpointError, match=r"must be a run directory with a config\.yaml, and there is none"
     ):
         load_config(str(tmp_path))
 

@@ -7,14 +7,18 @@ from trainer.metric_log import MetricLog, read_metrics
 
 
 @pytest.mark.parametrize("kind", ["local", "memory"])
-def test_a_resumed_run_takes_out_the_lines_of_steps_it_will_take_again(tmp_path, kind):
+def test_a_resumed_run_takes_out_the_lines_of_what_it_will_do_again(tmp_path, kind):
     run_dir = str(tmp_path) if kind == "local" else f"memory://{tmp_path}"
     log = MetricLog(run_dir, LogConfig(), {})
-    for step in (10, 20, 30):
+    for step in (10, 20):
         log.write(step, {"train/loss": 1.0 / step})
+    saved = log.num_lines
+    log.write(20, {"validation/mrr": 0.5})
+    log.write(30, {"train/loss": 1.0 / 30})
     log.close()
-    resumed = MetricLog(run_dir, LogConfig(), {}, resume_step=20)
+    resumed = MetricLog(run_dir, LogConfig(), {}, resume_lines=saved)
     resumed.write(30, {"train/loss": 7.0})
+    assert resumed.num_lines == 3
     resumed.close()
     lines = read_metrics(run_dir)
     assert [(line["step"], line["train/loss"]) for line in lines] == [(10, 0.1), (20, 0.05), (30, 7.0)]
@@ -26,15 +30,15 @@ def test_a_line_is_there_as_soon_as_it_is_written_and_a_torn_one_is_dropped(tmp_
     assert read_metrics(str(tmp_path))[0]["train/loss"] == 2.0
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "tra')
-    MetricLog(str(tmp_path), LogConfig(), {}, resume_step=5).close()
+    MetricLog(str(tmp_path), LogConfig(), {}, resume_lines=5).close()
     assert [line["step"] for line in read_metrics(str(tmp_path))] == [1]
 
 
 def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path):
     config = LogConfig(wandb="offline")
-    for resume_step in (0, 1):
-        log = MetricLog(str(tmp_path), config, {"seed": 3}, resume_step=resume_step)
-        log.write(resume_step + 1, {"train/loss": 1.0})
+    for resume_lines in (0, 1):
+        log = MetricLog(str(tmp_path), config, {"seed": 3}, resume_lines=resume_lines)
+        log.write(resume_lines + 1, {"train/loss": 1.0})
         log.close()
     run_id = json.loads((tmp_path / "wandb.json").read_text())["id"]
     folders = list((tmp_path / "wandb").glob("offline-run-*"))
