@@ -40,7 +40,9 @@ def main(arguments: list[str]) -> int:
     """Exit code 1 where a bar is not met, 2 for a benchmark that does not exist."""
     options = tyro.cli(Options, args=arguments, prog="python -m benchmarks")
     try:
-        modules = {name: load_plugin("benchmarks", name) for name in options.names or plugin_files("benchmarks")}
+        modules = {
+            name: load_plugin("benchmarks", name) for name in options.names or plugin_files("benchmarks")
+        }
     except GrailError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2

@@ -36,7 +36,9 @@ def measure(process: Process, request: Request) -> dict[str, Any]:
     model = _make_model(config, stream.manifest.num_items)
     (spec,) = model.tables()
     rate = config.train.table_learning_rate
-    ours = ShardedTables([spec], process=process, config=config.sharding, seed=config.seed, learning_rate=rate)
+    ours = ShardedTables(
+        [spec], process=process, config=config.sharding, seed=config.seed, learning_rate=rate
+    )
     peer = BareTable(spec, process, rate)
     own_rows = ours.pieces()[0].tensor
     peer.own_rows().copy_(own_rows)

@@ -71,7 +71,12 @@ def _take_our_steps(recipe: RunningRecipe, process: Process, batches: Sequence[S
             step=step, seed=recipe.config.seed, rank=process.rank, world_size=process.world_size
         )
         prepared = prepare_step(
-            recipe.assembly.model, batch, context, train.micro_batches, recipe.assembly.item_features, process.device
+            recipe.assembly.model,
+            batch,
+            context,
+            train.micro_batches,
+            recipe.assembly.item_features,
+            process.device,
         )
         prepared = prepared.with_counts([[batch.num_tokens]])
         recipe.learner.step(prepared, train.learning_rate, train.table_learning_rate)

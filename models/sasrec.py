@@ -2,8 +2,8 @@
 
 Source: Kang and McAuley, Self-Attentive Sequential Recommendation (2018), with the softmax objectives that later
 work found to be decisive. Deviations: keys and values are normalised like the queries (plain pre-norm), their
-projections have no bias (that of the keys would have no effect), no padding exists, and an item's vector may be its row plus a projection of its frozen features, so that an item
-without any interaction has one too.
+projections have no bias (that of the keys would have no effect), no padding exists, and an item's vector may be
+its row plus a projection of its frozen features, so that an item without any interaction has one too.
 """
 
 from dataclasses import dataclass

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -88,7 +89,9 @@ def make_batch(sequences: Sequence[Tensor], first_user: int = 0) -> SequenceBatc
 
 def prepare(case: Case, model: SASRec, step: int, rank: int, world_size: int) -> StepInput:
     """This rank's share of a step: streams are dealt out, c % world_size."""
-    batches = [make_batch(sum(make_users(step)[r::world_size], [])) for r in range(world_size)]
+    batches = [
+        make_batch(list(chain.from_iterable(make_users(step)[r::world_size]))) for r in range(world_size)
+    ]
     context = StepContext(step=step, seed=SEED, rank=rank, world_size=world_size)
     prepared = prepare_step(
         model, batches[rank], context, case.micro_batches, make_features(case), torch.device("cpu")

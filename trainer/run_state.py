@@ -1,17 +1,15 @@
 """What a run keeps between starts: saving all of it as one checkpoint, and bringing it back at any world size."""
 
 import logging
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import polars as pl
 
 from cluster.errors import CheckpointError
-from cluster.storage import Storage
 from data_streams.stream import Position, merge_positions
 from sharding.state import Piece
-from sharding.tables import EmbeddingTables
 from trainer.assembly import Assembly, describe_model
 from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_reader import CheckpointReader

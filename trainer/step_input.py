@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ def split_users(batch: SequenceBatch, parts: int) -> list[SequenceBatch]:
     goals = batch.num_tokens * np.arange(1, parts) / parts
     inner = np.minimum(np.searchsorted(ends, goals) + 1, batch.num_users)
     cuts = [0, *inner.tolist(), batch.num_users]
-    return [batch.select(start, stop) for start, stop in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [batch.select(start, stop) for start, stop in pairwise(cuts)]
 
 
 def prepare_step(

@@ -21,7 +21,9 @@ class PaddedTrainer:
     """Pad to the longest user of the batch and score real positions only; else pad to the maximum length and
     score every position, as most published code does."""
 
-    def build(self, config: SASRec.Config, *, num_items: int, max_length: int, learning_rate: float) -> "PaddedStep":
+    def build(
+        self, config: SASRec.Config, *, num_items: int, max_length: int, learning_rate: float
+    ) -> "PaddedStep":
         torch.manual_seed(0)
         model = PaddedTransformer(config, num_items, max_length)
         return PaddedStep(self, model, torch.optim.Adam(model.parameters(), lr=learning_rate), max_length)
@@ -58,7 +60,9 @@ class PaddedTransformer(nn.Module):
 class PaddedStep:
     """One optimizer step on the users of a batch."""
 
-    def __init__(self, options: PaddedTrainer, model: PaddedTransformer, optimizer: torch.optim.Adam, max_length: int):
+    def __init__(
+        self, options: PaddedTrainer, model: PaddedTransformer, optimizer: torch.optim.Adam, max_length: int
+    ):
         self.options, self.model, self.optimizer, self.max_length = options, model, optimizer, max_length
 
     def take(self, batch: SequenceBatch) -> Tensor:

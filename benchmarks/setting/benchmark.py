@@ -23,7 +23,9 @@ class Bar:
         return not (too_low or (self.at_most is not None and value > self.at_most))
 
     def __str__(self) -> str:
-        return f"{self.key} >= {self.at_least:g}" if self.at_most is None else f"{self.key} <= {self.at_most:g}"
+        return (
+            f"{self.key} >= {self.at_least:g}" if self.at_most is None else f"{self.key} <= {self.at_most:g}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,11 @@ from cluster.process import start_process, stop_process
 
 
 def measure_on_ranks(
-    measure: Callable[..., dict[str, Any]], world_size: int, threads_per_rank: int, *arguments: Any, timeout_s: float
+    measure: Callable[..., dict[str, Any]],
+    world_size: int,
+    threads_per_rank: int,
+    *arguments: Any,
+    timeout_s: float,
 ) -> dict[str, Any]:
     """What `measure(process, *arguments)` returns on rank 0, which must be plain JSON values.
 
@@ -44,7 +48,9 @@ def _wait(context: ProcessContext, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while not context.join(timeout=max(deadline - time.monotonic(), 0.0)):
         if time.monotonic() >= deadline:
-            raise TimeoutError(f"a benchmark must end within {timeout_s:.0f} s; this one did not and was ended")
+            raise TimeoutError(
+                f"a benchmark must end within {timeout_s:.0f} s; this one did not and was ended"
+            )
 
 
 def _run_rank(

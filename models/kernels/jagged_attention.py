@@ -7,6 +7,7 @@ kernel for it belongs in kernels/triton.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -150,7 +151,7 @@ def reference_attention(queries: Tensor, keys: Tensor, values: Tensor, sequences
     """
     outputs = []
     bounds = sequences.offsets.tolist()
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in pairwise(bounds):
         q, k, v = (part[start:stop].transpose(0, 1) for part in (queries, keys, values))
         scores_HTT = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
         later = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device).triu(1)

@@ -18,12 +18,11 @@ def make_inputs(lengths, heads=2, dim=4):
 def test_buckets_equal_the_reference_with_gradients(lengths):
     qkv, sequences = make_inputs(lengths)
     weights = torch.randn(qkv[0].shape, generator=torch.Generator().manual_seed(1))
-    found = []
-    for output in (
+    outputs = (
         kernel.jagged_attention(*qkv, kernel.attention_layout(sequences)),
         kernel.reference_attention(*qkv, sequences),
-    ):
-        found.append([output, *torch.autograd.grad((output * weights).sum(), qkv)])
+    )
+    found = [[output, *torch.autograd.grad((output * weights).sum(), qkv)] for output in outputs]
     for actual, expected in zip(*found, strict=True):
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 

@@ -7,9 +7,9 @@ import torch
 
 from cluster.errors import CheckpointError, ConfigError
 from cluster.storage import Storage
+from sharding.state import Piece
 from tests.trainer.checkpoint_job import Job, cut, filled, load
 from trainer import checkpoint
-from sharding.state import Piece
 from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_layout import DTYPES, best_step, committed_steps, latest_step
 from trainer.checkpoint_reader import CheckpointReader

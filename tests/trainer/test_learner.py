@@ -4,8 +4,8 @@ import torch
 from cluster.errors import DivergenceError
 from tests.process_group import run_on_processes
 from tests.training_cases import Case, make_batch, make_learner, prepare, run_steps, state_of
-from trainer.schedule import rate_fraction
 from trainer.configuration import TrainConfig
+from trainer.schedule import rate_fraction
 from trainer.step_input import split_users
 
 
