@@ -7,8 +7,10 @@ import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import ray
+from ray._private import services
 from ray._raylet import AuthenticationMode, get_authentication_mode
 
 from cluster.configuration import ClusterConfig
@@ -53,7 +55,7 @@ def _start_embedded(num_cpus: int) -> None:
     os.environ.pop("RAY_AUTH_MODE", None)
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    with _in_own_process_group():
+    with _in_own_process_groups():
         ray.init(
             address="local",
             num_cpus=num_cpus,
@@ -111,18 +113,15 @@ def _worker_environment() -> dict[str, str]:
 
 
 @contextmanager
-def _in_own_process_group() -> Iterator[None]:
-    """Processes started inside do not get the signals that a shell or `timeout` sends to this job's group.
+def _in_own_process_groups() -> Iterator[None]:
+    """Ray's daemons started inside do not get the signals that a shell or `timeout` sends to this job's group.
 
-    Ray's daemons would end at such a SIGTERM, and the workers with them, before they have saved. Nothing
-    changes where this process leads its group.
+    They would end at such a SIGTERM, and the workers with them, before they have saved. Ray 2.60 has no option
+    for it.
     """
-    group = os.getpgrp()
-    if group == os.getpid():
-        yield
-        return
-    os.setpgid(0, 0)
+    popen = services.ConsolePopen
+    services.ConsolePopen = partial(popen, process_group=0)
     try:
         yield
     finally:
-        os.setpgid(0, group)
+        services.ConsolePopen = popen

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from models.tables import Ids, LookedUp, Lookup, Rows, TableSpec
@@ -60,17 +59,36 @@ def rows_of_request(
     item_features: Mapping[str, Tensor],
 ) -> Rows:
     """The rows of one request, taken from the distinct rows of its tables; gradients add up in the leaves."""
-    return {
-        name: LookedUp(
-            ids=ids[name],
-            # F.embedding, since its backward adds up repeated rows much faster than that of index_select.
-            rows=F.embedding(positions[name], leaves[spec.name]),
-            item_features=item_features.get(name),
-        )
-        for spec in specs
-        for name in spec.features
-        if name in positions
-    }
+    found: dict[str, LookedUp] = {}
+    for spec in specs:
+        names = [name for name in spec.features if name in positions]
+        if not names:
+            continue
+        taken = _TakeRows.apply(leaves[spec.name], *(positions[name] for name in names))
+        for name, rows in zip(names, taken, strict=True):
+            found[name] = LookedUp(ids=ids[name], rows=rows, item_features=item_features.get(name))
+    return found
+
+
+class _TakeRows(torch.autograd.Function):
+    """Rows [n, D] of a leaf [U, D] for each of several positions [n].
+
+    The gradients of all of them are added up in one buffer; a lookup of its own for each feature would make and
+    add a gradient of the whole leaf for each.
+    """
+
+    @staticmethod
+    def forward(ctx, leaf: Tensor, *positions: Tensor) -> tuple[Tensor, ...]:
+        ctx.num_rows = leaf.shape[0]
+        ctx.save_for_backward(*positions)
+        return tuple(leaf.index_select(0, position) for position in positions)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        total = gradients[0].new_zeros(ctx.num_rows, gradients[0].shape[1])
+        for position, gradient in zip(ctx.saved_tensors, gradients, strict=True):
+            total.index_add_(0, position, gradient)
+        return total, *(None for _ in gradients)
 
 
 class ItemFeatures:

@@ -31,7 +31,7 @@ from tests.faults.training import (
 )
 from tests.tiny_run import build_tiny_data
 
-WORKER, DRIVER, JOB, WRITE = "a worker", "the driver", "the whole job", "the whole job during a write"
+WORKER, DRIVER, JOB, WRITE = "a worker", "the driver", "the job", "the job in a write"
 FAULTS_PER_ROUND = 5
 LAST_TARGET_STEP = 30
 """No fault is aimed at later steps, of which a run has 40, so that there is time left to strike."""
@@ -156,13 +156,15 @@ def _note_recovery(run_dir: Path, tried: list[Fault]) -> None:
 
 
 def _table(faults: list[Fault], rounds: int) -> Table:
-    table = Table(title=f"{len(faults)} SIGKILLs in {rounds} run(s)", min_width=80)
-    for name in ("killed", "tried", "survived", "median s to the next step", "worst s"):
+    table = Table(
+        title=f"{len(faults)} SIGKILLs in {rounds} run(s)", caption="recovery: from the kill to the next step"
+    )
+    for name in ("killed", "tried", "survived", "median recovery", "worst"):
         table.add_column(name, justify="left" if name == "killed" else "right")
     for kind in (WORKER, DRIVER, JOB, WRITE):
         chosen = [fault for fault in faults if fault.kind == kind]
         seconds = [fault.recovery_s for fault in chosen if fault.recovery_s is not None]
-        figures = (f"{statistics.median(seconds):.1f}", f"{max(seconds):.1f}") if seconds else ("-", "-")
+        figures = (f"{statistics.median(seconds):.1f} s", f"{max(seconds):.1f} s") if seconds else ("-", "-")
         table.add_row(kind, str(len(chosen)), str(sum(fault.survived for fault in chosen)), *figures)
     return table
 
