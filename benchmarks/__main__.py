@@ -61,8 +61,9 @@ def _run(name: str, module: Any, options: Options, data: str) -> dict[str, Any]:
     benchmark: Benchmark = module.BENCHMARK
     with tempfile.TemporaryDirectory(prefix=f"benchmark-{name}-") as scratch:
         request = Request(scale=options.scale, data=data, scratch=scratch)
+        threads = benchmark.threads_per_rank if options.scale == "full" else 1
         measured = measure_on_ranks(
-            module.measure, benchmark.world_size, benchmark.threads_per_rank, request, timeout_s=TIMEOUT_S
+            module.measure, benchmark.world_size, threads, request, timeout_s=TIMEOUT_S
         )
     return {
         "name": name,
@@ -73,7 +74,7 @@ def _run(name: str, module: Any, options: Options, data: str) -> dict[str, Any]:
         "scale": options.scale,
         "users": options.data or "made up",
         "processes": benchmark.world_size,
-        "threads_per_process": benchmark.threads_per_rank,
+        "threads_per_process": threads,
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
     }
@@ -93,21 +94,25 @@ def _write(folder: Path, result: dict[str, Any]) -> None:
 def _table(results: list[dict[str, Any]], scale: Scale) -> Table:
     title = "Ours against stock libraries" + (", at a size that means nothing" if scale == "small" else "")
     table = Table(title=title)
-    for column in ("benchmark", "ours", "peer", "unit", "ratio", "processor time ratio", "bar", "met"):
+    for column in ("benchmark", "ours", "peer", "ratio", "processor time", "bars"):
         table.add_column(column)
     for result in results:
         cpu = result["cpu_seconds"]
         table.add_row(
-            result["name"],
-            f"{result['ours']:.4g}",
-            f"{result['peer']:.4g}",
-            result["unit"],
-            f"{result['ratio']:.3g}",
-            f"{cpu['ours'] / cpu['peer']:.3g}",
-            "\n".join(bar["bar"] for bar in result["bars"]),
-            "\n".join("yes" if bar["met"] else "[bold red]no" for bar in result["bars"]),
+            f"{result['name']}\n[dim]{result['unit']}",
+            _rounded(result["ours"]),
+            _rounded(result["peer"]),
+            _rounded(result["ratio"]),
+            f"{_rounded(cpu['ours'])} / {_rounded(cpu['peer'])} s",
+            "\n".join(
+                f"{'met' if bar['met'] else '[bold red]NOT MET'}: {bar['bar']}" for bar in result["bars"]
+            ),
         )
     return table
+
+
+def _rounded(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch import Tensor
 from data_streams.batch import SequenceBatch
 
 USERS_PER_SHARD = 10_000
+SHUFFLED_USERS = 1_000
 
 
 def write_user_samples(batches: Iterable[SequenceBatch], folder: Path) -> list[str]:
@@ -31,8 +32,9 @@ def write_user_samples(batches: Iterable[SequenceBatch], folder: Path) -> list[s
 
 def padded_batches(shards: Sequence[str], users_per_batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(items, targets, mask) of every batch, [B, longest] each."""
-    samples = webdataset.WebDataset(list(shards), shardshuffle=False).to_tuple("npy").map_tuple(_decode)
-    return iter(samples.batched(users_per_batch, collation_fn=_collate))
+    samples = webdataset.WebDataset(list(shards), shardshuffle=False).shuffle(SHUFFLED_USERS)
+    batches = samples.to_tuple("npy").map_tuple(_decode).batched(users_per_batch, collation_fn=_collate)
+    return iter(batches)
 
 
 def _decode(data: bytes) -> Tensor:

@@ -1,9 +1,11 @@
 """Runs a measurement on processes of its own, so that no benchmark sees the threads or memory of another."""
 
 import json
-import os
+import logging
+import multiprocessing
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,8 @@ def measure_on_ranks(
 
     Raises: ProcessRaisedException with the traceback of the rank that failed; TimeoutError.
     """
-    # DeepSpeed reads it at its import, which here comes before the process has joined its group.
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    # The fork server imports the slow libraries once, not once per benchmark.
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "torchrec", "deepspeed"])
     with tempfile.TemporaryDirectory() as folder:
         context = torch.multiprocessing.start_processes(
             _run_rank,
@@ -62,6 +64,9 @@ def _run_rank(
     measure: Callable,
     arguments: tuple,
 ) -> None:
+    # What libraries tell at their start would bury the results.
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
     process = start_process(
         rank=rank,
         world_size=world_size,

@@ -1,0 +1,48 @@
+"""Every benchmark runs at a tiny size and writes what `make bench` promises."""
+
+import json
+import math
+
+import pytest
+
+from benchmarks.__main__ import main
+from benchmarks.setting.benchmark import Bar
+from cluster.plugins import plugin_files
+
+PROMISED = {"name", "ours", "peer", "ratio", "unit", "command", "cpu_seconds", "bars"}
+
+
+def test_every_benchmark_writes_its_comparison(tmp_path, capsys):
+    names = set(plugin_files("benchmarks"))
+    assert names == {"stream", "sparse", "step", "checkpoint"}
+    assert main(["--scale", "small", "--results", str(tmp_path)]) == 0
+    assert {path.stem for path in tmp_path.glob("*.json")} == names
+    for name in names:
+        result = json.loads((tmp_path / f"{name}.json").read_text())
+        assert result.keys() >= PROMISED
+        assert result["name"] == name and name in result["command"]
+        assert math.isclose(result["ratio"], result["ours"] / result["peer"])
+        assert result["ours"] > 0 and min(result["cpu_seconds"].values()) > 0
+        assert len(set(map(len, result["rounds_s"].values()))) == 1, "both sides take the same rounds"
+    sparse = json.loads((tmp_path / "sparse.json").read_text())
+    assert 0 < sparse["largest_difference"] < 1e-5, "both tables take the same steps"
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names)
+
+
+def test_an_unknown_benchmark_is_answered_with_the_nearest_name(tmp_path, capsys):
+    assert main(["strem", "--results", str(tmp_path)]) == 2
+    assert "did you mean 'stream'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("bar", "value", "met"),
+    [
+        (Bar(key="ratio", at_least=50.0), 50.0, True),
+        (Bar(key="ratio", at_least=50.0), 49.9, False),
+        (Bar(key="ratio", at_most=1.1), 1.1, True),
+        (Bar(key="ratio", at_most=1.1), 1.2, False),
+    ],
+)
+def test_a_bar_is_met_on_its_own_side(bar, value, met):
+    assert bar.is_met({"ratio": value}) is met

@@ -1,0 +1,64 @@
+"""The loop: what it logs, when it validates, saves and ends."""
+
+from dataclasses import replace
+
+import pytest
+
+from cluster.storage import Storage
+from tests.process_group import run_on_processes
+from tests.tiny_run import NUM_USERS, build_tiny_data, run, tiny_config
+from trainer.audit import read_audit
+from trainer.checkpoint_layout import best_step, committed_steps
+from trainer.metric_log import read_metrics
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return build_tiny_data(tmp_path_factory.mktemp("data"))
+
+
+def test_a_run_learns_logs_and_keeps_its_best_and_last_checkpoints(data, tmp_path):
+    config = tiny_config(
+        data, tmp_path / "run", epochs=6, checkpoint_every_steps=5, keep_last=1, learning_rate=1e-2
+    )
+    config = replace(config, profile=True, log=replace(config.log, every_steps=5))
+    (result, _), _ = run_on_processes(run, 2, config)
+    storage = Storage(config.run_dir)
+    checkpoints = Storage(storage.path("checkpoints"))
+    assert result["status"] == "finished" and result["epoch"] == 6
+    assert best_step(checkpoints) == result["best_step"]
+    assert set(committed_steps(checkpoints)) == {result["best_step"], result["step"]}
+    lines = read_metrics(config.run_dir)
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    validations = [line["validation/ndcg@10"] for line in lines if "validation/ndcg@10" in line]
+    assert losses[-1] < 0.8 * losses[0]
+    assert len(validations) == 6 and max(validations) == pytest.approx(result["best"])
+    assert {"data/wait_share", "train/targets_per_s", "train/learning_rate"} <= set(lines[0])
+    assert storage.list("profile") == [f"step-{step:08d}.json" for step in range(10, 15)]
+    assert b"traceEvents" in storage.read("profile/step-00000012.json")
+    audit = read_audit(storage)
+    assert sorted(audit) == list(range(6))
+    assert all(sorted(users) == list(range(NUM_USERS)) for users in audit.values())
+    assert "row_wise" in storage.read("plan.txt").decode()
+
+
+def test_patience_ends_a_run_that_no_longer_improves(data, tmp_path):
+    config = tiny_config(
+        data, tmp_path / "run", epochs=50, patience=1, learning_rate=0.0, table_learning_rate=0.0
+    )
+    ((result, _),) = run_on_processes(run, 1, config)
+    assert (result["status"], result["epoch"]) == ("finished", 3)
+    assert result["best_step"] < result["step"]
+
+
+def test_the_last_step_is_validated_when_it_ends_an_epoch_early(data, tmp_path):
+    config = tiny_config(data, tmp_path / "run", max_steps=4)
+    ((result, _),) = run_on_processes(run, 1, config)
+    assert (result["step"], result["best_step"], result["epoch"]) == (4, 4, 0)
+
+
+def test_validation_every_few_steps(data, tmp_path):
+    config = tiny_config(data, tmp_path / "run", epochs=1, validate_every_steps=3)
+    ((result, _),) = run_on_processes(run, 1, config)
+    steps = [line["step"] for line in read_metrics(config.run_dir) if "validation/mrr" in line]
+    assert steps == list(range(3, result["step"] + 1, 3))
