@@ -38,6 +38,8 @@ def start_ray(config: ClusterConfig, num_cpus: int | None = None) -> None:
             return
         ray.shutdown()
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Ray's default of 15 lets any other program of the machine starve the training.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     if config.address is None:
         _start_embedded(needed)
     else:
