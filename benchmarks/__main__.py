@@ -70,7 +70,10 @@ def _run(name: str, module: Any, options: Options, data: str) -> dict[str, Any]:
         "unit": benchmark.unit,
         "command": _command(name, options),
         **measured,
-        "bars": [{"bar": str(bar), "met": bar.is_met(measured)} for bar in benchmark.bars],
+        "bars": [
+            {"bar": str(bar), "value": measured[bar.key], "met": bar.is_met(measured)}
+            for bar in benchmark.bars
+        ],
         "scale": options.scale,
         "users": options.data or "made up",
         "processes": benchmark.world_size,
@@ -104,11 +107,16 @@ def _table(results: list[dict[str, Any]], scale: Scale) -> Table:
             _rounded(result["peer"]),
             _rounded(result["ratio"]),
             f"{_rounded(cpu['ours'])} / {_rounded(cpu['peer'])} s",
-            "\n".join(
-                f"{'met' if bar['met'] else '[bold red]NOT MET'}: {bar['bar']}" for bar in result["bars"]
-            ),
+            "\n".join(_verdict(bar, scale) for bar in result["bars"]),
         )
     return table
+
+
+def _verdict(bar: dict[str, Any], scale: Scale) -> str:
+    said = f"{bar['bar']}: {_rounded(bar['value'])}"
+    if scale == "small":
+        return said
+    return f"{said}, met" if bar["met"] else f"{said}, [bold red]NOT MET"
 
 
 def _rounded(value: float) -> str:

@@ -15,7 +15,7 @@ from models.recommender import StepContext
 from trainer.dense_module import resolve_precision
 from trainer.step_input import prepare_step
 
-BENCHMARK = Benchmark(unit="supervised targets/s", bars=(Bar(key="ratio", at_least=4.0),))
+BENCHMARK = Benchmark(unit="supervised targets/s", bars=(Bar(key="ratio", at_least=4.0),), threads_per_rank=2)
 ROUNDS = {"full": 3, "small": 1}
 STEPS = {"full": 4, "small": 1}
 

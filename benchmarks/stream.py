@@ -15,7 +15,9 @@ from trainer.feed import Feed
 from trainer.step_input import StepInput
 
 BENCHMARK = Benchmark(
-    unit="tokens/s", bars=(Bar(key="ratio", at_least=50.0), Bar(key="recipe_wait_share", at_most=0.02))
+    unit="tokens/s",
+    bars=(Bar(key="ratio", at_least=50.0), Bar(key="recipe_wait_share", at_most=0.02)),
+    threads_per_rank=1,
 )
 ROUNDS = {"full": 5, "small": 1}
 WARM_UP_STEPS = {"full": 10, "small": 1}

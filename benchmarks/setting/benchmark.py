@@ -35,7 +35,7 @@ class Benchmark:
     unit: str
     bars: tuple[Bar, ...]
     world_size: int = 1
-    threads_per_rank: int = 2
+    threads_per_rank: int
 
 
 @dataclass(frozen=True, kw_only=True)
