@@ -122,9 +122,9 @@ def test_a_gang_starts_again_together_when_a_worker_is_killed(tmp_path, caplog):
 
 def test_workers_that_die_again_and_again_end_the_run(tmp_path):
     config = ClusterConfig(workers=1, max_restarts=1)
-    with pytest.raises(
-        ClusterError, match=r"must live to the end .* rank 0 \(pid \d+\) died.* after 1 restarts"
-    ):
+    # The worker dies at once, on a busy machine before the gang counts as started.
+    died = r"(rank 0 \(pid \d+\) died|a worker died while starting)"
+    with pytest.raises(ClusterError, match=rf"must live to the end .* {died}.* after 1 restarts"):
         run_gang(_die, config=config, run_dir=str(tmp_path))
 
 
