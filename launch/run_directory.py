@@ -18,10 +18,9 @@ from typing import Any
 from cluster.errors import CheckpointError, ConfigError
 from cluster.storage import Storage
 from launch.config_document import from_document, from_yaml, to_document, to_yaml
-from trainer.configuration import PretrainConfig
+from trainer.configuration import CHECKPOINTS, PretrainConfig
 
 CONFIG = "config.yaml"
-CHECKPOINTS = "checkpoints"
 EVALUATION = "evaluation.json"
 CURVES = "curves.png"
 LOGS = "logs"

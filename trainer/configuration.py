@@ -7,6 +7,9 @@ from cluster.configuration import ClusterConfig
 from data_streams.configuration import DataConfig
 from sharding.configuration import ShardingConfig
 
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints inside a run directory."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:

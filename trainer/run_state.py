@@ -10,6 +10,7 @@ import polars as pl
 from cluster.errors import CheckpointError
 from data_streams.stream import Position, merge_positions
 from sharding.state import Piece
+from sharding.tables import kept_rows
 from trainer.assembly import Assembly, describe_model
 from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_reader import CheckpointReader
@@ -43,17 +44,10 @@ class Progress:
 
 
 def fingerprint(assembly: Assembly, engine) -> dict[str, Any]:
-    shapes = {piece.name: piece.global_shape for piece in assembly.tables.pieces()}
-    shapes |= {f"dense/{name}": tuple(shape) for name, shape in engine.dense_shapes().items()}
-    return model_fingerprint(_whole_shapes(assembly, shapes), describe_model(assembly.config, assembly.items))
-
-
-def _whole_shapes(assembly: Assembly, shapes: dict) -> dict:
-    """Rank-independent: a rank that holds no row of a table names it all the same."""
-    tables = {
-        f"table/{spec.name}": (spec.hash_rows or spec.num_rows, spec.dim) for spec in assembly.model.tables()
-    }
-    return {**{name: shape for name, shape in shapes.items() if name.startswith("dense/")}, **tables}
+    """From the model alone, not from what lies on this rank: a rank that holds no row of a table names it too."""
+    shapes = {f"dense/{name}": shape for name, shape in engine.dense_shapes().items()}
+    shapes |= {f"table/{spec.name}": (kept_rows(spec), spec.dim) for spec in assembly.model.tables()}
+    return model_fingerprint(shapes, describe_model(assembly.config, assembly.items))
 
 
 def save_progress(

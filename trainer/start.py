@@ -19,7 +19,7 @@ from trainer.audit import AuditLog, next_attempt
 from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_layout import latest_step
 from trainer.checkpoint_reader import CheckpointReader
-from trainer.configuration import PretrainConfig, TrainConfig
+from trainer.configuration import CHECKPOINTS, PretrainConfig, TrainConfig
 from trainer.dense_engine import DenseEngine
 from trainer.learner import Learner
 from trainer.metric_log import MetricLog
@@ -27,8 +27,6 @@ from trainer.pretrain import CheckpointClock, Job, train
 from trainer.run_state import Progress, initialise_from, restore_progress
 
 logger = logging.getLogger(__name__)
-
-CHECKPOINTS = "checkpoints"
 
 
 def pretrain(
