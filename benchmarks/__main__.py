@@ -90,7 +90,12 @@ def _command(name: str, options: Options) -> str:
 
 
 def _write(folder: Path, result: dict[str, Any]) -> None:
+    """The numbers, and a picture of the curves where a benchmark has some (read back from JSON: keys are text)."""
     folder.mkdir(parents=True, exist_ok=True)
+    if "curves" in result:
+        from benchmarks.setting.cost import draw_curves
+
+        result["exponents"] = draw_curves(folder / f"{result['name']}.png", result["curves"], result["unit"])
     (folder / f"{result['name']}.json").write_text(json.dumps(result, indent=2) + "\n")
 
 

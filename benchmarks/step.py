@@ -11,9 +11,7 @@ from benchmarks.setting.recipe import RunningRecipe, first_batches, start_recipe
 from benchmarks.setting.timing import interleave
 from cluster.process import Process
 from data_streams.batch import SequenceBatch
-from models.recommender import StepContext
 from trainer.dense_module import resolve_precision
-from trainer.step_input import prepare_step
 
 BENCHMARK = Benchmark(unit="supervised targets/s", bars=(Bar(key="ratio", at_least=4.0),), threads_per_rank=2)
 ROUNDS = {"full": 3, "small": 1}
@@ -30,7 +28,7 @@ def measure(process: Process, request: Request) -> dict[str, Any]:
         for trimmed in (False, True)
         for dtype in dict.fromkeys((torch.float32, precision))
     }
-    sides = {"ours": lambda: _take_our_steps(recipe, process, batches)}
+    sides = {"ours": lambda: recipe.take_steps(batches)}
     sides |= {name: _all_steps(peer, batches) for name, peer in peers.items()}
     timings = interleave(process, sides, rounds=ROUNDS[request.scale])
     quickest = {
@@ -65,25 +63,6 @@ def _peer(recipe: RunningRecipe, precision: torch.dtype, trimmed: bool) -> Padde
         max_length=recipe.config.data.max_length,
         learning_rate=recipe.config.train.learning_rate,
     )
-
-
-def _take_our_steps(recipe: RunningRecipe, process: Process, batches: Sequence[SequenceBatch]) -> None:
-    """What the feed prepares in the background is done here in front of each step."""
-    train = recipe.config.train
-    for step, batch in enumerate(batches):
-        context = StepContext(
-            step=step, seed=recipe.config.seed, rank=process.rank, world_size=process.world_size
-        )
-        prepared = prepare_step(
-            recipe.assembly.model,
-            batch,
-            context,
-            train.micro_batches,
-            recipe.assembly.item_features,
-            process.device,
-        )
-        prepared = prepared.with_counts([[batch.num_tokens]])
-        recipe.learner.step(prepared, train.learning_rate, train.table_learning_rate)
 
 
 def _all_steps(peer: PaddedStep, batches: Sequence[SequenceBatch]) -> Callable[[], None]:

@@ -1,7 +1,7 @@
 """The three tasks of a build, each on a bounded share of the events: scatter, gather, write.
 
 `scatter` reads one part of the source and spreads its events over user partitions; `gather` brings one
-partition into order, cuts it and splits it; `write_shards` numbers its users and writes its chunks. What they
+partition into order and cuts it; `write_shards` splits and numbers its users and writes its chunks. What they
 hand on lies in Parquet files below `tmp/`, so a task returns little more than counts.
 
 Users are placed by a hash of their id: partitions are ranges of it and users are numbered in its order, so
@@ -20,12 +20,16 @@ import polars as pl
 from cluster.errors import DataError
 from cluster.storage import Storage
 from data_streams import schema
+from data_streams.pages import PageRule
 from data_streams.shards import Chunk, ChunkRecord, ShardWriter
 from data_streams.sources import Part, Source
-from data_streams.splits import SplitRule
+from data_streams.splits import Split, SplitRule
 
 ITEM_INDEX = "tmp/item_index.parquet"
+LEFT_OUT = -1
+"""Row of an item that is left out of the catalogue."""
 PROFILES = "tmp/profiles.parquet"
+HOUR_S = 3_600
 COLUMN_TYPES = {
     "timestamp_s": pl.Int64,
     "action": pl.Int8,
@@ -135,8 +139,10 @@ class GatherTask:
     root: str
     actions: tuple[str, ...]
     """All actions of the data set; an event keeps the place of its action in this list."""
-    split: SplitRule
-    min_events_per_user: int
+    page_rule: PageRule | None
+    min_user_events: int
+    min_item_events: int
+    """Says why items are left out, which is decided beforehand."""
     max_events_per_user: int
     on_bad_row: Literal["fail", "skip"]
 
@@ -148,12 +154,14 @@ class Gathered:
     num_events: int
     columns: dict[str, str]
     """Event column -> NumPy dtype."""
-    train_length_counts: Counter
+    hour_counts: Counter[int]
+    """Hour since 1970 -> events; empty without times."""
+    last_time_s: int | None
     counters: Counter
 
 
 def gather(task: GatherTask) -> Gathered:
-    """Bring the events of one partition into order, cut and split them, and count the items trained on."""
+    """Bring the events of one partition into order and cut them."""
     storage, counters = Storage(task.root), Counter()
     events = _read_partition(storage, task.index)
     if events is None:
@@ -162,35 +170,43 @@ def gather(task: GatherTask) -> Gathered:
             num_users=0,
             num_events=0,
             columns={},
-            train_length_counts=Counter(),
+            hour_counts=Counter(),
+            last_time_s=None,
             counters=counters,
         )
+    num_users = events["user_id"].n_unique()
     events = _with_item_rows(events, read_parquet(storage, ITEM_INDEX), task, counters)
     order = "order" if "order" in events.columns else "timestamp_s"
     events = events.sort("user_hash", "user_id", order, maintain_order=True)
-    events = _limit_lengths(_drop_unsorted(events, task, counters), task, counters)
+    events = _drop_unsorted(events, task, counters)
+    if task.page_rule is not None:
+        events = task.page_rule.apply(events)
+    events = _limit_lengths(events, task, counters)
     users = events.group_by("user_id", maintain_order=True).len("length")
-    offsets = offsets_of(users["length"])
-    positive = events["action"].ne(schema.EXPOSURE).to_numpy()
+    counters[f"users with fewer than {task.min_user_events} events"] += num_users - users.height
     columns = _shard_columns(events, task.actions)
-    times = columns["timestamp_s"].to_numpy() if "timestamp_s" in columns.columns else None
-    split = task.split.apply(offsets, positive, times)
-    users = users.with_columns(train_end=split.train_end, valid_at=split.valid_at, test_at=split.test_at)
-    trained = positive & (
-        np.arange(len(events)) < np.repeat(offsets[:-1] + split.train_end, np.diff(offsets))
-    )
-    train_counts = events.filter(pl.Series(trained)).group_by("item").len("train_count")
-    write_parquet(storage, f"tmp/train_counts/{task.index:05d}.parquet", train_counts)
-    write_parquet(storage, f"tmp/gathered/{task.index:05d}.parquet", columns.with_columns(events["item"]))
+    write_parquet(storage, _gathered_name(task.index), columns.with_columns(events["item"]))
     write_parquet(storage, f"tmp/users/{task.index:05d}.parquet", users)
+    timed = "timestamp_s" in columns.columns and events.height
+    hours = (columns["timestamp_s"] // HOUR_S).value_counts() if timed else None
     return Gathered(
         index=task.index,
         num_users=users.height,
         num_events=events.height,
         columns={name: str(columns[name].to_numpy().dtype) for name in columns.columns},
-        train_length_counts=Counter(split.train_end.tolist()),
+        hour_counts=Counter(dict(hours.iter_rows())) if timed else Counter(),
+        last_time_s=columns["timestamp_s"].max() if timed else None,
         counters=counters,
     )
+
+
+def gathered_times(storage: Storage, index: int) -> pl.DataFrame:
+    """The column timestamp_s of a gathered partition."""
+    return pl.read_parquet(io.BytesIO(storage.read(_gathered_name(index))), columns=["timestamp_s"])
+
+
+def _gathered_name(index: int) -> str:
+    return f"tmp/gathered/{index:05d}.parquet"
 
 
 def _read_partition(storage: Storage, index: int) -> pl.DataFrame | None:
@@ -213,13 +229,16 @@ def _with_item_rows(
             "--on-bad-row skip"
         )
     counters["events with unknown items"] += unknown
-    return events.filter(pl.col("item").is_not_null())
+    kept = events.filter(pl.col("item") != LEFT_OUT)
+    rare = events.height - unknown - kept.height
+    counters[f"events of items with fewer than {task.min_item_events} events"] += rare
+    return kept
 
 
 def _limit_lengths(events: pl.DataFrame, task: GatherTask, counters: Counter) -> pl.DataFrame:
     positive = (pl.col("action") != schema.EXPOSURE).sum().over("user_id")
-    kept = events.filter(positive >= task.min_events_per_user)
-    counters["users with too few events"] += events["user_id"].n_unique() - kept["user_id"].n_unique()
+    kept = events.filter(positive >= task.min_user_events)
+    counters[f"events of users with fewer than {task.min_user_events} events"] += events.height - kept.height
     from_the_end = pl.int_range(pl.len(), 0, -1).over("user_id")
     cut = kept.filter(from_the_end <= task.max_events_per_user)
     long_users = kept.group_by("user_id").len().filter(pl.col("len") > task.max_events_per_user).height
@@ -267,6 +286,9 @@ def _drop_unsorted(events: pl.DataFrame, task: GatherTask, counters: Counter) ->
 class WriteTask:
     index: int
     root: str
+    split: SplitRule
+    exposure_code: int
+    """What stands for an exposure in the column `action`; -1 where there are none."""
     first_user: int
     """Row of the partition's first user."""
     chunk_users: int
@@ -276,22 +298,31 @@ class WriteTask:
 class Written:
     index: int
     num_events: int
+    train_length_counts: Counter
     chunks: list[ChunkRecord]
 
 
 def write_shards(task: WriteTask) -> Written:
-    """Number the users of one partition and write their chunks and their rows of the user table."""
+    """Split and number the users of one partition, write their chunks and their rows of the user table.
+
+    The items that are trained on are counted on the way.
+    """
     storage = Storage(task.root)
     users = read_parquet(storage, f"tmp/users/{task.index:05d}.parquet")
-    events = read_parquet(storage, f"tmp/gathered/{task.index:05d}.parquet")
+    events = read_parquet(storage, _gathered_name(task.index))
+    offsets = offsets_of(users["length"])
+    positive = events["action"].to_numpy() != task.exposure_code
+    times = events["timestamp_s"].to_numpy() if "timestamp_s" in events.columns else None
+    split = task.split.apply(offsets, positive, times)
+    _count_trained(storage, task.index, events["item"], positive, offsets, split)
     writer = ShardWriter(storage, task.index, chunk_users=task.chunk_users)
     writer.write(
         Chunk(
             users=np.arange(task.first_user, task.first_user + users.height, dtype=np.int64),
-            offsets=offsets_of(users["length"]),
-            train_end=users["train_end"].to_numpy(),
-            valid_at=users["valid_at"].to_numpy(),
-            test_at=users["test_at"].to_numpy(),
+            offsets=offsets,
+            train_end=split.train_end,
+            valid_at=split.valid_at,
+            test_at=split.test_at,
             items=events["item"].to_numpy(),
             columns={name: events[name].to_numpy() for name in events.columns if name != "item"},
         )
@@ -302,7 +333,22 @@ def write_shards(task: WriteTask) -> Written:
         profiles = profiles.with_columns(pl.col("user_id").cast(table.schema["user_id"], strict=False))
         table = table.join(profiles, on="user_id", how="left", maintain_order="left")
     write_parquet(storage, f"tmp/user_table/{task.index:05d}.parquet", table)
-    return Written(index=task.index, num_events=events.height, chunks=writer.close())
+    return Written(
+        index=task.index,
+        num_events=events.height,
+        train_length_counts=Counter(split.train_end.tolist()),
+        chunks=writer.close(),
+    )
+
+
+def _count_trained(
+    storage: Storage, index: int, items: pl.Series, positive: np.ndarray, offsets: np.ndarray, split: Split
+) -> None:
+    """Shapes: items and positive [T], offsets [U + 1]."""
+    ends = np.repeat(offsets[:-1] + split.train_end, np.diff(offsets))
+    trained = pl.Series(positive & (np.arange(len(items)) < ends))
+    counts = pl.DataFrame({"item": items.filter(trained)}).group_by("item").len("train_count")
+    write_parquet(storage, f"tmp/train_counts/{index:05d}.parquet", counts)
 
 
 def offsets_of(lengths: pl.Series) -> np.ndarray:
@@ -312,7 +358,14 @@ def offsets_of(lengths: pl.Series) -> np.ndarray:
 def write_parquet(storage: Storage, name: str, frame: pl.DataFrame) -> None:
     buffer = io.BytesIO()
     frame.write_parquet(buffer, compression="lz4")
-    storage.write(name, buffer.getvalue())
+    write_temporary(storage, name, buffer.getvalue())
+
+
+def write_temporary(storage: Storage, name: str, data: bytes) -> None:
+    """Unlike `Storage.write` this does not wait for the disk: after a crash the build begins anew anyway."""
+    path = storage.path(name)
+    storage.filesystem.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    storage.filesystem.pipe_file(path, data)
 
 
 def read_parquet(storage: Storage, name: str) -> pl.DataFrame:

@@ -14,8 +14,7 @@ from cluster.errors import DataError
 NONE = -1
 """No validation or test event."""
 
-MIN_EVENTS_TO_HOLD_OUT = 3
-"""With fewer events nothing would be left to train on."""
+SplitName = Literal["leave-last-out", "leave-one-out", "by-time", "by-session"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +33,7 @@ class Split:
 class SplitRule:
     """Which of the splits below, with its parameters."""
 
-    name: Literal["leave-last-out", "by-time"] = "leave-last-out"
+    name: SplitName = "leave-last-out"
     valid_from_s: int | None = None
     test_from_s: int | None = None
 
@@ -42,20 +41,39 @@ class SplitRule:
         """Raises: DataError when a split by time meets events without times."""
         if self.name == "leave-last-out":
             return leave_last_out(offsets, positive)
+        if self.name == "leave-one-out":
+            return leave_one_out(offsets, positive)
         if timestamp_s is None:
-            raise DataError("the split by-time needs events with timestamp_s; say --split leave-last-out")
-        return by_time(
+            raise DataError(
+                f"the split {self.name} needs events with timestamp_s; say --split leave-last-out"
+            )
+        split = {"by-time": by_time, "by-session": by_session}[self.name]
+        return split(
             offsets, positive, timestamp_s, valid_from_s=self.valid_from_s, test_from_s=self.test_from_s
         )
 
 
 def leave_last_out(offsets: np.ndarray, positive: np.ndarray) -> Split:
     """The last positive event is the test, the last but one the validation; with fewer than 3, all train."""
+    return _leave_out(offsets, positive, num_held_out=2)
+
+
+def leave_one_out(offsets: np.ndarray, positive: np.ndarray) -> Split:
+    """The last positive event is validation and test in one; with fewer than 2, all train.
+
+    Source: the public code of HSTU (Zhai et al. 2024), which trains on all but the last and looks at the last
+    after every epoch. A step chosen by it is chosen by the test.
+    """
+    return _leave_out(offsets, positive, num_held_out=1)
+
+
+def _leave_out(offsets: np.ndarray, positive: np.ndarray, *, num_held_out: int) -> Split:
+    """The first of the held-out events is the validation, the last the test; one event must remain."""
     upto = np.concatenate([[0], np.cumsum(positive)])
     later = np.repeat(upto[offsets[1:]], np.diff(offsets)) - upto[1:]
     test_at = _first_where(offsets, positive & (later == 0))
-    valid_at = _first_where(offsets, positive & (later == 1))
-    held_out = upto[offsets[1:]] - upto[offsets[:-1]] >= MIN_EVENTS_TO_HOLD_OUT
+    valid_at = _first_where(offsets, positive & (later == num_held_out - 1))
+    held_out = upto[offsets[1:]] - upto[offsets[:-1]] > num_held_out
     return _as_int32(
         np.where(held_out, valid_at, np.diff(offsets)),
         np.where(held_out, valid_at, NONE),
@@ -77,6 +95,32 @@ def by_time(
         np.where(first_late == NONE, lengths, first_late),
         _first_where(offsets, positive & (timestamp_s >= valid_from_s) & (timestamp_s < test_from_s)),
         _first_where(offsets, positive & (timestamp_s >= test_from_s)),
+    )
+
+
+def by_session(
+    offsets: np.ndarray, positive: np.ndarray, timestamp_s: np.ndarray, *, valid_from_s: int, test_from_s: int
+) -> Split:
+    """Users who end before `valid_from_s` train; of later ones nothing trains, and the last event is held out.
+
+    Made for sessions: whoever ends in valid_from_s..test_from_s (exclusive) is for validation, whoever ends at or
+    after test_from_s for the test. With one positive event there is nothing to rank it by, and none is held out.
+
+    Source: the days of GRU4Rec (Hidasi et al. 2016), which rank every event of a session but the first; here it is
+    the last one.
+    """
+    lengths = np.diff(offsets)
+    upto = np.concatenate([[0], np.cumsum(positive)])
+    later = np.repeat(upto[offsets[1:]], lengths) - upto[1:]
+    last = _first_where(offsets, positive & (later == 0))
+    ends = np.append(timestamp_s, 0)[np.maximum(offsets[1:] - 1, 0)]
+    is_test = (lengths > 0) & (ends >= test_from_s)
+    is_valid = (lengths > 0) & (ends >= valid_from_s) & ~is_test
+    can_rank = upto[offsets[1:]] - upto[offsets[:-1]] > 1
+    return _as_int32(
+        np.where(is_test | is_valid, 0, lengths),
+        np.where(is_valid & can_rank, last, NONE),
+        np.where(is_test & can_rank, last, NONE),
     )
 
 

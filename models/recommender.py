@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -27,7 +28,14 @@ class LossSum:
 
 
 CandidateCrossEntropy = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-"""(queries [T, D], own candidates [C, D], target ids [T], id of the first own candidate) -> losses [T]."""
+"""(queries [T, D], own candidates [C, D], target ids [T], candidates of all ranks) -> summed loss, scalar fp32."""
+
+Gather = Callable[[Tensor], Tensor]
+"""[targets of this rank, ...] -> [targets of all ranks, ...] in the order of ranks, with gradients."""
+
+
+def _own(rows: Tensor) -> Tensor:
+    return rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +51,18 @@ class StepContext:
     """Supervised targets of each rank in this micro-batch; exchanged on the host one batch ahead."""
     cross_entropy: CandidateCrossEntropy = candidate_cross_entropy
     """Softmax cross-entropy over candidates spread over the ranks, each holding its `own_range`."""
+    gather: Gather = _own
+    """What all ranks hold for their targets, one row per target; a collective call in both directions."""
+
+    def ranges(self, num_rows: int) -> list[tuple[int, int]]:
+        """Rows start..stop (exclusive) of a vocabulary that each rank scores; the blocks of row-wise sharding."""
+        block = -(-num_rows // self.world_size)
+        cuts = [min(rank * block, num_rows) for rank in range(self.world_size + 1)]
+        return list(pairwise(cuts))
 
     def own_range(self, num_rows: int) -> tuple[int, int]:
-        """Rows start..stop (exclusive) of a vocabulary that this rank scores; the blocks of row-wise sharding."""
-        block = -(-num_rows // self.world_size)
-        return min(self.rank * block, num_rows), min((self.rank + 1) * block, num_rows)
+        """This rank's part of `ranges`."""
+        return self.ranges(num_rows)[self.rank]
 
 
 class Recommender(nn.Module, ABC):
@@ -62,6 +77,10 @@ class Recommender(nn.Module, ABC):
     @abstractmethod
     def tables(self) -> list[TableSpec]:
         """The huge tables this model reads."""
+
+    def training_batch(self, batch: SequenceBatch, context: StepContext) -> SequenceBatch:
+        """What of a batch is trained on, chosen on the host ahead of the step; all of it unless a model says less."""
+        return batch
 
     @abstractmethod
     def ids(self, batch: SequenceBatch, context: StepContext) -> Ids:

@@ -4,7 +4,7 @@ On one process alone they give back what they were given; `process` is None wher
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,25 @@ def own_rows(values: Tensor, counts: Sequence[int], rank: int) -> Tensor:
     """What this rank gave to `gather_rows`, or the results in its place. Shapes: [sum(counts), ...]."""
     start = sum(counts[:rank])
     return values[start : start + counts[rank]].clone()
+
+
+def gather_rows_with_gradient(counts: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """`gather_rows` whose backward hands every rank the summed gradients of its rows; collective calls.
+
+    Cost: beside the gathering, each rank sends the gradients of all rows once.
+    """
+    return lambda values: _GatherRows.apply(values, counts)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: Tensor, counts: Sequence[int]) -> Tensor:
+        ctx.counts = counts
+        return gather_rows(values, counts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return rows_to_owners(gradient.contiguous(), ctx.counts, dist.get_rank()).sum(0), None
 
 
 def rows_to_owners(values: Tensor, counts: Sequence[int], rank: int) -> Tensor:

@@ -1,37 +1,65 @@
-"""Softmax cross-entropy over a vocabulary whose rows are spread over the ranks."""
+"""Softmax cross-entropy over a vocabulary whose rows are spread over the ranks.
 
-from collections.abc import Callable
+What is fewer travels: with more targets in a step than candidates, every rank gathers the candidates and scores its
+own queries; else it gathers the queries and scores all of them against its own candidates.
+"""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.kernels.cross_entropy import matmul_dtype
+from models.kernels.cross_entropy import cross_entropy_with_gradients
+from models.layers.linear import matmul_dtype
+from models.recommender import CandidateCrossEntropy, StepContext
 from sharding.collectives import gather_rows, own_rows
 
 BLOCK_COLUMNS = 8192
 """Candidates scored at a time, so that memory does not grow with the catalogue."""
 
 
-def vocabulary_parallel_cross_entropy(
-    targets_per_rank: tuple[int, ...],
-) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
-    """A cross-entropy in which every rank scores the queries of all ranks against its own candidates.
+def vocabulary_parallel_cross_entropy(context: StepContext) -> CandidateCrossEntropy:
+    """A cross-entropy for ranks that each hold their `own_range` of the candidates.
 
-    The returned function takes queries [T, D] of this rank, its candidates [C, D], target ids [T] and the id of
-    the first candidate, and returns losses [T] of this rank's queries. A collective call.
+    The returned function takes queries [T, D] of this rank, its candidates [C, D], its target ids [T] and the
+    number of candidates of all ranks, and returns the summed loss of this rank's queries. A collective call.
 
-    Cost: two all-gathers of queries and targets, all-reduces of three numbers per query, and one all-reduce of
-    the queries' gradients.
+    Cost: with gathered candidates, an all-gather of them and an all-reduce of their gradient; with gathered queries,
+    all-gathers of queries and targets, all-reduces of three numbers per query and of the queries' gradient.
     """
 
-    def cross_entropy(queries: Tensor, candidates: Tensor, targets: Tensor, first_candidate: int) -> Tensor:
-        return _ParallelCrossEntropy.apply(queries, candidates, targets, targets_per_rank, first_candidate)
+    def cross_entropy(queries: Tensor, candidates: Tensor, targets: Tensor, num_candidates: int) -> Tensor:
+        if num_candidates <= sum(context.targets_per_rank):
+            counts = [stop - start for start, stop in context.ranges(num_candidates)]
+            return _GatheredCandidates.apply(queries, candidates, targets, counts, context.rank)
+        first, _ = context.own_range(num_candidates)
+        return _GatheredQueries.apply(queries, candidates, targets, context.targets_per_rank, first).sum()
 
     return cross_entropy
 
 
-class _ParallelCrossEntropy(torch.autograd.Function):
+class _GatheredCandidates(torch.autograd.Function):
+    """Each rank's own queries against the candidates of all ranks."""
+
+    @staticmethod
+    def forward(
+        ctx, queries: Tensor, candidates: Tensor, targets: Tensor, counts: list[int], rank: int
+    ) -> Tensor:
+        every = gather_rows(candidates, counts)
+        loss, to_queries, to_candidates = cross_entropy_with_gradients(queries, every, targets)
+        ctx.save_for_backward(to_queries, to_candidates)
+        ctx.counts, ctx.rank = counts, rank
+        return loss
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        to_queries, to_candidates = ctx.saved_tensors
+        # Ranks may weigh their sums differently, so the weights go in before the gradients are added up.
+        shared = to_candidates * gradient
+        dist.all_reduce(shared)
+        return to_queries * gradient, own_rows(shared, ctx.counts, ctx.rank), None, None, None
+
+
+class _GatheredQueries(torch.autograd.Function):
     """loss_t = log sum_c exp(s_tc) - s_t,target; its gradient by s_tc is softmax(s_t)_c - [c = target of t]."""
 
     @staticmethod

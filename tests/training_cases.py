@@ -12,17 +12,26 @@ from cluster.process import Process
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
 from models.objectives.full_softmax import FullSoftmax
+from models.objectives.gbce import GeneralisedBinaryCrossEntropy
+from models.objectives.in_batch_softmax import InBatchSoftmax
 from models.objectives.sampled_softmax import SampledSoftmax
 from models.recommender import StepContext
 from models.sasrec import SASRec
 from sharding.configuration import ShardingConfig
 from sharding.lookup import ItemFeatures
+from trainer.activation_checkpointing import recompute_blocks
 from trainer.configuration import TrainConfig
 from trainer.dense_module import DenseModule
 from trainer.learner import Learner
 from trainer.plain_engine import PlainEngine
 from trainer.step_input import StepInput, prepare_step, split_users
 
+OBJECTIVES = {
+    "sampled": SampledSoftmax.Config(num_negatives=16, log_q=True),
+    "full": FullSoftmax.Config(temperature=0.2),
+    "in-batch": InBatchSoftmax.Config(temperature=0.2),
+    "gbce": GeneralisedBinaryCrossEntropy.Config(num_negatives=16, popularity_share=0.5),
+}
 NUM_ITEMS = 97
 SEED = 5
 
@@ -38,6 +47,9 @@ class Case:
     steps: int = 20
     item_features: bool = False
     precision: torch.dtype = torch.float32
+    ema_decay: float | None = None
+    dropout: float = 0.0
+    activation_checkpointing: bool = False
 
     def train_config(self) -> TrainConfig:
         return TrainConfig(
@@ -45,17 +57,21 @@ class Case:
             micro_batches=self.micro_batches,
             max_gradient_norm=0.5,
             weight_decay=0.01,
+            ema_decay=self.ema_decay,
         )
 
 
 def make_model(case: Case) -> SASRec:
     torch.manual_seed(SEED)
-    if case.objective == "sampled":
-        objective = SampledSoftmax.Config(num_negatives=16, log_q=True).build(num_items=NUM_ITEMS)
-    else:
-        objective = FullSoftmax.Config(temperature=0.2).build(num_items=NUM_ITEMS)
+    counts = {"item_counts": np.arange(NUM_ITEMS)} if OBJECTIVES[case.objective].needs_item_counts else {}
+    objective = OBJECTIVES[case.objective].build(num_items=NUM_ITEMS, **counts)
     config = SASRec.Config(
-        width=16, num_blocks=2, num_heads=2, dropout=0.0, init_scale=0.1, item_features=case.item_features
+        width=16,
+        num_blocks=2,
+        num_heads=2,
+        dropout=case.dropout,
+        init_scale=0.1,
+        item_features=case.item_features,
     )
     return config.build(num_items=NUM_ITEMS, max_length=12, item_feature_dim=6, objective=objective)
 
@@ -103,6 +119,8 @@ def prepare(case: Case, model: SASRec, step: int, rank: int, world_size: int) ->
 def make_learner(case: Case, process: Process | None) -> Learner:
     """The sharded learner on a process group, or the unsharded reference without one."""
     model = make_model(case)
+    if case.activation_checkpointing:
+        recompute_blocks(model)
     module = DenseModule(model, case.precision)
     if process is None:
         from sharding.unsharded import UnshardedTables

@@ -16,6 +16,7 @@ from models.recommender import Recommender
 from models.tables import Lookup
 from sharding.lookup import ItemFeatures, make_lookup
 from sharding.tables import EmbeddingTables
+from trainer.activation_checkpointing import recompute_blocks
 from trainer.configuration import PretrainConfig
 from trainer.dense_module import DenseModule, resolve_precision
 from trainer.search import RetrievalSearch, Search
@@ -60,6 +61,9 @@ class Assembly:
         )
 
     def module(self) -> DenseModule:
+        """What the engine wraps. Raises: ConfigError if the model has no blocks to recompute and is to do so."""
+        if self.config.train.activation_checkpointing:
+            recompute_blocks(self.model)
         return DenseModule(self.model, resolve_precision(self.config.train.precision, self.process.device))
 
 
@@ -70,7 +74,8 @@ def assemble(config: PretrainConfig, process: Process, items: ItemTable | None =
     items = items or ItemTable.load(config.data.path)
     features = load_item_features(config, items)
     torch.manual_seed(purpose_seed(config.seed, "initial weights"))
-    objective = config.objective.build(num_items=items.num_items)
+    counts = {"item_counts": items.train_counts} if config.objective.needs_item_counts else {}
+    objective = config.objective.build(num_items=items.num_items, **counts)
     model = config.model.build(
         num_items=items.num_items,
         max_length=config.data.max_length,

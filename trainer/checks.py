@@ -21,6 +21,15 @@ def check(config: PretrainConfig) -> None:
     for name in ("model", "objective"):
         if getattr(config, name) is None:
             raise ConfigError(f"{name} must be set by the recipe, and recipe '{config.recipe}' leaves it out")
+    missing = [name for name in getattr(config.model, "event_columns", ()) if name not in config.data.columns]
+    if missing:
+        raise ConfigError(
+            f"data.columns must name the event columns the model reads, and {', '.join(missing)} is missing from "
+            f"{config.data.columns}"
+        )
+    decay = config.train.ema_decay
+    if decay is not None and not 0 <= decay < 1:
+        raise ConfigError(f"train.ema-decay must lie in 0..1, below 1, or be None; got {decay}")
 
 
 def _at_least_one(config: PretrainConfig) -> None:

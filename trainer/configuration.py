@@ -29,12 +29,17 @@ class TrainConfig:
     """Both rates at the last step, as a fraction of their peaks."""
     max_gradient_norm: float | None = 1.0
     """Clipping of the dense gradient's global norm; None leaves it as it is."""
+    ema_decay: float | None = None
+    """Decay of the moving average of the weights that evaluation and export use; None evaluates the weights
+    themselves. Table rows are not averaged: a step that touches a few of them would have to touch all."""
     micro_batches: int = 1
     """Parts a step is computed in, to fit in memory; the update is the same."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What of the dense part is partitioned over workers: optimizer state (1), gradients (2), parameters (3)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the dense part; auto takes bf16 where the machine computes it natively."""
+    activation_checkpointing: bool = False
+    """Compute the activations inside each block again in the backward pass instead of keeping them."""
     validate_every_steps: int | None = None
     """Steps between validations; None validates after each epoch."""
     patience: int | None = None

@@ -17,6 +17,7 @@ from cluster.process import Process
 from sharding.state import Piece
 from trainer.configuration import TrainConfig
 from trainer.plain_engine import MOMENTS, make_optimizer, moments, named_trainable, set_adam_steps
+from trainer.weight_average import make_average
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
@@ -39,6 +40,7 @@ class DenseEngine:
         self.module = module
         self.rank, self.world_size = process.rank, process.world_size
         self.steps = 0
+        self.average = make_average(config.ema_decay, self.weights())
 
     def backward(self, *arguments: object) -> Tensor:
         """Forward and backward of one micro-batch; gradients add up until `step`."""
@@ -57,6 +59,8 @@ class DenseEngine:
             group["lr"] = learning_rate
         self.engine.step()
         self.steps += 1
+        if self.average:
+            self.average.update(self.weights(), self.steps)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         """The AdamW below DeepSpeed's wrapper."""
@@ -65,8 +69,41 @@ class DenseEngine:
     def dense_shapes(self) -> Mapping[str, list[int]]:
         return self._shapes
 
+    def weights(self) -> list[Piece]:
+        """Flat ranges of `dense/NAME` that this rank keeps, where the optimizer updates them."""
+        return [
+            Piece(
+                name=f"dense/{name}",
+                start=start,
+                global_shape=(self._numel(name),),
+                tensor=flat.data.view(-1)[first : first + length],
+            )
+            for name, start, flat, first, length in self._fragments()
+        ]
+
+    def put(self, weights: list[Piece]) -> None:
+        """Let the module compute with other values of `weights`; a collective call.
+
+        Cost: below stage 3, one all-reduce of each parameter.
+        """
+        parts = {piece.name.split("/", 1)[1]: piece for piece in weights}
+        if self.config.zero_stage == 3:
+            # A parameter that is still gathered would keep its values.
+            self.engine.optimizer.parameter_offload.partition_all_parameters()
+        for name, parameter in named_trainable(self.module):
+            if self.config.zero_stage == 3:
+                part = parts[name].tensor
+                parameter.ds_tensor.data.view(-1)[: part.shape[0]].copy_(part)
+                continue
+            whole = torch.zeros(parameter.numel(), device=parameter.device)
+            if name in parts:
+                whole[parts[name].start :][: parts[name].num_rows] = parts[name].tensor
+            dist.all_reduce(whole)
+            parameter.data.copy_(whole.view(parameter.shape))
+
     def pieces(self) -> list[Piece]:
-        """Flat ranges of `dense/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME` that this rank keeps."""
+        """Flat ranges of `dense/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME` and, if averaged, `ema/NAME` that this
+        rank keeps."""
         found = []
         for name, start, flat, first, length in self._fragments():
             total = self._numel(name)
@@ -74,7 +111,7 @@ class DenseEngine:
             for kind, source in (("dense", flat.data), *((m, state[m]) for m in MOMENTS)):
                 part = source.view(-1)[first : first + length]
                 found.append(Piece(name=f"{kind}/{name}", start=start, global_shape=(total,), tensor=part))
-        return found
+        return found + (self.average.parts if self.average else [])
 
     def _numel(self, name: str) -> int:
         return int(torch.tensor(self._shapes[name]).prod())

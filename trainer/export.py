@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 
 from cluster.errors import CheckpointError
 from trainer.checkpoint_reader import CheckpointReader
+from trainer.weight_average import served_prefix
 
-DENSE, TABLE = "dense/", "table/"
+TABLE = "table/"
 _CHUNK_BYTES = 16 << 20
 
 
@@ -31,8 +32,9 @@ def export_checkpoint(
 ) -> list[Path]:
     """Write the dense weights to `model.safetensors` and each table to `NAME.parquet`; returns the files.
 
-    A table has the columns `row`, `item_id` (where `row_ids` has the raw ids of its rows, by table name) and
-    `vector`. The dense weights must fit into memory; tables are written in parts.
+    Where the run kept a moving average of the weights, that is what is written. A table has the columns `row`,
+    `item_id` (where `row_ids` has the raw ids of its rows, by table name) and `vector`. The dense
+    weights must fit into memory; tables are written in parts.
 
     Raises: CheckpointError for a damaged checkpoint, or row ids of another number than the table's rows.
     """
@@ -54,9 +56,9 @@ def _export_dense(reader: CheckpointReader, path: Path) -> Path:
             f"the checkpoint of step {reader.step} must name the shapes of its dense weights "
             "(dense_shapes in state.json) but does not; it was not written by a training run."
         )
-    weights = {}
+    weights, prefix = {}, served_prefix(reader.tensors)
     for name, shape in reader.shared_state["dense_shapes"].items():
-        flat = reader.read_rows(DENSE + name, 0, prod(shape))
+        flat = reader.read_rows(prefix + name, 0, prod(shape))
         weights[name] = flat.reshape(shape)
     with _renamed_at_end(path) as temporary:
         save_file(weights, temporary, metadata={"step": str(reader.step), "format": "pt"})

@@ -15,6 +15,7 @@ from torch import Tensor
 from cluster.errors import DivergenceError
 from cluster.seeds import purpose_seed
 from models.recommender import StepContext
+from sharding.collectives import gather_rows_with_gradient
 from sharding.lookup import rows_of_request
 from sharding.tables import EmbeddingTables
 from sharding.vocabulary_parallel import vocabulary_parallel_cross_entropy
@@ -80,11 +81,14 @@ class Learner:
         return last.sum.detach(), last.metrics
 
     def _connect(self, context: StepContext) -> StepContext:
-        """Let objectives over a whole vocabulary reach the rows of the other ranks."""
+        """Let objectives reach what the other ranks hold."""
         if self.world_size == 1:
             return context
-        parallel = vocabulary_parallel_cross_entropy(context.targets_per_rank)
-        return replace(context, cross_entropy=parallel)
+        return replace(
+            context,
+            cross_entropy=vocabulary_parallel_cross_entropy(context),
+            gather=gather_rows_with_gradient(context.targets_per_rank),
+        )
 
     def _require_finite(self, step: StepInput, sums: list, gradients: Mapping[str, Tensor]) -> None:
         self.check.watch(loss for loss, _ in sums)

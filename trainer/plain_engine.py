@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sharding.state import Piece
 from trainer.configuration import TrainConfig
+from trainer.weight_average import make_average
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -19,6 +20,7 @@ class PlainEngine:
         self.config = config
         self.optimizer = make_optimizer(module, config)
         self.steps = 0
+        self.average = make_average(config.ema_decay, self.weights())
 
     def backward(self, *arguments: object) -> Tensor:
         """Forward and backward of one micro-batch; gradients add up until `step`."""
@@ -34,15 +36,26 @@ class PlainEngine:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.steps += 1
+        if self.average:
+            self.average.update(self.weights(), self.steps)
+
+    def weights(self) -> list[Piece]:
+        """Flat `dense/NAME` pieces, all of them on this rank."""
+        return [whole_piece(f"dense/{name}", parameter) for name, parameter in named_trainable(self.module)]
+
+    def put(self, weights: list[Piece]) -> None:
+        """Let the module compute with other values of `weights`."""
+        for own, piece in zip(self.weights(), weights, strict=True):
+            own.tensor.copy_(piece.tensor)
 
     def pieces(self) -> list[Piece]:
-        """Flat `dense/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, all of them on this rank."""
+        """Flat `dense/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME` and, if averaged, `ema/NAME`, all on this rank."""
         found = []
         for name, parameter in named_trainable(self.module):
             state = moments(self.optimizer, parameter)
             for kind, tensor in (("dense", parameter.data), *((m, state[m]) for m in MOMENTS)):
                 found.append(whole_piece(f"{kind}/{name}", tensor))
-        return found
+        return found + (self.average.parts if self.average else [])
 
     def restore(self, read_full: Callable[[str], Tensor], steps: int) -> None:
         """Nothing beside the pieces needs restoring here, but for Adam's step count."""

@@ -25,6 +25,7 @@ from trainer.learner import Learner, StepResult
 from trainer.metric_log import MetricLog
 from trainer.run_state import Progress, save_progress
 from trainer.schedule import rate_fraction
+from trainer.weight_average import averaged
 
 logger = logging.getLogger(__name__)
 
@@ -134,12 +135,13 @@ def _validate(job: Job) -> bool:
     config, progress = job.config.train, job.progress
     started = time.perf_counter()
     users = job.assembly.users("valid")
-    metrics = validation_metrics(
-        job.assembly.search(job.learner.module.precision),
-        users.batches(),
-        empty_batch=users.empty_batch(),
-        config=job.config.evaluation,
-    )
+    with averaged(job.engine):
+        metrics = validation_metrics(
+            job.assembly.search(job.learner.module.precision),
+            users.batches(),
+            empty_batch=users.empty_batch(),
+            config=job.config.evaluation,
+        )
     value = metrics[config.selection_metric]
     improved = progress.best is None or value > progress.best
     if improved:

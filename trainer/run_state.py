@@ -16,6 +16,7 @@ from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_reader import CheckpointReader
 from trainer.fingerprint import compare_fingerprint, model_fingerprint
 from trainer.plain_engine import named_trainable
+from trainer.weight_average import AVERAGE, served_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +76,13 @@ def restore_progress(reader: CheckpointReader, assembly: Assembly, engine) -> Pr
     """
     compare_fingerprint(reader.shared_state["fingerprint"], fingerprint(assembly, engine))
     progress = Progress(**reader.shared_state["progress"])
+    has_average = served_prefix(reader.tensors) == AVERAGE
     for piece in [*assembly.tables.pieces(), *engine.pieces()]:
-        reader.read_into(piece.name, piece.start, piece.tensor)
+        if has_average or not piece.name.startswith(AVERAGE):
+            reader.read_into(piece.name, piece.start, piece.tensor)
     engine.restore(lambda name: _read_whole(reader, name), progress.step)
+    if engine.average and not has_average:
+        engine.average.restart(engine.weights())
     positions = [state["position"] for state in reader.rank_states if state["position"]]
     progress.position = merge_positions(positions) if positions else None
     logger.info(
@@ -141,6 +146,8 @@ def _copy_known_rows(reader: CheckpointReader, piece: Piece, new_rows: np.ndarra
 
 
 def _load_dense(reader: CheckpointReader, assembly: Assembly) -> None:
+    """The weights that evaluation used: their average where the run kept one."""
+    prefix = served_prefix(reader.tensors)
     for name, parameter in named_trainable(assembly.model):
         saved = reader.shared_state["dense_shapes"].get(name)
         if saved != list(parameter.shape):
@@ -148,7 +155,7 @@ def _load_dense(reader: CheckpointReader, assembly: Assembly) -> None:
                 f"the weights of {name} must have shape {list(parameter.shape)}, the checkpoint has {saved}; "
                 "give the model options the checkpoint was trained with"
             )
-        parameter.data.copy_(_read_whole(reader, f"dense/{name}").view(parameter.shape))
+        parameter.data.copy_(_read_whole(reader, prefix + name).view(parameter.shape))
 
 
 def _read_whole(reader: CheckpointReader, name: str):

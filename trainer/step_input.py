@@ -74,7 +74,7 @@ def prepare_step(
     device: torch.device,
 ) -> StepInput:
     """Ask the model what it looks up, join it, gather frozen features, and send all of it to the device."""
-    parts = split_users(batch, num_micro_batches)
+    parts = split_users(model.training_batch(batch, context), num_micro_batches)
     requests = [dict(model.ids(part, context)) for part in parts]
     merged = merge_ids(model.tables(), requests)
     micro_batches = []

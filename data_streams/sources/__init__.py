@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from data_streams.pages import PageRule
+
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
@@ -16,7 +18,7 @@ class Part:
     name: str
     """What the rows are taken from, such as a file."""
     start: int = 0
-    """First row (or user, where a source makes its events user by user)."""
+    """First row (of a text file: byte; or user, where a source makes its events user by user)."""
     stop: int | None = None
     """First one after the part; None reads to the end."""
 
@@ -44,6 +46,10 @@ class Source(ABC):
         """Every item with item_id, title and categories; None takes the items from the events."""
         return None
 
+    def takes_items_of_events(self) -> bool:
+        """Whether items that occur in events but not in `items` join the catalogue, called by their ids."""
+        return False
+
     def users(self) -> pl.DataFrame | None:
         """Profiles by user_id; None where nothing is known but the events."""
         return None
@@ -55,3 +61,7 @@ class Source(ABC):
     def sequence_actions(self) -> tuple[str, ...]:
         """Actions that make up a sequence unless a build says otherwise; empty means all but exposures."""
         return ()
+
+    def page_rule(self) -> PageRule | None:
+        """How pages are told apart where the log does not name them; None leaves the events as they are."""
+        return None

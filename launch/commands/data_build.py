@@ -4,7 +4,7 @@ from dataclasses import make_dataclass
 from typing import Annotated
 
 from cluster.errors import ConfigError
-from cluster.plugins import first_line, plugin_config, plugin_files, suggestion
+from cluster.plugins import first_line, load_plugin, plugin_config, plugin_files, suggestion
 from launch.options import parse, split_name
 from launch.progress import start_console
 
@@ -16,8 +16,9 @@ def run(arguments: list[str]) -> int:
     sources = plugin_files(SOURCES)
     if name is None and {"-h", "--help"} & set(options):
         print("usage: grail data build SOURCE --out DIR [options]\n\nsources:")
+        width = max(map(len, sources)) + 2
         for source, path in sources.items():
-            print(f"  {source:12}{first_line(path)}")
+            print(f"  {source:{width}}{first_line(path)}")
         print("\nAll options of a source: grail data build SOURCE --help")
         return 0
     if name is None or name not in sources:
@@ -45,6 +46,8 @@ def build_from(name: str, options: list[str]) -> None:
         frozen=True,
         kw_only=True,
     )
+    # What the help says in front of the options: which files a source wants, and where.
+    form.__doc__ = load_plugin(SOURCES, name).__doc__
     parsed = parse(form, options, program=f"grail data build {name}")
     start_console()
     manifest = build(parsed.source, parsed.build)

@@ -39,8 +39,14 @@ def parse_config(name: str, options: list[str]) -> PretrainConfig:
         config,
         run_dir=absolute(run_dir),
         init_from=config.init_from and absolute(config.init_from),
-        data=dataclasses.replace(config.data, path=absolute(config.data.path)),
+        data=dataclasses.replace(config.data, path=absolute(config.data.path), columns=_columns(config)),
     )
+
+
+def _columns(config: PretrainConfig) -> tuple[str, ...]:
+    """The event columns that were asked for and those the model reads."""
+    needed = getattr(config.model, "event_columns", ())
+    return tuple(dict.fromkeys((*config.data.columns, *needed)))
 
 
 def train(config: PretrainConfig) -> int:

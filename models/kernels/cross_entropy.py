@@ -1,21 +1,76 @@
-"""Softmax cross-entropy over explicit candidates, on one process."""
+"""Summed softmax cross-entropy of queries over explicit candidates, on one process."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.layers.linear import ALIGNMENT_ROWS, matmul_dtype
+
+BLOCK_CELLS = {"cpu": 2**20, "cuda": 2**26}
+"""Scores computed at a time: what stays in the caches of a processor, what keeps an accelerator busy."""
+
+SMALLEST_SHARE = torch.finfo(torch.float32).tiny
+"""A target's share may underflow; its loss is then 87 and its gradient as it should be."""
+
 
 def candidate_cross_entropy(
-    queries: Tensor, candidates: Tensor, targets: Tensor, first_candidate: int = 0
+    queries: Tensor, candidates: Tensor, targets: Tensor, num_candidates: int
 ) -> Tensor:
-    """-log softmax(queries candidates^T)[target], the candidates being all ids from the first one on.
+    """Sum over queries of -log softmax(queries candidates^T)[target].
 
-    Shapes: queries [T, D], candidates [C, D], targets [T] int64 -> [T] fp32.
+    Scores are made, turned into gradients and dropped block by block in the forward pass, so that neither scores
+    nor probabilities of all queries ever exist; written with plain operators, the passes over them took several
+    times as long as the matrix products. Gradients are therefore those of a sum, times one number.
+
+    Shapes: queries [T, D], candidates [num_candidates, D], targets [T] int64 -> scalar fp32.
     """
-    return F.cross_entropy((queries @ candidates.T).float(), targets - first_candidate, reduction="none")
+    return _CandidateCrossEntropy.apply(queries, candidates, targets)
 
 
-def matmul_dtype(tensor: Tensor) -> torch.dtype:
-    """The autocast dtype where autocast is on: a custom autograd function has to apply it by itself."""
-    device = tensor.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+def reference_cross_entropy(
+    queries: Tensor, candidates: Tensor, targets: Tensor, num_candidates: int
+) -> Tensor:
+    """The same with plain operators."""
+    return F.cross_entropy((queries @ candidates.T).float(), targets, reduction="sum")
+
+
+class _CandidateCrossEntropy(torch.autograd.Function):
+    """With p = softmax(s): d/dq_t = p_t C - c_target, d/dC = sum_t p_t^T q_t, less q_t in the target's row."""
+
+    @staticmethod
+    def forward(ctx, queries: Tensor, candidates: Tensor, targets: Tensor) -> Tensor:
+        loss, to_queries, to_candidates = cross_entropy_with_gradients(queries, candidates, targets)
+        ctx.save_for_backward(to_queries, to_candidates)
+        return loss
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        to_queries, to_candidates = ctx.saved_tensors
+        return to_queries * gradient, to_candidates * gradient, None
+
+
+def cross_entropy_with_gradients(
+    queries: Tensor, candidates: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed loss, its gradient by the queries [T, D] and by the candidates [C, D], all fp32."""
+    dtype = matmul_dtype(queries)
+    rows, columns = queries.to(dtype), candidates.to(dtype)
+    columns_first = columns.T.contiguous()
+    total = queries.new_zeros((), dtype=torch.float32)
+    to_queries = torch.empty(queries.shape, device=queries.device)
+    to_candidates = torch.zeros(candidates.shape, device=queries.device)
+    for start in range(0, len(rows), step := block_rows(queries, candidates.shape[0])):
+        block, wanted = rows[start : start + step], targets[start : start + step, None]
+        shares = (block @ columns_first).softmax(-1)
+        total -= shares.gather(1, wanted).float().clamp(min=SMALLEST_SHARE).log().sum()
+        to_queries[start : start + step] = shares @ columns
+        to_candidates += shares.T @ block
+    to_queries -= candidates.index_select(0, targets)
+    to_candidates.index_add_(0, targets, queries.float(), alpha=-1)
+    return total, to_queries, to_candidates
+
+
+def block_rows(queries: Tensor, num_candidates: int) -> int:
+    """Queries scored at a time."""
+    cells = BLOCK_CELLS.get(queries.device.type, BLOCK_CELLS["cuda"])
+    return max(cells // max(num_candidates, 1) // ALIGNMENT_ROWS, 1) * ALIGNMENT_ROWS

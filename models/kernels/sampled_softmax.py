@@ -3,52 +3,86 @@
 import torch
 from torch import Tensor
 
-from models.kernels.cross_entropy import matmul_dtype
-from models.layers.linear import align_rows
+from models.kernels.cross_entropy import SMALLEST_SHARE, block_rows
+from models.layers.linear import ALIGNMENT_ROWS, matmul_dtype
 
 
 def shared_negative_softmax(
-    queries: Tensor, negatives: Tensor, positive: Tensor, excluded: Tensor, correction: float
+    queries: Tensor,
+    negatives: Tensor,
+    positive: Tensor,
+    targets: Tensor,
+    negative_ids: Tensor,
+    weights: Tensor,
 ) -> Tensor:
-    """-s+ + log(exp s+ + sum_j exp(q . n_j + correction)), the sum over negatives that are not excluded.
+    """Sum over queries of -s+ + log(exp s+ + sum_j w_j exp(q . n_j)), over negatives j that are not the target.
 
-    The score matrix is written once and turned into probabilities in place; written with plain operators, the
-    passes over it took longer than its matrix products.
+    The target's score becomes one more column beside those of the negatives, log w_j a bias of the matrix product,
+    and an excluded negative one cell that is overwritten: so a block of scores is written once and passed over once.
+    Gradients are those of a sum, times one number.
 
-    Shapes: queries [T, D], negatives [R, D], positive [T] fp32 scores, excluded [T, R] bool -> [T] fp32.
+    Shapes: queries [T, D], negatives [R, D], positive [T] fp32 scores, targets [T] and negative_ids [R] int64,
+    weights [R] fp32 -> scalar fp32.
     """
-    return _SharedNegativeSoftmax.apply(queries, negatives, positive, excluded, correction)
+    order = negative_ids.argsort()
+    ids = negative_ids[order]
+    first = torch.searchsorted(ids, ids)
+    # A negative drawn several times is one column with several times the weight, so that a target meets one at most.
+    repeats = torch.searchsorted(ids, ids, right=True) - first
+    is_first = first == torch.arange(len(ids), device=ids.device)
+    bias = torch.where(is_first, (weights[order] * repeats).log(), float("-inf"))
+    return _SharedNegativeSoftmax.apply(queries, negatives[order], positive, _column_of(targets, ids), bias)
 
 
-def reference_shared_negative_softmax(
-    queries: Tensor, negatives: Tensor, positive: Tensor, excluded: Tensor, correction: float
-) -> Tensor:
-    """The same with plain operators."""
-    scores = (queries @ negatives.T).float() + correction
-    scores = torch.cat((positive[:, None], scores.masked_fill(excluded, float("-inf"))), dim=1)
-    return scores.logsumexp(1) - positive
+def reference_softmax(scores: Tensor, positive: Tensor, excluded: Tensor, weights: Tensor) -> Tensor:
+    """The same from given scores with plain operators. Shapes: [T, R], [T], [T, R], [R] -> [T]."""
+    corrected = (scores + weights.log()).masked_fill(excluded, float("-inf"))
+    return torch.cat((positive[:, None], corrected), dim=1).logsumexp(1) - positive
+
+
+def _column_of(targets: Tensor, ids: Tensor) -> Tensor:
+    """Where each target stands first among sorted ids [R], R + 1 where it does not. Shapes: [T] -> [T]."""
+    place = torch.searchsorted(ids, targets)
+    found = ids[place.clamp(max=len(ids) - 1)] == targets
+    return torch.where(found, place, len(ids) + 1)
 
 
 class _SharedNegativeSoftmax(torch.autograd.Function):
+    """Columns 0..R are the negatives, column R is the target, the others are shut out."""
+
     @staticmethod
     def forward(
-        ctx, queries: Tensor, negatives: Tensor, positive: Tensor, excluded: Tensor, correction: float
+        ctx, queries: Tensor, negatives: Tensor, positive: Tensor, excluded: Tensor, bias: Tensor
     ) -> Tensor:
         dtype = matmul_dtype(queries)
-        q, n = align_rows(queries.to(dtype)), negatives.to(dtype)
-        num_queries = queries.shape[0]
-        scores = (q @ n.T)[:num_queries].float()
-        scores.masked_fill_(excluded, float("-inf"))
-        highest = torch.maximum(scores.amax(1) + correction, positive) if scores.numel() else positive
-        exponentials = scores.sub_((highest - correction)[:, None]).exp_()
-        own = (positive - highest).exp()
-        total = exponentials.sum(1) + own
-        ctx.save_for_backward(q, n, exponentials, own, total)
-        return total.log() + highest - positive
+        rows, num_negatives = queries.to(dtype), len(negatives)
+        # Two columns beside the negatives are needed; an aligned number of them keeps the product quick.
+        width = (num_negatives + 1) // ALIGNMENT_ROWS * ALIGNMENT_ROWS + ALIGNMENT_ROWS
+        columns = torch.nn.functional.pad(negatives, (0, 0, 0, width - num_negatives)).to(dtype)
+        columns_first = columns.T.contiguous()
+        shut = torch.nn.functional.pad(bias, (0, width - num_negatives), value=float("-inf")).to(dtype)
+        total = positive.new_zeros(())
+        to_queries = torch.empty(queries.shape, device=queries.device)
+        to_columns = torch.zeros(columns.shape, device=queries.device)
+        to_positive = torch.empty_like(positive)
+        step = block_rows(queries, width)
+        cells = torch.arange(step, device=queries.device) * width
+        for start in range(0, len(rows), step):
+            block, here = rows[start : start + step], slice(start, start + step)
+            scores = torch.addmm(shut, block, columns_first)
+            scores[:, num_negatives] = positive[here]
+            # scatter_ would copy all scores first.
+            scores.view(-1).index_fill_(0, cells[: len(block)] + excluded[here], float("-inf"))
+            shares = scores.softmax(-1)
+            own = shares[:, num_negatives].float()
+            total -= own.clamp(min=SMALLEST_SHARE).log().sum()
+            to_positive[here] = own - 1
+            to_queries[here] = shares @ columns
+            to_columns += shares.T @ block
+        ctx.save_for_backward(to_queries, to_columns[:num_negatives], to_positive)
+        return total
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        q, n, exponentials, own, total = ctx.saved_tensors
-        share = align_rows((exponentials * (gradient / total)[:, None]).to(q.dtype))
-        to_queries = (share @ n)[: exponentials.shape[0]].float()
-        return to_queries, (share.T @ q).float(), gradient * (own / total - 1), None, None
+        to_queries, to_negatives, to_positive = ctx.saved_tensors
+        return to_queries * gradient, to_negatives * gradient, to_positive * gradient, None, None

@@ -25,3 +25,9 @@ def align_rows(rows: Tensor) -> Tensor:
         rows.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
     )
     return F.pad(rows, (0, 0, 0, -rows.shape[0] % ALIGNMENT_ROWS)) if compiles else rows
+
+
+def matmul_dtype(tensor: Tensor) -> torch.dtype:
+    """The autocast dtype where autocast is on: a custom autograd function has to apply it by itself."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype

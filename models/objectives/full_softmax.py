@@ -14,7 +14,8 @@ from models.tables import Ids
 class FullSoftmax(RetrievalObjective):
     """L_t = -log softmax(s_t)[target of t] over all items.
 
-    Cost: queries of all ranks are gathered; each rank multiplies them with num_items / world_size rows.
+    Cost: each rank multiplies T / world_size queries with num_items vectors, or all T queries of a step with
+    num_items / world_size vectors, whichever moves less between ranks.
     """
 
     features = ("vocabulary",)
@@ -35,6 +36,5 @@ class FullSoftmax(RetrievalObjective):
         ids: Mapping[str, Tensor],
         context: StepContext,
     ) -> LossSum:
-        first, _ = context.own_range(self.num_items)
-        losses = context.cross_entropy(queries, vectors["vocabulary"], targets, first)
-        return LossSum(sum=losses.sum(), count=targets.shape[0])
+        loss = context.cross_entropy(queries, vectors["vocabulary"], targets, self.num_items)
+        return LossSum(sum=loss, count=targets.shape[0])

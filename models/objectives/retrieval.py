@@ -20,6 +20,11 @@ class Scoring:
     temperature: float = 0.07
     """Scores are divided by it."""
 
+    @property
+    def needs_item_counts(self) -> bool:
+        """Whether `build` is to be given `item_counts`, the training events of every item [N]."""
+        return False
+
 
 class RetrievalObjective(nn.Module, ABC):
     """A loss over the states of all positions and the vectors of some candidates; it has no parameters."""

@@ -1,62 +1,43 @@
 """Softmax over the target and a few thousand negatives shared by all positions of a step.
 
-Source: the sampled softmax of Zhai et al., Actions Speak Louder than Words (2024), whose negatives are drawn per
-position. Deviation: one set of negatives per step, drawn from (seed, step) alone, so that it is the same on
-every rank and costs one matrix product.
+Source: the sampled softmax of Zhai et al., Actions Speak Louder than Words (2024), whose negatives are drawn
+uniformly and per position. Deviation: one set of negatives per step, of which a share may be drawn by popularity.
 """
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.seeds import purpose_seed
 from models.kernels.sampled_softmax import shared_negative_softmax
-from models.objectives.retrieval import RetrievalObjective, Scoring
-from models.recommender import LossSum, StepContext
-from models.tables import Ids
+from models.objectives.negatives import NegativeSampling, SharedNegativeObjective
 
 
-class SampledSoftmax(RetrievalObjective):
+class SampledSoftmax(SharedNegativeObjective):
     """L_t = -s_t+ + log(exp s_t+ + sum_j exp s_tj) over negatives j that are not the target of t.
 
-    With `log_q`, the expected number of times an item is drawn, Q = negatives / items, is divided out:
-    s_tj - log Q. That makes the sum over negatives an estimate of the sum over the whole catalogue.
+    With `log_q`, log Q_j is taken from s_tj, where Q_j is the number of times item j is expected among the
+    negatives. That makes the sum over negatives an unbiased estimate of the sum over the whole catalogue.
     """
 
-    features = ("target", "negative")
-
     @dataclass(frozen=True, kw_only=True)
-    class Config(Scoring):
-        num_negatives: int = 2048
-        """Items drawn uniformly per step and shared by all its positions."""
+    class Config(NegativeSampling):
         log_q: bool = False
         """Correct the scores of negatives for how often they are drawn."""
 
-        def build(self, *, num_items: int) -> "SampledSoftmax":
-            return SampledSoftmax(self, num_items)
+        def build(self, *, num_items: int, item_counts: np.ndarray | None = None) -> "SampledSoftmax":
+            return SampledSoftmax(self, num_items, item_counts)
 
-    def __init__(self, config: Config, num_items: int):
-        super().__init__(config, num_items)
-        self.num_negatives = config.num_negatives
-        self.correction = math.log(num_items / config.num_negatives) if config.log_q else 0.0
+    def __init__(self, config: Config, num_items: int, item_counts: np.ndarray | None):
+        super().__init__(config, num_items, item_counts)
+        self.log_q = config.log_q
 
-    def ids(self, targets: Tensor, context: StepContext) -> Ids:
-        generator = torch.Generator().manual_seed(purpose_seed(context.seed, "negatives", context.step))
-        negatives = torch.randint(self.num_items, (self.num_negatives,), generator=generator)
-        return {"target": targets, "negative": negatives}
-
-    def forward(
-        self,
-        queries: Tensor,
-        targets: Tensor,
-        vectors: Mapping[str, Tensor],
-        ids: Mapping[str, Tensor],
-        context: StepContext,
-    ) -> LossSum:
-        positive = (queries * vectors["target"]).sum(-1)
-        is_target = targets[:, None] == ids["negative"]
-        losses = shared_negative_softmax(queries, vectors["negative"], positive, is_target, self.correction)
-        return LossSum(sum=losses.sum(), count=targets.shape[0])
+    def loss(
+        self, queries: Tensor, negatives: Tensor, positive: Tensor, targets: Tensor, negative_ids: Tensor
+    ) -> Tensor:
+        if self.log_q:
+            weights = 1 / self.sampler.expected_counts(negative_ids)
+        else:
+            weights = torch.ones(negative_ids.shape, device=queries.device)
+        return shared_negative_softmax(queries, negatives, positive, targets, negative_ids, weights)

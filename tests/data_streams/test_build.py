@@ -159,10 +159,10 @@ def test_long_users_are_cut_to_their_latest_events_and_short_ones_left_out(tmp_p
             "timestamp": range(12),
         }
     )
-    manifest = build_events(tmp_path, events, min_events_per_user=3, max_events_per_user=4)
+    manifest = build_events(tmp_path, events, min_user_events=3, max_events_per_user=4)
     users = read_users(tmp_path / "out")
     assert {user: values["items"] for user, values in users.items()} == {1: [2, 3, 4, 5], 3: [0, 1, 2, 3]}
-    assert manifest.counters["users with too few events"] == 1
+    assert manifest.counters["users with fewer than 3 events"] == 1
     assert manifest.counters["users cut to their latest events"] == 1
     assert manifest.counters["events cut off"] == 2
 
@@ -253,8 +253,8 @@ def test_an_order_that_contradicts_the_times_is_refused_or_skipped(tmp_path):
 def test_no_events_and_no_users_are_refused(tmp_path):
     with pytest.raises(DataError, match="a data set needs events"):
         build_events(tmp_path, random_events(0).clear())
-    with pytest.raises(DataError, match=r"needs users, but none is left .*--min-events-per-user"):
-        build_events(tmp_path, random_events(0), min_events_per_user=1_000)
+    with pytest.raises(DataError, match=r"needs users, but none is left .*--min-user-events"):
+        build_events(tmp_path, random_events(0), min_user_events=1_000)
 
 
 def test_embeddings_of_another_length_are_refused(tmp_path):
@@ -265,10 +265,12 @@ def test_embeddings_of_another_length_are_refused(tmp_path):
 
 def test_options_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(
-        ConfigError, match="--split by-time needs --valid-from-s and, not before it, --test-from-s"
+        ConfigError, match="must lie between training and test, given --valid-from-s 9, --test-from-s 3"
     ):
         build_events(tmp_path, random_events(0), split="by-time", valid_from_s=9, test_from_s=3)
-    with pytest.raises(ConfigError, match="belong to --split by-time, given --split leave-last-out"):
+    with pytest.raises(
+        ConfigError, match="belong to --split by-time and by-session, given --split leave-last-out"
+    ):
         build_events(tmp_path, random_events(0), valid_from_s=9)
     with pytest.raises(ConfigError, match="--chunk-users must be at least 1, given 0"):
         build_events(tmp_path, random_events(0), chunk_users=0)

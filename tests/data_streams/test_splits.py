@@ -1,10 +1,10 @@
-"""Leave-last-out and by-time splits against a user-by-user reference."""
+"""All splits against a user-by-user reference."""
 
 import numpy as np
 import pytest
 
 from cluster.errors import DataError
-from data_streams.splits import SplitRule, by_time, leave_last_out
+from data_streams.splits import SplitRule, by_session, by_time, leave_last_out, leave_one_out
 
 
 def random_users(seed):
@@ -51,3 +51,27 @@ def test_a_split_by_time_without_times_says_what_to_do():
     rule = SplitRule(name="by-time", valid_from_s=1, test_from_s=2)
     with pytest.raises(DataError, match="needs events with timestamp_s; say --split leave-last-out"):
         rule.apply(np.array([0, 1]), np.array([True]), None)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_leave_one_out_holds_out_the_last_positive_event_for_both(seed):
+    offsets, positive, _ = random_users(seed)
+    split = leave_one_out(offsets, positive)
+    for user in range(len(offsets) - 1):
+        mine = np.flatnonzero(positive[offsets[user] : offsets[user + 1]])
+        length = offsets[user + 1] - offsets[user]
+        expected = (mine[-1], mine[-1], mine[-1]) if len(mine) >= 2 else (length, -1, -1)
+        assert (split.train_end[user], split.valid_at[user], split.test_at[user]) == expected
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_by_session_gives_whole_users_to_the_period_in_which_they_end(seed):
+    offsets, positive, times = random_users(seed)
+    split = by_session(offsets, positive, times, valid_from_s=60, test_from_s=90)
+    for user in range(len(offsets) - 1):
+        mine = np.flatnonzero(positive[offsets[user] : offsets[user + 1]])
+        length = offsets[user + 1] - offsets[user]
+        end = times[offsets[user + 1] - 1] if length else 0
+        held = mine[-1] if len(mine) >= 2 else -1
+        expected = (length, -1, -1) if end < 60 else (0, held, -1) if end < 90 else (0, -1, held)
+        assert (split.train_end[user], split.valid_at[user], split.test_at[user]) == expected

@@ -3,6 +3,7 @@ import torch
 
 from data_streams.jagged import Jagged
 from models.kernels import jagged_attention as kernel
+from models.kernels.length_buckets import bucket_layout, padded_layout
 
 CASES = [[1], [3, 3, 3], [5, 1, 9, 2, 2, 30, 29], [0, 4, 0, 7], list(range(1, 40))]
 
@@ -19,7 +20,7 @@ def test_buckets_equal_the_reference_with_gradients(lengths):
     qkv, sequences = make_inputs(lengths)
     weights = torch.randn(qkv[0].shape, generator=torch.Generator().manual_seed(1))
     outputs = (
-        kernel.jagged_attention(*qkv, kernel.attention_layout(sequences)),
+        kernel.jagged_attention(*qkv, bucket_layout(sequences)),
         kernel.reference_attention(*qkv, sequences),
     )
     found = [[output, *torch.autograd.grad((output * weights).sum(), qkv)] for output in outputs]
@@ -30,7 +31,7 @@ def test_buckets_equal_the_reference_with_gradients(lengths):
 @pytest.mark.parametrize("lengths", CASES)
 def test_the_accelerators_layout_equals_the_reference(lengths):
     qkv, sequences = make_inputs(lengths)
-    layout = kernel._padded_layout(sequences)
+    layout = padded_layout(sequences)
     expected = kernel.reference_attention(*qkv, sequences)
     torch.testing.assert_close(kernel.jagged_attention(*qkv, layout), expected, atol=1e-5, rtol=1e-4)
 
@@ -38,7 +39,7 @@ def test_the_accelerators_layout_equals_the_reference(lengths):
 def test_at_most_a_tenth_of_the_cells_is_padding():
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 200, (300,), generator=generator)
-    layout = kernel.attention_layout(Jagged.from_lengths(torch.zeros(int(lengths.sum())), lengths))
+    layout = bucket_layout(Jagged.from_lengths(torch.zeros(int(lengths.sum())), lengths))
     cells = sum(users * length for users, length in layout.buckets)
     assert cells == len(layout.token_of_cell)
     assert int(lengths.sum()) >= 0.9 * cells
@@ -47,4 +48,4 @@ def test_at_most_a_tenth_of_the_cells_is_padding():
 
 def test_no_tokens_give_no_output():
     qkv, sequences = make_inputs([0, 0])
-    assert kernel.jagged_attention(*qkv, kernel.attention_layout(sequences)).shape == (0, 2, 4)
+    assert kernel.jagged_attention(*qkv, bucket_layout(sequences)).shape == (0, 2, 4)

@@ -30,8 +30,10 @@ def assert_same_training(case: Case, world_size: int, against: Case) -> None:
         )
 
 
-@pytest.mark.parametrize("objective", ["sampled", "full"])
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("objective", "world_size"),
+    [("sampled", 1), ("sampled", 2), ("full", 1), ("full", 2), ("in-batch", 2), ("in-batch", 3), ("gbce", 2)],
+)
 def test_sharded_training_equals_the_unsharded_reference(objective, world_size):
     case = Case(objective=objective)
     assert_same_training(case, world_size, against=case)

@@ -1,0 +1,22 @@
+"""HSTU tuned for the small Amazon 5-core sets, which have times to the day, on two workers."""
+
+from cluster.configuration import ClusterConfig
+from data_streams.configuration import DataConfig
+from models.hstu import HSTU
+from models.objectives.sampled_softmax import SampledSoftmax
+from trainer.configuration import PretrainConfig, TrainConfig
+
+
+def recipe() -> PretrainConfig:
+    return PretrainConfig(
+        data=DataConfig(max_length=50, tokens_per_step=1024),
+        model=HSTU.Config(width=256, num_blocks=2, num_heads=4, dropout=0.5),
+        objective=SampledSoftmax.Config(num_negatives=2048),
+        train=TrainConfig(
+            epochs=14,
+            learning_rate=1.5e-3,
+            table_learning_rate=0.07,
+            checkpoint_every_s=10.0,
+        ),
+        cluster=ClusterConfig(workers=2),
+    )

@@ -1,0 +1,25 @@
+"""SASRec for MovieLens-1M, one process on all cores."""
+
+from cluster.configuration import ClusterConfig
+from data_streams.configuration import DataConfig
+from models.objectives.sampled_softmax import SampledSoftmax
+from models.sasrec import SASRec
+from trainer.configuration import PretrainConfig, TrainConfig
+
+
+def recipe() -> PretrainConfig:
+    return PretrainConfig(
+        data=DataConfig(max_length=200, tokens_per_step=8192),
+        model=SASRec.Config(width=64, num_blocks=2, num_heads=1, dropout=0.2),
+        objective=SampledSoftmax.Config(
+            num_negatives=1024, popularity_share=0.5, log_q=True, temperature=0.05
+        ),
+        train=TrainConfig(
+            epochs=40,
+            learning_rate=2e-3,
+            table_learning_rate=0.1,
+            validate_every_steps=400,
+            checkpoint_every_s=30.0,
+        ),
+        cluster=ClusterConfig(workers=1, cpus_per_worker=2),
+    )

@@ -1,0 +1,95 @@
+"""Beam search: the most likely items, exact when the beam is as wide as the catalogue."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from cluster.errors import ConfigError
+from models.decoding.distribution import NOTHING, CodeDistribution
+from models.decoding.ranking import best_cells
+from models.decoding.search import Decoded, PathSearch, Step, check_width, next_logits
+from models.decoding.space import PathSpace
+from models.generator import DecodeState, Generator
+
+PrefixScorer = Callable[[int, Tensor], Tensor]
+"""(depth, prefixes [B, C, depth]) -> scores [B, C]: a process reward model that is asked about prefixes."""
+
+
+class BeamSearch(PathSearch):
+    """Keeps the best prefixes of every depth; equal scores go to the smaller path.
+
+    With a guide, the best candidates by log-probability are scored by it, and its scores alone choose the beam and
+    order the result. Source: PROMISE (arXiv 2601.04674), section on inference.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        width: int = 50
+        """Prefixes kept per user and depth."""
+        over: Literal["all", "allowed"] = "all"
+        """What a level's probabilities sum to one over. `all` codes ranks items by the model's own probability;
+        over the `allowed` ones, an item gains from every sibling that does not exist or is forbidden."""
+        temperature: float = 1.0
+        """Divides the model's scores of every level."""
+        guided_candidates: int | None = None
+        """Prefixes per user and depth that a guide scores; None takes four times the width."""
+
+        def build(self) -> "BeamSearch":
+            return BeamSearch(self)
+
+    def __init__(self, config: Config, guide: PrefixScorer | None = None):
+        self.config, self.guide = config, guide
+        self.num_candidates = config.width
+        if guide is not None:
+            self.num_candidates = config.guided_candidates or 4 * config.width
+        if not 1 <= config.width <= self.num_candidates:
+            raise ConfigError(
+                f"a beam must be at least 1 wide and no wider than its {self.num_candidates} candidates, and it "
+                f"is {config.width}"
+            )
+
+    def distribution(self) -> CodeDistribution:
+        return CodeDistribution(temperature=self.config.temperature, over=self.config.over)
+
+    def check(self, model: Generator, space: PathSpace, k: int, num_users: int) -> None:
+        super().check(model, space, k, num_users)
+        check_width("the width of the beam", self.config.width, space)
+        if k > self.config.width:
+            raise ConfigError(
+                f"a beam of {self.config.width} cannot return {k} items; ask for fewer or widen it"
+            )
+
+    def search_from(
+        self, model: Generator, state: DecodeState, space: PathSpace, *, k: int, seeds: Tensor | None = None
+    ) -> Decoded:
+        beam = None
+        for level in range(len(space.code_sizes)):
+            logits, state = next_logits(model, state, level, beam, space)
+            beam = self._extend(beam or Step.root(state), level, logits, space)
+            if level + 1 < len(space.code_sizes):
+                beam = beam.in_node_order()
+        return beam.decoded(space, k)
+
+    def _extend(self, beam: Step, level: int, logits: Tensor, space: PathSpace) -> Step:
+        """The best prefixes that are one code longer, best first."""
+        candidates = space.candidates(level, beam.nodes)
+        totals = self.distribution().log_probabilities(logits, candidates) + beam.log_probs[..., None]
+        totals = totals.flatten(1)
+        num_kept = min(self.num_candidates, space.num_nodes(level + 1), totals.shape[1])
+        log_probs, cells = best_cells(totals, num_kept)
+        longer = Step(
+            nodes=candidates.nodes.flatten(1).gather(1, cells),
+            parents=cells // candidates.nodes.shape[-1],
+            log_probs=log_probs,
+            scores=log_probs,
+        )
+        return longer if self.guide is None else self._guided(longer, level + 1, space)
+
+    def _guided(self, candidates: Step, depth: int, space: PathSpace) -> Step:
+        scores = self.guide(depth, space.codes(depth, candidates.nodes)).float()
+        scores = scores.masked_fill(candidates.log_probs == NOTHING, NOTHING)
+        scores, cells = best_cells(scores, min(self.config.width, scores.shape[1]))
+        chosen = candidates.take(cells)
+        return Step(nodes=chosen.nodes, parents=chosen.parents, log_probs=chosen.log_probs, scores=scores)

@@ -1,0 +1,146 @@
+"""Causal attention without softmax over users of unequal length, as HSTU has it.
+
+Each cell of an event i and an earlier event j of the same user weighs SiLU(q_i . k_j + bias) / max_length, where
+the bias depends on how many events and how much time lie between the two. `pointwise_attention` is the one entry;
+it works on length buckets. `reference_pointwise_attention` computes user by user and is what the buckets are
+tested against. A jagged kernel for accelerators belongs in kernels/triton.
+
+Source: Zhai et al., Actions Speak Louder than Words (2024), with the division by the maximum length of its
+published code.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data_streams.jagged import Jagged
+from models.kernels.length_buckets import BucketLayout, pair_dtype, to_cells, to_tokens
+
+NUM_TIME_BUCKETS = 129
+NATS_PER_TIME_BUCKET = 0.301
+LATER = -1e4
+"""Score of a pair that must not be seen: SiLU and its derivative are exactly 0 there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairBias:
+    """What is added to a score because of the distance between two events.
+
+    Shapes: N the configured maximum length.
+    """
+
+    by_distance: Tensor | None
+    """[N], by the number of events between the two (0 for an event and itself)."""
+    by_time: Tensor | None
+    """[NUM_TIME_BUCKETS], by the logarithm of the time between the two."""
+
+
+def time_buckets(query_times_s: Tensor, key_times_s: Tensor) -> Tensor:
+    """floor(ln(max(1, |difference|)) / 0.301), at most 128. Shapes: seconds, broadcast -> int64."""
+    seconds = (query_times_s - key_times_s).abs().clamp(min=1).float()
+    return (seconds.log() / NATS_PER_TIME_BUCKET).long().clamp(max=NUM_TIME_BUCKETS - 1)
+
+
+def time_buckets_of_cells(times_s: Tensor, layout: BucketLayout) -> list[Tensor]:
+    """Time bucket of each pair, for all layers of a batch. Shapes: [T] -> [users, length, length] per bucket."""
+    return [
+        time_buckets(cells[:, :, None, 0], cells[:, None, :, 0])
+        for cells in to_cells(times_s[:, None], layout)
+    ]
+
+
+def pointwise_attention(
+    packed: Tensor,
+    attention_dim: int,
+    layout: BucketLayout,
+    *,
+    max_length: int,
+    bias: PairBias,
+    times: Sequence[Tensor] | None,
+) -> Tensor:
+    """Sum over the user's events up to each event, with weights that need not sum to one.
+
+    Queries, keys and values lie side by side, as one projection makes them, so that they are moved into buckets
+    together. `times` are the time buckets of `time_buckets_of_cells`, needed where the bias depends on time.
+
+    Shapes: packed [T, heads, A + A + V] with A = attention_dim -> [T, heads, V].
+    """
+    num_tokens, num_heads, _ = packed.shape
+    if num_tokens == 0:
+        return packed[..., 2 * attention_dim :] * packed[..., :1]
+    shared = _shared_bias(bias.by_distance, max(length for _, length in layout.buckets), packed)
+    blocks = []
+    for number, cells in enumerate(to_cells(packed, layout)):
+        users, length = layout.buckets[number]
+        parts = cells.transpose(1, 2).reshape(users * num_heads, length, -1)
+        pairs = shared[:length, :length]
+        if bias.by_time is not None:
+            pairs = (pairs + _TakeWeights.apply(bias.by_time, times[number])).repeat_interleave(num_heads, 0)
+        attended = _attend(parts, attention_dim, pairs)
+        blocks.append(attended.view(users, num_heads, length, -1).transpose(1, 2))
+    # Divided where there are fewest numbers.
+    return to_tokens(blocks, layout) * (1 / max_length)
+
+
+def _attend(parts: Tensor, attention_dim: int, bias: Tensor) -> Tensor:
+    """Shapes: parts [n, L, A + A + V], bias [L, L] or [n, L, L] -> [n, L, V]."""
+    dtype = pair_dtype(parts, parts.shape[1])
+    sizes = (attention_dim, attention_dim, parts.shape[-1] - 2 * attention_dim)
+    with torch.autocast(parts.device.type, enabled=False):
+        queries, keys, values = parts.to(dtype).split(sizes, -1)
+        pairs = bias.to(dtype).expand(parts.shape[0], -1, -1)
+        return torch.bmm(F.silu(torch.baddbmm(pairs, queries, keys.transpose(1, 2))), values)
+
+
+def _shared_bias(by_distance: Tensor | None, length: int, like: Tensor) -> Tensor:
+    """The bias that all users share, with later events shut out. Shapes: [N] -> [length, length] fp32."""
+    place = torch.arange(length, device=like.device)
+    distance = place[:, None] - place
+    later = torch.full((length, length), LATER, device=like.device).triu(1)
+    return later if by_distance is None else later + by_distance.float()[distance.clamp(min=0)].tril()
+
+
+class _TakeWeights(torch.autograd.Function):
+    """weights[index]; going back is one count with weights, where an index_add would take many times as long."""
+
+    @staticmethod
+    def forward(ctx, weights: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.num_weights = weights.shape[0]
+        return weights.float()[index]
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (index,) = ctx.saved_tensors
+        return index.flatten().bincount(gradient.flatten(), minlength=ctx.num_weights).to(gradient), None
+
+
+def reference_pointwise_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    sequences: Jagged,
+    *,
+    max_length: int,
+    bias: PairBias,
+    times_s: Tensor | None,
+) -> Tensor:
+    """The same, user by user and written out; `times_s` [T] are the times of the events."""
+    outputs = []
+    for start, stop in pairwise(sequences.offsets.tolist()):
+        q, k, v = (part[start:stop].transpose(0, 1) for part in (queries, keys, values))
+        place = torch.arange(stop - start)
+        scores_HTT = q @ k.transpose(1, 2)
+        if bias.by_distance is not None:
+            scores_HTT = scores_HTT + bias.by_distance[(place[:, None] - place).clamp(min=0)]
+        if bias.by_time is not None:
+            own = times_s[start:stop]
+            scores_HTT = scores_HTT + bias.by_time[time_buckets(own[:, None], own)]
+        visible = place[:, None] >= place
+        weights = F.silu(scores_HTT) / max_length * visible
+        outputs.append((weights @ v).transpose(0, 1))
+    return torch.cat(outputs)

@@ -1,0 +1,67 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from cluster.errors import ConfigError
+from sharding.lookup import rows_of_request
+from tests.process_group import run_on_processes
+from tests.training_cases import Case, make_model, prepare, train
+from trainer.activation_checkpointing import recompute_blocks
+from trainer.dense_module import DenseModule
+
+CASE = Case(dropout=0.3, steps=4)
+
+
+def step_of(case, *, recompute):
+    """Loss, gradients and bytes kept for the backward pass of one step on the dense part alone."""
+    model = make_model(case)
+    if recompute:
+        recompute_blocks(model)
+    prepared = prepare(case, model, 0, 0, 1)
+    torch.manual_seed(1)
+    table = torch.randn(len(prepared.merged.tables["item"]), 16).requires_grad_()
+    micro = prepared.micro_batches[0]
+    rows = rows_of_request(model.tables(), {"item": table}, micro.ids, prepared.merged.positions[0], {})
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = DenseModule(model, case.precision)(rows, micro.batch, micro.context, 1.0)
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return loss, {"table": table.grad, **gradients}, sum(kept.values())
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_recomputed_blocks_give_the_same_loss_and_gradients_and_keep_less(precision):
+    case = replace(CASE, precision=precision)
+    wanted_loss, wanted, much = step_of(case, recompute=False)
+    loss, gradients, little = step_of(case, recompute=True)
+    assert torch.equal(loss, wanted_loss)
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, wanted[name]), name
+    assert little < much / 2
+
+
+@pytest.mark.parametrize(("zero_stage", "dropout"), [(2, 0.3), (3, 0.3), (3, 0.0)])
+def test_training_is_the_same_to_the_last_bit_at_every_zero_stage(zero_stage, dropout):
+    case = replace(CASE, zero_stage=zero_stage, dropout=dropout, micro_batches=2)
+    plain = run_on_processes(train, 2, case)
+    recomputed = run_on_processes(train, 2, replace(case, activation_checkpointing=True))
+    for (losses, state), (wanted_losses, wanted) in zip(recomputed, plain, strict=True):
+        assert losses == wanted_losses
+        for (name, _, tensor), (_, _, expected) in zip(state, wanted, strict=True):
+            assert torch.equal(tensor, expected), name
+
+
+def test_a_model_without_blocks_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"needs a model with an nn\.ModuleList called blocks, and Linear has"
+    ):
+        recompute_blocks(nn.Linear(2, 2))
