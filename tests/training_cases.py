@@ -11,6 +11,8 @@ from torch import Tensor
 from cluster.process import Process
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
+from models.hstu import HSTU, TIME
+from models.item_sequence import ItemSequenceModel
 from models.objectives.full_softmax import FullSoftmax
 from models.objectives.gbce import GeneralisedBinaryCrossEntropy
 from models.objectives.in_batch_softmax import InBatchSoftmax
@@ -19,13 +21,14 @@ from models.recommender import StepContext
 from models.sasrec import SASRec
 from sharding.configuration import ShardingConfig
 from sharding.lookup import ItemFeatures
-from trainer.activation_checkpointing import recompute_blocks
+from trainer.blocks import recompute_blocks
 from trainer.configuration import TrainConfig
 from trainer.dense_module import DenseModule
 from trainer.learner import Learner
 from trainer.plain_engine import PlainEngine
 from trainer.step_input import StepInput, prepare_step, split_users
 
+MODELS = {"sasrec": SASRec.Config, "hstu": HSTU.Config}
 OBJECTIVES = {
     "sampled": SampledSoftmax.Config(num_negatives=16, log_q=True),
     "full": FullSoftmax.Config(temperature=0.2),
@@ -40,6 +43,7 @@ SEED = 5
 class Case:
     """What is varied between two trainings that must agree."""
 
+    model: str = "sasrec"
     objective: str = "sampled"
     zero_stage: int = 1
     micro_batches: int = 1
@@ -61,11 +65,11 @@ class Case:
         )
 
 
-def make_model(case: Case) -> SASRec:
+def make_model(case: Case) -> ItemSequenceModel:
     torch.manual_seed(SEED)
     counts = {"item_counts": np.arange(NUM_ITEMS)} if OBJECTIVES[case.objective].needs_item_counts else {}
     objective = OBJECTIVES[case.objective].build(num_items=NUM_ITEMS, **counts)
-    config = SASRec.Config(
+    config = MODELS[case.model](
         width=16,
         num_blocks=2,
         num_heads=2,
@@ -100,10 +104,11 @@ def make_batch(sequences: Sequence[Tensor], first_user: int = 0) -> SequenceBatc
         user_ids=torch.arange(first_user, first_user + len(sequences)),
         items=Jagged.from_lengths(torch.cat([s[:-1] for s in sequences] or [empty]), lengths),
         targets=torch.cat([s[1:] for s in sequences] or [empty]),
+        features={TIME: torch.cat([s[:-1].cumsum(0) * 1000 for s in sequences] or [empty])},
     )
 
 
-def prepare(case: Case, model: SASRec, step: int, rank: int, world_size: int) -> StepInput:
+def prepare(case: Case, model: ItemSequenceModel, step: int, rank: int, world_size: int) -> StepInput:
     """This rank's share of a step: streams are dealt out, c % world_size."""
     batches = [
         make_batch(list(chain.from_iterable(make_users(step)[r::world_size]))) for r in range(world_size)

@@ -16,7 +16,7 @@ from models.recommender import Recommender
 from models.tables import Lookup
 from sharding.lookup import ItemFeatures, make_lookup
 from sharding.tables import EmbeddingTables
-from trainer.activation_checkpointing import recompute_blocks
+from trainer.blocks import compile_blocks, recompute_blocks
 from trainer.configuration import PretrainConfig
 from trainer.dense_module import DenseModule, resolve_precision
 from trainer.search import RetrievalSearch, Search
@@ -61,7 +61,9 @@ class Assembly:
         )
 
     def module(self) -> DenseModule:
-        """What the engine wraps. Raises: ConfigError if the model has no blocks to recompute and is to do so."""
+        """What the engine wraps. Raises: ConfigError if an option asks for blocks and the model has none."""
+        if self.config.train.compile:
+            compile_blocks(self.model)
         if self.config.train.activation_checkpointing:
             recompute_blocks(self.model)
         return DenseModule(self.model, resolve_precision(self.config.train.precision, self.process.device))

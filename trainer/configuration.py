@@ -40,6 +40,8 @@ class TrainConfig:
     """Arithmetic of the dense part; auto takes bf16 where the machine computes it natively."""
     activation_checkpointing: bool = False
     """Compute the activations inside each block again in the backward pass instead of keeping them."""
+    compile: bool = False
+    """Compile the model's blocks with torch.compile. On the processors it was measured on, it does not pay."""
     validate_every_steps: int | None = None
     """Steps between validations; None validates after each epoch."""
     patience: int | None = None

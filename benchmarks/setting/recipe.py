@@ -62,7 +62,11 @@ def recipe_config(data: str, name: str = RECIPE) -> PretrainConfig:
 
 def start_recipe(process: Process, data: str, name: str = RECIPE) -> RunningRecipe:
     """A collective call."""
-    config = recipe_config(data, name)
+    return start(process, recipe_config(data, name))
+
+
+def start(process: Process, config: PretrainConfig) -> RunningRecipe:
+    """A collective call."""
     assembly = assemble(config, process)
     learner, _ = make_learner(assembly)
     return RunningRecipe(

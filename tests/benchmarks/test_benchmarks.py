@@ -14,7 +14,7 @@ PROMISED = {"name", "ours", "peer", "ratio", "unit", "command", "cpu_seconds", "
 
 def test_every_benchmark_writes_its_comparison(tmp_path, capsys):
     names = set(plugin_files("benchmarks"))
-    assert names == {"build", "tokenizers", "stream", "sparse", "step", "checkpoint"}
+    assert names >= {"build", "checkpoint", "growth", "long-sequences", "sparse", "step", "stream", "workers"}
     assert main(["--scale", "small", "--results", str(tmp_path)]) == 0
     assert {path.stem for path in tmp_path.glob("*.json")} == names
     for name in names:

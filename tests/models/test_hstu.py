@@ -28,9 +28,7 @@ def make_model(**options):
 def make_users(lengths=(1, 12, 5, 5, 7, 2)):
     generator = torch.Generator().manual_seed(4)
     sequences = [torch.randint(NUM_ITEMS, (length + 1,), generator=generator) for length in lengths]
-    batch = make_batch(sequences)
-    times_s = torch.randint(10**6, (batch.num_tokens,), generator=generator).sort().values
-    return replace(batch, features={TIME: times_s})
+    return make_batch(sequences)
 
 
 def make_table():

@@ -39,6 +39,12 @@ def test_sharded_training_equals_the_unsharded_reference(objective, world_size):
     assert_same_training(case, world_size, against=case)
 
 
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_hstu_on_two_ranks_equals_the_unsharded_reference(zero_stage):
+    case = Case(model="hstu", objective="full", zero_stage=zero_stage)
+    assert_same_training(case, 2, against=case)
+
+
 def test_three_ranks_with_item_features_equal_the_unsharded_reference():
     case = Case(item_features=True, placement="table_wise")
     assert_same_training(case, 3, against=case)

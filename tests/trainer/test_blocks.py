@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -8,17 +9,19 @@ from cluster.errors import ConfigError
 from sharding.lookup import rows_of_request
 from tests.process_group import run_on_processes
 from tests.training_cases import Case, make_model, prepare, train
-from trainer.activation_checkpointing import recompute_blocks
+from trainer.blocks import compile_blocks, recompute_blocks
 from trainer.dense_module import DenseModule
 
 CASE = Case(dropout=0.3, steps=4)
 
 
-def step_of(case, *, recompute):
+def step_of(case, *, recompute=False, compiled=False):
     """Loss, gradients and bytes kept for the backward pass of one step on the dense part alone."""
     model = make_model(case)
     if recompute:
         recompute_blocks(model)
+    if compiled:
+        compile_blocks(model)
     prepared = prepare(case, model, 0, 0, 1)
     torch.manual_seed(1)
     table = torch.randn(len(prepared.merged.tables["item"]), 16).requires_grad_()
@@ -47,6 +50,16 @@ def test_recomputed_blocks_give_the_same_loss_and_gradients_and_keep_less(precis
     for name, gradient in gradients.items():
         assert torch.equal(gradient, wanted[name]), name
     assert little < much / 2
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a processor")
+def test_compiled_blocks_give_the_same_loss_and_gradients():
+    case = Case(model="hstu")
+    wanted_loss, wanted, _ = step_of(case)
+    loss, gradients, _ = step_of(case, compiled=True)
+    torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-3, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize(("zero_stage", "dropout"), [(2, 0.3), (3, 0.3), (3, 0.0)])

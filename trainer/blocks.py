@@ -1,4 +1,4 @@
-"""Trading time for memory: activations inside a model's blocks are dropped and computed again in backward."""
+"""What a run may do to the repeated blocks of a model: compile them, or recompute their activations in backward."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,12 +13,30 @@ from cluster.errors import ConfigError
 BLOCKS = "blocks"
 
 
+def compile_blocks(model: nn.Module) -> None:
+    """Let torch.compile fuse what the blocks compute; on a processor this needs a C++ compiler.
+
+    Cost: half a minute and more in the first steps.
+    Raises: ConfigError if there are no blocks.
+    """
+    for block in _blocks(model, "train.compile"):
+        # Jagged batches bring a new number of events at every step.
+        block.forward = torch.compile(block.forward, dynamic=True)
+
+
 def recompute_blocks(model: nn.Module) -> None:
-    """Keep only the inputs of every module in the lists that a model, or a part of it, calls `blocks`.
+    """Keep only the inputs of blocks in the forward pass, and compute what lies between again in the backward pass.
 
     Cost: one more forward pass of the blocks per step.
-    Raises: ConfigError if there is no such list.
+    Raises: ConfigError if there are no blocks.
     """
+    for block in _blocks(model, "train.activation-checkpointing"):
+        # On the instance, so that names of parameters and the hooks of ZeRO-3 stay as they are.
+        block.forward = partial(_recomputed, block.forward)
+
+
+def _blocks(model: nn.Module, option: str) -> list[nn.Module]:
+    """All modules in the lists that a model, or a part of it, calls `blocks`."""
     blocks = [
         block
         for owner in model.modules()
@@ -27,12 +45,10 @@ def recompute_blocks(model: nn.Module) -> None:
     ]
     if not blocks:
         raise ConfigError(
-            f"train.activation-checkpointing needs a model with an nn.ModuleList called {BLOCKS}, and "
-            f"{type(model).__name__} has none; leave the option out"
+            f"{option} needs a model with an nn.ModuleList called {BLOCKS}, and {type(model).__name__} has none; "
+            "leave the option out"
         )
-    for block in blocks:
-        # On the instance, so that names of parameters and the hooks of ZeRO-3 stay as they are.
-        block.forward = partial(_recomputed, block.forward)
+    return blocks
 
 
 def _recomputed(forward: Callable, *arguments: Any, **options: Any) -> Any:

@@ -1,0 +1,28 @@
+"""Compare semantic ID tables, one column each: grail tokenize report DIR DIR ... [--out FILE.png]"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cluster.storage import Storage
+from launch.options import parse
+from launch.semantic_id_tables import show_reports
+
+
+def run(arguments: list[str]) -> int:
+    import tyro
+
+    from data_streams.semantic_id_report import SemanticIdReport
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        tables: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR ...")]
+        """Folders of tables."""
+        out: str | None = None
+        """Picture (.png) to draw them into."""
+
+    options = parse(Options, arguments, program="grail tokenize report")
+    reports = [SemanticIdReport.load(Storage(path)) for path in options.tables]
+    path = Path(options.out) if options.out else None
+    show_reports(reports, Storage(path.parent) if path else None, path.name if path else "")
+    return 0
