@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.layers.linear import ALIGNMENT_ROWS, matmul_dtype
+from models.layers.linear import ALIGNMENT_ROWS, align_rows, matmul_dtype
 
 BLOCK_CELLS = {"cpu": 2**20, "cuda": 2**26}
 """Scores computed at a time: what stays in the caches of a processor, what keeps an accelerator busy."""
@@ -54,16 +54,18 @@ def cross_entropy_with_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Summed loss, its gradient by the queries [T, D] and by the candidates [C, D], all fp32."""
     dtype = matmul_dtype(queries)
-    rows, columns = queries.to(dtype), candidates.to(dtype)
+    rows, columns = align_rows(queries.to(dtype)), candidates.to(dtype)
     columns_first = columns.T.contiguous()
     total = queries.new_zeros((), dtype=torch.float32)
     to_queries = torch.empty(queries.shape, device=queries.device)
     to_candidates = torch.zeros(candidates.shape, device=queries.device)
-    for start in range(0, len(rows), step := block_rows(queries, candidates.shape[0])):
+    for start in range(0, len(targets), step := block_rows(queries, candidates.shape[0])):
         block, wanted = rows[start : start + step], targets[start : start + step, None]
+        count = len(wanted)
         shares = (block @ columns_first).softmax(-1)
-        total -= shares.gather(1, wanted).float().clamp(min=SMALLEST_SHARE).log().sum()
-        to_queries[start : start + step] = shares @ columns
+        total -= shares[:count].gather(1, wanted).float().clamp(min=SMALLEST_SHARE).log().sum()
+        to_queries[start : start + step] = (shares @ columns)[:count]
+        # Rows that only align the block are zero and add nothing.
         to_candidates += shares.T @ block
     to_queries -= candidates.index_select(0, targets)
     to_candidates.index_add_(0, targets, queries.float(), alpha=-1)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from models.kernels.cross_entropy import SMALLEST_SHARE, block_rows
-from models.layers.linear import ALIGNMENT_ROWS, matmul_dtype
+from models.layers.linear import ALIGNMENT_ROWS, align_rows, matmul_dtype
 
 
 def shared_negative_softmax(
@@ -55,7 +55,7 @@ class _SharedNegativeSoftmax(torch.autograd.Function):
         ctx, queries: Tensor, negatives: Tensor, positive: Tensor, excluded: Tensor, bias: Tensor
     ) -> Tensor:
         dtype = matmul_dtype(queries)
-        rows, num_negatives = queries.to(dtype), len(negatives)
+        rows, num_negatives = align_rows(queries.to(dtype)), len(negatives)
         # Two columns beside the negatives are needed; an aligned number of them keeps the product quick.
         width = (num_negatives + 1) // ALIGNMENT_ROWS * ALIGNMENT_ROWS + ALIGNMENT_ROWS
         columns = torch.nn.functional.pad(negatives, (0, 0, 0, width - num_negatives)).to(dtype)
@@ -67,17 +67,19 @@ class _SharedNegativeSoftmax(torch.autograd.Function):
         to_positive = torch.empty_like(positive)
         step = block_rows(queries, width)
         cells = torch.arange(step, device=queries.device) * width
-        for start in range(0, len(rows), step):
+        for start in range(0, len(queries), step):
             block, here = rows[start : start + step], slice(start, start + step)
+            count = len(positive[here])
             scores = torch.addmm(shut, block, columns_first)
-            scores[:, num_negatives] = positive[here]
+            scores[:count, num_negatives] = positive[here]
             # scatter_ would copy all scores first.
-            scores.view(-1).index_fill_(0, cells[: len(block)] + excluded[here], float("-inf"))
+            scores.view(-1).index_fill_(0, cells[:count] + excluded[here], float("-inf"))
             shares = scores.softmax(-1)
-            own = shares[:, num_negatives].float()
+            own = shares[:count, num_negatives].float()
             total -= own.clamp(min=SMALLEST_SHARE).log().sum()
             to_positive[here] = own - 1
-            to_queries[here] = shares @ columns
+            to_queries[here] = (shares @ columns)[:count]
+            # Rows that only align the block are zero and add nothing.
             to_columns += shares.T @ block
         ctx.save_for_backward(to_queries, to_columns[:num_negatives], to_positive)
         return total
