@@ -102,7 +102,8 @@ def _write(folder: Path, result: dict[str, Any]) -> None:
 def _table(results: list[dict[str, Any]], scale: Scale) -> Table:
     title = "Ours against stock libraries" + (", at a size that means nothing" if scale == "small" else "")
     table = Table(title=title)
-    for column in ("benchmark", "ours", "peer", "ratio", "processor time", "bars"):
+    table.add_column("benchmark", min_width=max(len(result["name"]) for result in results))
+    for column in ("ours", "peer", "ratio", "processor time", "bars"):
         table.add_column(column)
     for result in results:
         cpu = result["cpu_seconds"]

@@ -72,12 +72,13 @@ def pointwise_attention(
     num_tokens, num_heads, _ = packed.shape
     if num_tokens == 0:
         return packed[..., 2 * attention_dim :] * packed[..., :1]
-    shared = _shared_bias(bias.by_distance, max(length for _, length in layout.buckets), packed)
+    lengths = [length for _, length in layout.buckets]
+    shared = _Corners.apply(_shared_bias(bias.by_distance, max(lengths), packed), *lengths)
     blocks = []
     for number, cells in enumerate(to_cells(packed, layout)):
         users, length = layout.buckets[number]
         parts = cells.transpose(1, 2).reshape(users * num_heads, length, -1)
-        pairs = shared[:length, :length]
+        pairs = shared[number]
         if bias.by_time is not None:
             pairs = (pairs + _TakeWeights.apply(bias.by_time, times[number])).repeat_interleave(num_heads, 0)
         attended = _attend(parts, attention_dim, pairs)
@@ -102,6 +103,23 @@ def _shared_bias(by_distance: Tensor | None, length: int, like: Tensor) -> Tenso
     distance = place[:, None] - place
     later = torch.full((length, length), LATER, device=like.device).triu(1)
     return later if by_distance is None else later + by_distance.float()[distance.clamp(min=0)].tril()
+
+
+class _Corners(torch.autograd.Function):
+    """The upper left corner of a matrix at several sizes; their gradients are added up in one buffer."""
+
+    @staticmethod
+    def forward(ctx, matrix: Tensor, *sizes: int) -> tuple[Tensor, ...]:
+        ctx.sizes = sizes
+        return tuple(matrix[:size, :size].clone() for size in sizes)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):
+        longest = max(ctx.sizes)
+        total = gradients[0].new_zeros(longest, longest)
+        for size, gradient in zip(ctx.sizes, gradients, strict=True):
+            total[:size, :size] += gradient
+        return total, *(None for _ in ctx.sizes)
 
 
 class _TakeWeights(torch.autograd.Function):
