@@ -71,7 +71,9 @@ def pointwise_attention(
     """
     num_tokens, num_heads, _ = packed.shape
     if num_tokens == 0:
-        return packed[..., 2 * attention_dim :] * packed[..., :1]
+        # The biases too must have a gradient, or ranks would exchange gradients of unequal size.
+        weights = [part for part in (bias.by_distance, bias.by_time) if part is not None]
+        return packed[..., 2 * attention_dim :] * packed[..., :1] + sum(part.sum() * 0 for part in weights)
     lengths = [length for _, length in layout.buckets]
     shared = _Corners.apply(_shared_bias(bias.by_distance, max(lengths), packed), *lengths)
     blocks = []

@@ -128,4 +128,5 @@ def test_a_step_of_no_users_has_no_loss_but_a_gradient_path():
     loss = model(rows, batch, StepContext(step=0))
     loss.sum.backward()
     assert loss.count == 0 and loss.sum.item() == 0
-    assert model.blocks[0].projection.weight.grad is not None
+    # DeepSpeed exchanges the gradients that are there: a rank without users must have as many as the others.
+    assert all(parameter.grad is not None for parameter in model.parameters())
