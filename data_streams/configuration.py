@@ -8,6 +8,8 @@ from typing import Literal
 class DataConfig:
     path: str = ""
     """Folder or address of the shards (`grail data build` makes them)."""
+    semantic_ids: str = ""
+    """Folder of the table of semantic IDs (`grail tokenize` makes it), for models that generate them."""
     max_length: int = 50
     """Most history events of a user a model sees; older ones are cut off, counted and logged."""
     tokens_per_step: int = 1024

@@ -10,7 +10,7 @@ from launch.options import parse, split_name
 from launch.run_directory import CHECKPOINTS, absolute, load_config, parse_checkpoint
 from trainer.configuration import PretrainConfig
 
-SECTIONS = ("data", "evaluation", "cluster")
+SECTIONS = ("data", "evaluation", "search", "cluster")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class DataOptions:
 def parse_served(command: str, arguments: list[str], form: type) -> tuple[PretrainConfig, Any]:
     """The configuration of the run named first, with its sections overridden, and the command's own options.
 
-    `form` is a dataclass of options; its fields `data`, `evaluation` and `cluster`, where it has them, start
+    `form` is a dataclass of options; its fields `data`, `evaluation`, `search` and `cluster`, where it has them, start
     from the run's.
 
     Raises: ConfigError if no run is named; CheckpointError if there is none at that place.

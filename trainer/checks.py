@@ -18,9 +18,9 @@ def check(config: PretrainConfig) -> None:
             f"data.num-streams must be at least cluster.workers ({config.cluster.workers}), got "
             f"{config.data.num_streams}; it is a property of the run, so choose it for the largest cluster"
         )
-    for name in ("model", "objective"):
-        if getattr(config, name) is None:
-            raise ConfigError(f"{name} must be set by the recipe, and recipe '{config.recipe}' leaves it out")
+    if config.model is None:
+        raise ConfigError(f"model must be set by the recipe, and recipe '{config.recipe}' leaves it out")
+    _check_parts_of_model(config)
     missing = [name for name in getattr(config.model, "event_columns", ()) if name not in config.data.columns]
     if missing:
         raise ConfigError(
@@ -32,10 +32,26 @@ def check(config: PretrainConfig) -> None:
         raise ConfigError(f"train.ema-decay must lie in 0..1, below 1, or be None; got {decay}")
 
 
+def _check_parts_of_model(config: PretrainConfig) -> None:
+    """The objective and the semantic IDs must be those of the kind of model."""
+    generates = getattr(config.model, "needs_semantic_ids", False)
+    name = type(config.model).__qualname__.split(".")[0]
+    if generates and not config.data.semantic_ids:
+        raise ConfigError(
+            f"{name} generates semantic IDs and needs --data.semantic-ids, the folder of their table; make one with "
+            "grail tokenize"
+        )
+    if generates and config.objective is not None:
+        raise ConfigError(f"{name} has a loss of its own; leave --objective out")
+    if not generates and config.objective is None:
+        raise ConfigError(f"objective must be set by the recipe, and recipe '{config.recipe}' leaves it out")
+
+
 def _at_least_one(config: PretrainConfig) -> None:
     for section, names in (
         ("train", ("epochs", "micro_batches", "keep_last", "validate_every_steps", "checkpoint_every_steps")),
         ("cluster", ("workers",)),
+        ("search", ("width", "validation_width")),
         ("log", ("every_steps",)),
     ):
         for name in names:

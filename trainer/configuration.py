@@ -71,6 +71,21 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """How a model that generates semantic IDs is asked for items; retrieval models are searched exactly."""
+
+    width: int = 50
+    """Prefixes the beam search keeps per user and depth."""
+    validation_width: int = 20
+    """The same while training."""
+    space: Literal["catalogue", "free"] = "catalogue"
+    """Walk only through paths of existing items that are not filtered, or through all paths of codes, of which
+    those of no item are then counted (hallucination rate) and left out of the lists."""
+    over: Literal["all", "allowed"] = "all"
+    """What a level's probabilities sum to one over: all codes, or those the search may take."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogConfig:
     wandb: Literal["off", "offline", "online"] = "off"
     """Report to Weights & Biases."""
@@ -98,9 +113,10 @@ class PretrainConfig:
     model: Any = None
     """Config of the model; its type chooses the model."""
     objective: Any = None
-    """Config of the training objective; its type chooses the objective."""
+    """Config of the training objective; its type chooses the objective. None for a model with a loss of its own."""
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     log: LogConfig = field(default_factory=LogConfig)

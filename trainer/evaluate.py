@@ -71,13 +71,15 @@ def evaluate(
     Raises: DataError when there are no users, or one was evaluated twice.
     """
     longest = max(config.cutoffs)
-    users, ranks, lists = _rank_users(search, batches, empty_batch, config, k=longest)
+    ranked = _rank_users(search, batches, empty_batch, config, k=longest)
     outcome = None
-    if users is not None:
-        per_user = _rank_metrics(ranks, config.cutoffs) | _list_metrics(lists, config.cutoffs, items)
+    if ranked is not None:
+        lists = ranked.lists
+        per_user = _rank_metrics(ranked.ranks, config.cutoffs) | _list_metrics(lists, config.cutoffs, items)
+        per_user |= ranked.measures
         coverage = {f"coverage@{k}": coverage_at(lists, k, search.num_items) for k in config.cutoffs}
         outcome = {
-            "num_users": len(users),
+            "num_users": len(ranked.ranks),
             "metrics": _means(per_user) | coverage,
             "intervals": bootstrap_intervals(per_user, resamples=config.bootstrap_resamples, seed=seed)
             if config.bootstrap_resamples
@@ -92,8 +94,8 @@ def validation_metrics(
     search: Search, batches: Iterable[SequenceBatch], *, empty_batch: SequenceBatch, config: EvaluationConfig
 ) -> dict[str, float]:
     """recall@k, ndcg@k and mrr alone, as needed while training. A collective call, equal on every rank."""
-    users, ranks, _ = _rank_users(search, batches, empty_batch, config, k=0)
-    means = None if users is None else _means(_rank_metrics(ranks, config.cutoffs))
+    ranked = _rank_users(search, batches, empty_batch, config, k=0)
+    means = None if ranked is None else _means(_rank_metrics(ranked.ranks, config.cutoffs))
     return broadcast_json(means, search.process)
 
 
@@ -146,41 +148,51 @@ def render(results: Mapping[str, EvaluationResult]) -> Table:
     return table
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Ranked:
+    """All users in ascending order of their rows. Shapes: U users, k slots."""
+
+    ranks: np.ndarray
+    """[U]."""
+    lists: np.ndarray
+    """[U, k]."""
+    measures: Mapping[str, np.ndarray]
+    """[U] each."""
+
+
 def _rank_users(
     search: Search,
     batches: Iterable[SequenceBatch],
     empty_batch: SequenceBatch,
     config: EvaluationConfig,
     k: int,
-) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
-    """User rows in ascending order, ranks and lists of all users on rank 0; None on the other ranks."""
-    users, ranks, lists = [], [], []
+) -> _Ranked | None:
+    """Ranks, lists and measures of all users on rank 0; None on the other ranks."""
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    names: list[str] = []
     for batch in _in_step(batches, empty_batch, search.process):
         found = search.find(batch, k=k, rank_held_out=True, filter_seen=config.filter_seen)
-        users.append(batch.user_ids)
-        ranks.append(found.ranks)
-        lists.append(found.items if k else found.ranks.new_zeros(batch.num_users, 0, dtype=torch.int64))
-    counts = [count for (count,) in exchange_integers([sum(len(part) for part in users)], search.process)]
+        names = list(found.measures)
+        numbers = torch.stack((found.ranks, *found.measures.values()), dim=1)
+        nothing = found.ranks.new_zeros(batch.num_users, 0, dtype=torch.int64)
+        parts.append((batch.user_ids, numbers, found.items if k else nothing))
+    counts = [count for (count,) in exchange_integers([sum(len(part[0]) for part in parts)], search.process)]
     if not sum(counts):
         raise DataError(
             "evaluation needs users with a held-out item, and there are none; build the shards from more "
             "events or with another split"
         )
-    own = [
-        torch.cat(parts).cpu() if parts else empty
-        for parts, empty in zip((users, ranks, lists), _nobody(k), strict=True)
+    gathered = [
+        gather_on_first(torch.cat(values).cpu(), counts, search.process)
+        for values in zip(*parts, strict=True)
     ]
-    gathered = [gather_on_first(values, counts, search.process) for values in own]
     _check_each_once(gathered[0], search.process)
     if gathered[0] is None:
-        return None, None, None
+        return None
     order = gathered[0].argsort()
-    users, ranks, lists = (values[order].numpy() for values in gathered)
-    return users, ranks, lists
-
-
-def _nobody(k: int) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0, k, dtype=torch.int64)
+    numbers, lists = (values[order].numpy() for values in gathered[1:])
+    measures = {name: numbers[:, column] for column, name in enumerate(names, start=1)}
+    return _Ranked(ranks=numbers[:, 0], lists=lists, measures=measures)
 
 
 def _check_each_once(users: Tensor | None, process: Process | None) -> None:

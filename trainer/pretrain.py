@@ -137,7 +137,7 @@ def _validate(job: Job) -> bool:
     users = job.assembly.users("valid")
     with averaged(job.engine):
         metrics = validation_metrics(
-            job.assembly.search(job.learner.module.precision),
+            job.assembly.search(job.learner.module.precision, width=job.config.search.validation_width),
             users.batches(),
             empty_batch=users.empty_batch(),
             config=job.config.evaluation,

@@ -48,7 +48,7 @@ def fingerprint(assembly: Assembly, engine) -> dict[str, Any]:
     """From the model alone, not from what lies on this rank: a rank that holds no row of a table names it too."""
     shapes = {f"dense/{name}": shape for name, shape in engine.dense_shapes().items()}
     shapes |= {f"table/{spec.name}": (kept_rows(spec), spec.dim) for spec in assembly.model.tables()}
-    return model_fingerprint(shapes, describe_model(assembly.config, assembly.items))
+    return model_fingerprint(shapes, describe_model(assembly))
 
 
 def save_progress(
@@ -95,7 +95,12 @@ def restore_progress(reader: CheckpointReader, assembly: Assembly, engine) -> Pr
 
 
 def load_weights(reader: CheckpointReader, assembly: Assembly) -> None:
-    """Tables and dense weights for evaluation and serving, without an engine."""
+    """Tables and dense weights for evaluation and serving, without an engine.
+
+    Raises: CheckpointError where the model was trained with other semantic IDs.
+    """
+    if assembly.semantic_ids is not None:
+        assembly.semantic_ids.require(reader.shared_state["fingerprint"]["model"]["semantic_ids"])
     _load_dense(reader, assembly)
     for piece in assembly.tables.pieces():
         reader.read_into(piece.name, piece.start, piece.tensor)

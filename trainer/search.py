@@ -66,7 +66,7 @@ class RetrievalSearch(Search):
 
     def find(self, batch: SequenceBatch, *, k: int, rank_held_out: bool, filter_seen: bool) -> Found:
         device = self.index.device
-        exclude = _seen(batch).to(device) if filter_seen else None
+        exclude = seen_items(batch).to(device) if filter_seen else None
         targets = batch.held_out.to(device) if rank_held_out else None
         return self.index.find(self._queries(batch), exclude, k=k, targets=targets)
 
@@ -96,7 +96,7 @@ class ScorerSearch(Search):
 
     def find(self, batch: SequenceBatch, *, k: int, rank_held_out: bool, filter_seen: bool) -> Found:
         scores = self.scorer(batch).float()
-        exclude = _seen(batch) if filter_seen else None
+        exclude = seen_items(batch) if filter_seen else None
         ranks = rank_in_scores(scores, batch.held_out, exclude) if rank_held_out else None
         if exclude is not None:
             scores = scores.index_put((exclude.row_index(), exclude.values), torch.tensor(float("-inf")))
@@ -108,7 +108,8 @@ class ScorerSearch(Search):
         return scores.masked_fill(candidates < 0, float("-inf"))
 
 
-def _seen(batch: SequenceBatch) -> Jagged:
+def seen_items(batch: SequenceBatch) -> Jagged:
+    """Each user's whole known past. Raises: DataError where the batch does not hold it."""
     if batch.seen is None:
         raise DataError(
             "leaving out seen items needs batches that hold each user's whole known past (`seen`), and this "

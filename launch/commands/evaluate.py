@@ -9,7 +9,7 @@ from cluster.storage import Storage
 from launch.progress import start_console
 from launch.run_directory import EVALUATION
 from launch.served_run import DataOptions, find_step, parse_served
-from trainer.configuration import EvaluationConfig, PretrainConfig
+from trainer.configuration import EvaluationConfig, PretrainConfig, SearchConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,7 @@ class EvaluateOptions:
     "known."""
     data: DataOptions = field(default_factory=DataOptions)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 

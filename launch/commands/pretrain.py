@@ -39,7 +39,12 @@ def parse_config(name: str, options: list[str]) -> PretrainConfig:
         config,
         run_dir=absolute(run_dir),
         init_from=config.init_from and absolute(config.init_from),
-        data=dataclasses.replace(config.data, path=absolute(config.data.path), columns=_columns(config)),
+        data=dataclasses.replace(
+            config.data,
+            path=absolute(config.data.path),
+            semantic_ids=absolute(config.data.semantic_ids),
+            columns=_columns(config),
+        ),
     )
 
 

@@ -9,7 +9,7 @@ from cluster.configuration import ClusterConfig
 from cluster.errors import ConfigError
 from launch.progress import start_console
 from launch.served_run import DataOptions, find_step, parse_served
-from trainer.configuration import EvaluationConfig, PretrainConfig
+from trainer.configuration import EvaluationConfig, PretrainConfig, SearchConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,7 @@ class RecommendOptions:
     """latest, best or the number of a step."""
     data: DataOptions = field(default_factory=DataOptions)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
