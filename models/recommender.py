@@ -82,6 +82,10 @@ class Recommender(nn.Module, ABC):
         """What of a batch is trained on, chosen on the host ahead of the step; all of it unless a model says less."""
         return batch
 
+    def num_targets(self, batch: SequenceBatch) -> int:
+        """Supervised targets of a training batch, the count of its loss; known on the host, ahead of the step."""
+        return batch.num_tokens
+
     @abstractmethod
     def ids(self, batch: SequenceBatch, context: StepContext) -> Ids:
         """Everything a training step looks up, per feature; computed on the host, ahead of the step."""

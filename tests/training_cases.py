@@ -117,8 +117,8 @@ def prepare(case: Case, model: ItemSequenceModel, step: int, rank: int, world_si
     prepared = prepare_step(
         model, batches[rank], context, case.micro_batches, make_features(case), torch.device("cpu")
     )
-    parts = [split_users(batch, case.micro_batches) for batch in batches]
-    return prepared.with_counts([[p[i].num_tokens for p in parts] for i in range(case.micro_batches)])
+    parts = [split_users(model.training_batch(batch, context), case.micro_batches) for batch in batches]
+    return prepared.with_counts([[model.num_targets(p[i]) for p in parts] for i in range(case.micro_batches)])
 
 
 def make_learner(case: Case, process: Process | None) -> Learner:
