@@ -84,13 +84,15 @@ class SequenceBatch:
     held_out: Tensor | None = None
     """[B] int64, the item to be ranked."""
     features: Mapping[str, Tensor] = field(default_factory=dict)
-    """[T] each: event columns of `items` (timestamp_s, action, page_id, position, play_time_s, ...)."""
+    """[T] or [T, n] each: event columns of `items` (timestamp_s, action, page_id, position, play_time_s, ...)."""
     target_features: Mapping[str, Tensor] = field(default_factory=dict)
     """[T] each: the same columns of `targets`."""
     seen: Jagged | None = None
     """[S] int64, every item of the user's known past, also what lies beyond the maximum length."""
     pages: Pages | None = None
     """Where pages are asked for: in training those of the users' spans, in evaluation the one of `held_out`."""
+    supervision: Mapping[str, Jagged] = field(default_factory=dict)
+    """Further rows per user that the model's `training_batch` has made, of what to learn where."""
     position: Mapping[str, object] | None = None
     """Where the stream stands once this batch has been trained on (plain JSON values)."""
 
@@ -114,6 +116,7 @@ class SequenceBatch:
             target_features={name: move(value) for name, value in self.target_features.items()},
             seen=None if self.seen is None else self.seen.to(device),
             pages=None if self.pages is None else self.pages.to(device),
+            supervision={name: rows.to(device) for name, rows in self.supervision.items()},
         )
 
     def select(self, start: int, stop: int) -> "SequenceBatch":
@@ -130,6 +133,7 @@ class SequenceBatch:
             target_features={name: value[first:last] for name, value in self.target_features.items()},
             seen=None if self.seen is None else _select_rows(self.seen, start, stop),
             pages=None if self.pages is None else self.pages.select(start, stop),
+            supervision={name: _select_rows(rows, start, stop) for name, rows in self.supervision.items()},
         )
 
 

@@ -47,6 +47,11 @@ class Jagged:
         rows = torch.arange(self.num_rows, device=self.offsets.device)
         return torch.repeat_interleave(rows, self.lengths, output_size=self.values.shape[0])
 
+    def places(self) -> Tensor:
+        """Place of each value in its row, from 0. Shapes: [T] int64."""
+        place = torch.arange(self.values.shape[0], device=self.offsets.device)
+        return place - self.offsets[self.row_index()]
+
     def to(self, device: torch.device) -> "Jagged":
         return replace(
             self,
