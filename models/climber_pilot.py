@@ -54,7 +54,6 @@ from models.tables import Ids, Rows
 
 class ClimberPilot(ItemSequenceModel):
     added_parameters = ("condition_tokens.",)
-    """Weights that a run this one starts from may lack."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(SASRec.Config):

@@ -74,6 +74,9 @@ class Recommender(nn.Module, ABC):
     uses_item_features: bool = False
     """Whether looked-up rows come with the frozen feature vectors of their items."""
 
+    added_parameters: tuple[str, ...] = ()
+    """Beginnings of names of weights that a run this one starts from (--init-from) may lack."""
+
     @abstractmethod
     def tables(self) -> list[TableSpec]:
         """The huge tables this model reads."""

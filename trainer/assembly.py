@@ -10,6 +10,7 @@ import torch.distributed as dist
 from cluster.errors import ConfigError
 from cluster.process import Process
 from cluster.seeds import purpose_seed
+from data_streams.item_conditions import ItemConditions
 from data_streams.item_table import ItemTable
 from data_streams.stream import EvaluationStream
 from models.recommender import Recommender
@@ -17,6 +18,7 @@ from models.tables import Lookup
 from sharding.lookup import ItemFeatures, make_lookup
 from sharding.tables import EmbeddingTables
 from trainer.blocks import compile_blocks, recompute_blocks
+from trainer.conditions import conditional_search, load_conditions, model_conditions
 from trainer.configuration import PretrainConfig
 from trainer.dense_module import DenseModule, resolve_precision
 from trainer.search import RetrievalSearch, Search
@@ -41,14 +43,23 @@ class Assembly:
 
     def search(self, precision: torch.dtype = torch.float32) -> Search:
         """Search with the weights as they are now; a collective call."""
-        return RetrievalSearch.build(
+        search = RetrievalSearch.build(
             self.model,
             self.lookup(),
             num_items=self.items.num_items,
             device=self.process.device,
             process=self.process,
             precision=precision,
+            approximate=self.config.evaluation.index == "hnsw",
         )
+        conditions = self.conditions()
+        return (
+            search if conditions is None else conditional_search(search, conditions, self.config.evaluation)
+        )
+
+    def conditions(self) -> ItemConditions | None:
+        """What evaluation and serving ask items to meet."""
+        return load_conditions(self.config)
 
     def users(self, split: Literal["valid", "test", "serve"]) -> EvaluationStream:
         """This rank's share of the users of a split."""
@@ -76,6 +87,7 @@ def assemble(config: PretrainConfig, process: Process, items: ItemTable | None =
     items = items or ItemTable.load(config.data.path)
     features = load_item_features(config, items)
     torch.manual_seed(purpose_seed(config.seed, "initial weights"))
+    conditions = model_conditions(config)
     counts = {"item_counts": items.train_counts} if config.objective.needs_item_counts else {}
     objective = config.objective.build(num_items=items.num_items, **counts)
     model = config.model.build(
@@ -83,6 +95,7 @@ def assemble(config: PretrainConfig, process: Process, items: ItemTable | None =
         max_length=config.data.max_length,
         item_feature_dim=features.dim if features else 0,
         objective=objective,
+        **conditions,
     ).to(process.device)
     tables = ShardedTables(
         model.tables(),

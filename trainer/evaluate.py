@@ -25,6 +25,7 @@ from trainer.metrics import (
     novelty_at,
     recall_at,
     reciprocal_rank,
+    share_met_at,
     unit_vectors,
 )
 from trainer.search import Search
@@ -71,13 +72,17 @@ def evaluate(
     Raises: DataError when there are no users, or one was evaluated twice.
     """
     longest = max(config.cutoffs)
-    users, ranks, lists = _rank_users(search, batches, empty_batch, config, k=longest)
+    ranked = _rank_users(search, batches, empty_batch, config, k=longest)
     outcome = None
-    if users is not None:
-        per_user = _rank_metrics(ranks, config.cutoffs) | _list_metrics(lists, config.cutoffs, items)
+    if ranked is not None:
+        lists = ranked.lists
+        per_user = _rank_metrics(ranked.ranks, config.cutoffs) | _list_metrics(lists, config.cutoffs, items)
+        met = search.met(lists, ranked.held_out)
+        if met is not None:
+            per_user |= {f"condition@{k}": share_met_at(lists, met, k) for k in config.cutoffs}
         coverage = {f"coverage@{k}": coverage_at(lists, k, search.num_items) for k in config.cutoffs}
         outcome = {
-            "num_users": len(users),
+            "num_users": len(ranked.users),
             "metrics": _means(per_user) | coverage,
             "intervals": bootstrap_intervals(per_user, resamples=config.bootstrap_resamples, seed=seed)
             if config.bootstrap_resamples
@@ -92,8 +97,8 @@ def validation_metrics(
     search: Search, batches: Iterable[SequenceBatch], *, empty_batch: SequenceBatch, config: EvaluationConfig
 ) -> dict[str, float]:
     """recall@k, ndcg@k and mrr alone, as needed while training. A collective call, equal on every rank."""
-    users, ranks, _ = _rank_users(search, batches, empty_batch, config, k=0)
-    means = None if users is None else _means(_rank_metrics(ranks, config.cutoffs))
+    ranked = _rank_users(search, batches, empty_batch, config, k=0)
+    means = None if ranked is None else _means(_rank_metrics(ranked.ranks, config.cutoffs))
     return broadcast_json(means, search.process)
 
 
@@ -146,18 +151,33 @@ def render(results: Mapping[str, EvaluationResult]) -> Table:
     return table
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ranked:
+    """All users of a split, in ascending order of their rows. Shapes: U users, lists of K."""
+
+    users: np.ndarray
+    """[U] int64."""
+    ranks: np.ndarray
+    """[U] fp32."""
+    lists: np.ndarray
+    """[U, K] int64."""
+    held_out: np.ndarray
+    """[U] int64."""
+
+
 def _rank_users(
     search: Search,
     batches: Iterable[SequenceBatch],
     empty_batch: SequenceBatch,
     config: EvaluationConfig,
     k: int,
-) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
-    """User rows in ascending order, ranks and lists of all users on rank 0; None on the other ranks."""
-    users, ranks, lists = [], [], []
+) -> Ranked | None:
+    """What was found for all users, on rank 0; None on the other ranks."""
+    users, ranks, lists, held_out = [], [], [], []
     for batch in _in_step(batches, empty_batch, search.process):
         found = search.find(batch, k=k, rank_held_out=True, filter_seen=config.filter_seen)
         users.append(batch.user_ids)
+        held_out.append(batch.held_out)
         ranks.append(found.ranks)
         lists.append(found.items if k else found.ranks.new_zeros(batch.num_users, 0, dtype=torch.int64))
     counts = [count for (count,) in exchange_integers([sum(len(part) for part in users)], search.process)]
@@ -168,19 +188,20 @@ def _rank_users(
         )
     own = [
         torch.cat(parts).cpu() if parts else empty
-        for parts, empty in zip((users, ranks, lists), _nobody(k), strict=True)
+        for parts, empty in zip((users, ranks, lists, held_out), _nobody(k), strict=True)
     ]
     gathered = [gather_on_first(values, counts, search.process) for values in own]
     _check_each_once(gathered[0], search.process)
     if gathered[0] is None:
-        return None, None, None
+        return None
     order = gathered[0].argsort()
-    users, ranks, lists = (values[order].numpy() for values in gathered)
-    return users, ranks, lists
+    names = ("users", "ranks", "lists", "held_out")
+    return Ranked(**{name: values[order].numpy() for name, values in zip(names, gathered, strict=True)})
 
 
-def _nobody(k: int) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0, k, dtype=torch.int64)
+def _nobody(k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return nothing, torch.zeros(0), torch.zeros(0, k, dtype=torch.int64), nothing
 
 
 def _check_each_once(users: Tensor | None, process: Process | None) -> None:

@@ -104,11 +104,12 @@ def load_weights(reader: CheckpointReader, assembly: Assembly) -> None:
 def initialise_from(reader: CheckpointReader, saved_items: pl.Series, assembly: Assembly) -> None:
     """Take the weights, and nothing else, of another run; must precede the engine.
 
-    Items are matched by their raw ids: rows of items the other run did not have keep their initial values.
+    Items are matched by their raw ids: rows of items the other run did not have keep their initial values. So do
+    weights that the model adds to the other one's (`Recommender.added_parameters`).
 
     Raises: CheckpointError if the dense part has another shape.
     """
-    _load_dense(reader, assembly)
+    _load_dense(reader, assembly, may_lack=assembly.model.added_parameters)
     new_rows = _new_rows_of_saved(saved_items, assembly.items.item_ids)
     logger.info(
         "Weights from step %d: %d of %d items were known to it.",
@@ -145,11 +146,14 @@ def _copy_known_rows(reader: CheckpointReader, piece: Piece, new_rows: np.ndarra
             piece.tensor[targets[own] - piece.start] = rows[own].to(piece.tensor.device)
 
 
-def _load_dense(reader: CheckpointReader, assembly: Assembly) -> None:
+def _load_dense(reader: CheckpointReader, assembly: Assembly, may_lack: tuple[str, ...] = ()) -> None:
     """The weights that evaluation used: their average where the run kept one."""
     prefix = served_prefix(reader.tensors)
     for name, parameter in named_trainable(assembly.model):
         saved = reader.shared_state["dense_shapes"].get(name)
+        if saved is None and name.startswith(may_lack):
+            logger.info("The weights of %s are new and keep their initial values.", name)
+            continue
         if saved != list(parameter.shape):
             raise CheckpointError(
                 f"the weights of {name} must have shape {list(parameter.shape)}, the checkpoint has {saved}; "

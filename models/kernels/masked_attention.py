@@ -72,7 +72,8 @@ def masked_attention(
     [users, heads, length, length], per bucket -> [T, heads, D].
     """
     if queries.shape[0] == 0:
-        return queries * keys * values
+        nothing = queries * keys * values
+        return nothing if extra is None else nothing + extra.keys * extra.values
     parts = (queries, keys, values) if extra is None else (queries, keys, values, extra.keys, extra.values)
     blocks = []
     for number, cells in enumerate(to_cells(torch.stack(parts, dim=1), layout)):

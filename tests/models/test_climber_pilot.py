@@ -1,4 +1,4 @@
-"""Climber-Pilot: multi-item prediction and condition-guided attention, by hand, bit for bit and against plain models."""
+"""Climber-Pilot: multi-item prediction and condition-guided attention, by hand, bit for bit, against plain models."""
 
 from dataclasses import replace
 
@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from cluster.errors import ConfigError
 from models.climber_pilot import ClimberPilot
-from models.multi_item_targets import TIME, VISIBLE, slots_name, targets_name
+from models.multi_item_targets import OFFERED, TIME, VISIBLE, WANTED, slots_name, targets_name
 from models.objectives.full_softmax import FullSoftmax
 from models.recommender import StepContext
 from models.sasrec import SASRec
@@ -31,7 +32,7 @@ def build(form, **options):
 
 
 def pilot(**options):
-    return build(ClimberPilot.Config, num_blocks=2, **options)
+    return build(ClimberPilot.Config, **{"num_blocks": 2, **options})
 
 
 def conditions():
@@ -92,9 +93,8 @@ def test_what_is_learnt_where_is_what_the_definition_says(window_s):
     found = set()
     for branch in range(3):
         slots, targets = (batch.supervision[name(branch)] for name in (slots_name, targets_name))
-        for user, place, target in zip(
-            slots.row_index().tolist(), slots.values.tolist(), targets.values.tolist(), strict=True
-        ):
+        columns = (slots.row_index().tolist(), slots.values.tolist(), targets.values.tolist())
+        for user, place, target in zip(*columns, strict=True):
             visible = int(batch.features[VISIBLE][batch.items.offsets[user] + place])
             found.add((user, place, visible - 1, target, branch))
     assert found == naive_targets(batch, window_s, 3)
@@ -192,3 +192,140 @@ def test_micro_batches_hold_what_the_whole_batch_learns():
         .sort()
         .values.equal(whole.supervision["targets_0"].values.sort().values)
     )
+
+
+def conditioned(model, users, wanted):
+    """Training batch in which every target asks for the same condition."""
+    batch = model.training_batch(users, CONTEXT)
+    return replace(
+        batch, features={**batch.features, WANTED: torch.full_like(batch.features[WANTED], wanted)}
+    )
+
+
+def test_a_condition_that_all_items_meet_equals_no_condition():
+    users = make_users()
+    model = pilot(condition_column="categories", condition_token=False)
+    plain = pilot()
+    plain.load_state_dict(model.state_dict())
+    # In training: the next item at each branch, with and without the mask.
+    batch = conditioned(model, users, wanted=0)
+    masked = model(rows_of(model.ids(batch, CONTEXT)), batch, CONTEXT)
+    model.config = replace(model.config, condition_by="embedding")
+    assert torch.equal(masked.sum, model(rows_of(model.ids(batch, CONTEXT)), batch, CONTEXT).sum)
+    model.config = replace(model.config, condition_by="attention")
+    rows = rows_of(model.query_ids(users))
+    queries = model.conditional_queries(
+        rows, model.with_conditions(users), torch.zeros(6, 1, dtype=torch.int64)
+    )
+    torch.testing.assert_close(queries[:, 0], plain.query(rows, users), rtol=1e-5, atol=1e-5)
+
+
+def test_a_condition_that_nothing_in_the_history_meets_falls_back_to_all_of_it():
+    users = make_users()
+    model = pilot(condition_column="categories", condition_token=False)
+    rows, batch = rows_of(model.query_ids(users)), model.with_conditions(users)
+    unmet, met = (
+        model.conditional_queries(rows, batch, torch.full((6, 1), wanted))[:, 0] for wanted in (4, 0)
+    )
+    assert torch.equal(unmet, met)
+
+
+def test_conditions_asked_together_equal_conditions_one_by_one_and_differ():
+    users, wanted = make_users(), torch.arange(NUM_CONDITIONS).expand(6, -1)
+    model = pilot(condition_column="categories")
+    rows, batch = rows_of(model.query_ids(users)), model.with_conditions(users)
+    together = model.conditional_queries(rows, batch, wanted)
+    for place in range(NUM_CONDITIONS):
+        alone = model.conditional_queries(rows, batch, wanted[:, place : place + 1])
+        torch.testing.assert_close(together[:, place], alone[:, 0], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(together[:, 1], together[:, 2])
+
+
+def test_the_state_under_a_condition_depends_on_matching_items_and_the_last_one_only():
+    users = make_users((9,))
+    model = pilot(condition_column="categories", num_blocks=0)
+    matching = users.items.values % 3 == 1
+    assert 0 < int(matching[:-1].sum()) < 8
+    wanted = torch.tensor([[2]])
+    before = model.conditional_queries(rows_of(model.query_ids(users)), model.with_conditions(users), wanted)
+    for place in range(8):
+        items = users.items.values.clone()
+        items[place] = (items[place] + 3) % 90 if items[place] < 87 else items[place] - 3
+        changed = replace(users, items=users.items.with_values(items))
+        after = model.conditional_queries(
+            rows_of(model.query_ids(changed)), model.with_conditions(changed), wanted
+        )
+        assert torch.equal(before, after) != bool(matching[place])
+
+
+def test_training_under_conditions_is_serving_under_them():
+    """Without a window the first branch at the last event is what `conditional_queries` computes."""
+    users = make_users()
+    model = pilot(condition_column="categories", time_window_s=None)
+    for wanted in (0, 2, 4):
+        batch, caught = conditioned(model, users, wanted), []
+        model.objective.queries = lambda found, caught=caught: caught.append(found) or found
+        model(rows_of(model.ids(batch, CONTEXT)), batch, CONTEXT)
+        slots = batch.supervision[slots_name(0)]
+        last = slots.values == (batch.items.lengths - 1)[slots.row_index()]
+        served = model.conditional_queries(rows_of(model.query_ids(users)), batch, torch.full((6, 1), wanted))
+        torch.testing.assert_close(caught[0][: len(last)][last], served[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_branches_under_conditions_learn_the_next_item_from_shorter_sequences():
+    model = pilot(condition_column="categories", time_window_s=None, num_branches=3)
+    batch = model.training_batch(make_users((4,)), CONTEXT)
+    assert [batch.supervision[slots_name(branch)].values.tolist() for branch in range(3)] == [
+        [0, 1, 2, 3],
+        [1, 2, 3],
+        [2, 3],
+    ]
+    for branch in range(3):
+        targets = batch.supervision[targets_name(branch)].values
+        assert targets.equal(batch.targets[branch:])
+    wanted, own = batch.features[WANTED], conditions()[batch.targets.numpy()]
+    assert all(int(one) in row for one, row in zip(wanted, own, strict=True))
+    assert batch.features[OFFERED].equal(torch.from_numpy(conditions()[batch.items.values.numpy()]).long())
+
+
+def test_the_drawn_conditions_do_not_depend_on_the_users_beside():
+    model, users = pilot(condition_column="categories"), make_users()
+    together = model.training_batch(users, CONTEXT).features[WANTED]
+    alone = [
+        model.training_batch(users.select(user, user + 1), CONTEXT).features[WANTED] for user in range(6)
+    ]
+    assert together.equal(torch.cat(alone))
+    assert not together.equal(model.training_batch(users, StepContext(step=4, seed=1)).features[WANTED])
+
+
+def test_a_condition_embedding_changes_the_state_without_a_mask():
+    users, wanted = make_users(), torch.tensor([[1, 2]]).expand(6, -1)
+    model = pilot(condition_column="categories", condition_by="embedding")
+    batch = model.with_conditions(users)
+    first = model.conditional_queries(rows_of(model.query_ids(users)), batch, wanted)
+    assert not torch.allclose(first[:, 0], first[:, 1])
+    with torch.no_grad():
+        model.condition_tokens.weight.zero_()
+    same = model.conditional_queries(rows_of(model.query_ids(users)), batch, wanted)
+    assert torch.equal(same[:, 0], same[:, 1])
+
+
+@pytest.mark.parametrize("options", [{}, {"condition_column": "categories"}, {"time_window_s": None}])
+def test_a_step_of_no_users_has_no_loss_but_a_gradient_path(options):
+    model, table = pilot(**options), make_table().requires_grad_()
+    batch = model.training_batch(make_users((3,)).select(0, 0), CONTEXT)
+    rows = {name: LookedUp(ids=ids, rows=table[ids]) for name, ids in model.ids(batch, CONTEXT).items()}
+    result = model(rows, batch, CONTEXT)
+    result.sum.backward()
+    assert result.count == 0 and result.sum.item() == 0
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_options_out_of_range_are_refused():
+    with pytest.raises(ConfigError, match=r"num-branches must be at least 1, got 0"):
+        pilot(num_branches=0)
+    with pytest.raises(ConfigError, match=r"time-window-s must be at least 0, or None, got -1.0"):
+        pilot(time_window_s=-1.0)
+    config = ClimberPilot.Config(condition_column="categories")
+    with pytest.raises(ConfigError, match=r"condition-column categories needs the conditions of all items"):
+        config.build(num_items=3, max_length=3, item_feature_dim=0, objective=pilot().objective)
