@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cluster.errors import ConfigError
@@ -204,45 +205,29 @@ class PilotBlock(Block):
 
     def forward(self, hidden: Tensor, layout: BucketLayout, masks: Sequence[Tensor]) -> Tensor:
         """Shapes: hidden [T, D] -> [T, D]."""
+        hidden, weights = self.with_bias_weights(hidden)
         queries, keys, values = self.project(self.attention_norm(hidden))
-        attended = masked_attention(queries, keys, values, masks, layout, bias=self.shared_bias(layout))
+        attended = masked_attention(queries, keys, values, masks, layout, bias=shared_bias(weights, layout))
         return self.finish(hidden, attended)
+
+    def with_bias_weights(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The states, and the bias by distance [max_length, heads].
+
+        Looked up once per call, since ZeRO-3 gathers weights at each; without events, where no bias is read, it is tied
+        to the states, since ranks must have gradients of the same weights.
+        """
+        if self.distances is None:
+            return hidden, None
+        weights = self.distances(torch.arange(self.distances.num_embeddings, device=hidden.device)).float()
+        return (hidden if hidden.shape[0] else hidden + 0 * weights.sum()), weights
 
     def project(self, normalised: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values. Shapes: [n, D] -> [n, heads, D / heads] each."""
-        if self.distances is not None and normalised.shape[0] == 0:
-            # Without events no bias is read, but ranks must exchange as many gradients as others.
-            nothing = torch.zeros(0, dtype=torch.int64, device=normalised.device)
-            normalised = normalised + self.distances(nothing).sum()
         return self.query_key_value(normalised).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Shapes: hidden [n, D], attended [n, heads, D / heads] -> [n, D]."""
         return self.feed_forward(hidden + self.dropout(self.attention_output(attended.flatten(1))))
-
-    def shared_bias(self, layout: BucketLayout) -> list[Tensor] | None:
-        """Bias where each event asks for itself. Shapes: [heads, length, length] per bucket."""
-        if self.distances is None:
-            return None
-        longest = max((length for _, length in layout.buckets), default=1)
-        place = torch.arange(longest, device=layout.token_of_cell.device)
-        bias = self._bias(place, longest)
-        return [bias[:, :length, :length] for _, length in layout.buckets]
-
-    def read_bias(self, read: Tensor, layout: BucketLayout) -> list[Tensor] | None:
-        """Bias where events ask as earlier ones. Shapes: read [T] -> [users, heads, length, length] per bucket."""
-        if self.distances is None:
-            return None
-        return [
-            self._bias(cells[:, :, 0], cells.shape[1]).transpose(0, 1)
-            for cells in to_cells(read[:, None], layout)
-        ]
-
-    def _bias(self, places: Tensor, length: int) -> Tensor:
-        """Shapes: places [..., Q] -> [heads, ..., Q, length]."""
-        distance = places[..., None] - torch.arange(length, device=places.device)
-        last = self.distances.num_embeddings - 1
-        return self.distances(distance.clamp(min=0, max=last)).movedim(-1, 0).float()
 
 
 class Branch(PilotBlock):
@@ -267,8 +252,9 @@ class Branch(PilotBlock):
 
         Shapes: hidden [T, D], read [T], tokens [T, D] -> [T, D].
         """
+        hidden, weights = self.with_bias_weights(hidden)
         queries, keys, values = self.project(self.attention_norm(hidden))
-        bias = self.shared_bias(layout) if read is None else self.read_bias(read, layout)
+        bias = shared_bias(weights, layout) if read is None else read_bias(weights, read, layout)
         if read is not None:
             rows = sequences.offsets[sequences.row_index()] + read
             queries, hidden = queries[rows], hidden[rows]
@@ -290,7 +276,9 @@ class Branch(PilotBlock):
         """The last event of each user asks under P conditions. Shapes: hidden [T, D], wanted [B, P] -> [B, P, D]."""
         num_users, num_wanted = wanted.shape
         last = (sequences.offsets[1:] - 1).repeat_interleave(num_wanted)
+        hidden, weights = self.with_bias_weights(hidden)
         queries, keys, values = self.project(self.attention_norm(hidden))
+        bias = read_bias(weights, (sequences.lengths - 1)[sequences.row_index()], layout)
         own, extra = self._with_tokens(hidden[last], tokens, as_key)
         attended = attend_last(
             queries[last].unflatten(0, (num_users, num_wanted)),
@@ -300,16 +288,10 @@ class Branch(PilotBlock):
             layout,
             wanted=wanted,
             offered=offered,
-            bias=self._last_bias(sequences, layout),
+            bias=bias and [part[:, :, :1] for part in bias],
             extra=extra,
         )
         return self.final_norm(self.finish(own, attended.flatten(0, 1))).unflatten(0, wanted.shape)
-
-    def _last_bias(self, sequences: Jagged, layout: BucketLayout) -> list[Tensor] | None:
-        """Bias where only the last event of each user asks. Shapes: [users, heads, 1, length] per bucket."""
-        last = (sequences.lengths - 1)[sequences.row_index()]
-        bias = self.read_bias(last, layout)
-        return bias and [part[:, :, :1] for part in bias]
 
     def _with_tokens(
         self, hidden: Tensor, tokens: Tensor | None, as_key: bool
@@ -321,6 +303,34 @@ class Branch(PilotBlock):
             return hidden + tokens, None
         _, keys, values = self.project(self.attention_norm(tokens))
         return hidden, Extra(keys=keys, values=values)
+
+
+def shared_bias(weights: Tensor | None, layout: BucketLayout) -> list[Tensor] | None:
+    """Bias where each event asks for itself. Shapes: weights [N, heads] -> [heads, length, length] per bucket."""
+    if weights is None:
+        return None
+    longest = max((length for _, length in layout.buckets), default=1)
+    bias = _bias_of(weights, torch.arange(longest, device=weights.device), longest)
+    return [bias[:, :length, :length] for _, length in layout.buckets]
+
+
+def read_bias(weights: Tensor | None, read: Tensor, layout: BucketLayout) -> list[Tensor] | None:
+    """Bias where each event asks as the one at the place `read` of its user.
+
+    Shapes: weights [N, heads], read [T] -> [users, heads, length, length] per bucket.
+    """
+    if weights is None:
+        return None
+    return [
+        _bias_of(weights, cells[:, :, 0], cells.shape[1]).transpose(0, 1)
+        for cells in to_cells(read[:, None], layout)
+    ]
+
+
+def _bias_of(weights: Tensor, places: Tensor, length: int) -> Tensor:
+    """Shapes: places [..., Q] -> [heads, ..., Q, length]."""
+    distance = places[..., None] - torch.arange(length, device=places.device)
+    return F.embedding(distance.clamp(min=0, max=weights.shape[0] - 1), weights).movedim(-1, 0)
 
 
 def _check(config: ClimberPilot.Config, condition_table: np.ndarray | None) -> None:

@@ -1,7 +1,8 @@
 """A small model, made-up users, and a few steps of the real learner, for parity tests."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from cluster.process import Process
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
+from models.climber_pilot import ClimberPilot
 from models.hstu import HSTU, TIME
 from models.item_sequence import ItemSequenceModel
 from models.objectives.full_softmax import FullSoftmax
@@ -28,7 +30,12 @@ from trainer.learner import Learner
 from trainer.plain_engine import PlainEngine
 from trainer.step_input import StepInput, prepare_step, split_users
 
-MODELS = {"sasrec": SASRec.Config, "hstu": HSTU.Config}
+MODELS = {
+    "sasrec": SASRec.Config,
+    "hstu": HSTU.Config,
+    "pilot": partial(ClimberPilot.Config, time_window_s=30_000.0),
+    "conditioned-pilot": partial(ClimberPilot.Config, time_window_s=30_000.0, condition_column="group"),
+}
 OBJECTIVES = {
     "sampled": SampledSoftmax.Config(num_negatives=16, log_q=True),
     "full": FullSoftmax.Config(temperature=0.2),
@@ -77,7 +84,10 @@ def make_model(case: Case) -> ItemSequenceModel:
         init_scale=0.1,
         item_features=case.item_features,
     )
-    return config.build(num_items=NUM_ITEMS, max_length=12, item_feature_dim=6, objective=objective)
+    parts = {}
+    if case.model == "conditioned-pilot":
+        parts = {"condition_table": np.arange(NUM_ITEMS, dtype=np.int32)[:, None] % 4, "num_conditions": 4}
+    return config.build(num_items=NUM_ITEMS, max_length=12, item_feature_dim=6, objective=objective, **parts)
 
 
 def make_features(case: Case) -> ItemFeatures | None:
@@ -104,14 +114,16 @@ def make_batch(sequences: Sequence[Tensor], first_user: int = 0) -> SequenceBatc
         user_ids=torch.arange(first_user, first_user + len(sequences)),
         items=Jagged.from_lengths(torch.cat([s[:-1] for s in sequences] or [empty]), lengths),
         targets=torch.cat([s[1:] for s in sequences] or [empty]),
-        features={TIME: torch.cat([s[:-1].cumsum(0) * 1000 for s in sequences] or [empty])},
+        features={TIME: torch.cat([s.cumsum(0)[:-1] * 1000 for s in sequences] or [empty])},
+        target_features={TIME: torch.cat([s.cumsum(0)[1:] * 1000 for s in sequences] or [empty])},
     )
 
 
 def prepare(case: Case, model: ItemSequenceModel, step: int, rank: int, world_size: int) -> StepInput:
     """This rank's share of a step: streams are dealt out, c % world_size."""
     batches = [
-        make_batch(list(chain.from_iterable(make_users(step)[r::world_size]))) for r in range(world_size)
+        _numbered(make_batch(list(chain.from_iterable(make_users(step)[r::world_size]))))
+        for r in range(world_size)
     ]
     context = StepContext(step=step, seed=SEED, rank=rank, world_size=world_size)
     prepared = prepare_step(
@@ -119,6 +131,13 @@ def prepare(case: Case, model: ItemSequenceModel, step: int, rank: int, world_si
     )
     parts = [split_users(model.training_batch(batch, context), case.micro_batches) for batch in batches]
     return prepared.with_counts([[model.num_targets(p[i]) for p in parts] for i in range(case.micro_batches)])
+
+
+def _numbered(batch: SequenceBatch) -> SequenceBatch:
+    """User ids that do not depend on how users are dealt to ranks."""
+    sums = torch.zeros(batch.num_users, dtype=torch.int64)
+    sums.index_add_(0, batch.items.row_index(), (batch.items.places() + 1) * batch.items.values)
+    return replace(batch, user_ids=sums)
 
 
 def make_learner(case: Case, process: Process | None) -> Learner:
