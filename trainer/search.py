@@ -55,7 +55,12 @@ class RetrievalSearch(Search):
     """
 
     def __init__(
-        self, model: Retriever, lookup: Lookup, index: ItemIndex, *, precision: torch.dtype = torch.float32
+        self,
+        model: Retriever,
+        lookup: Lookup,
+        index: ItemIndex | HnswIndex,
+        *,
+        precision: torch.dtype = torch.float32,
     ):
         self.model, self.lookup, self.index, self.precision = model, lookup, index, precision
         self.num_items, self.process = index.num_items, index.process
