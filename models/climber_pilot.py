@@ -35,6 +35,7 @@ from models.kernels.masked_attention import (
     masked_attention,
     matching_masks,
     prefix_masks,
+    users_of_buckets,
 )
 from models.multi_item_targets import (
     NO_CONDITION,
@@ -278,7 +279,7 @@ class Branch(PilotBlock):
         last = (sequences.offsets[1:] - 1).repeat_interleave(num_wanted)
         hidden, weights = self.with_bias_weights(hidden)
         queries, keys, values = self.project(self.attention_norm(hidden))
-        bias = read_bias(weights, (sequences.lengths - 1)[sequences.row_index()], layout)
+        bias = last_bias(weights, sequences, layout)
         own, extra = self._with_tokens(hidden[last], tokens, as_key)
         attended = attend_last(
             queries[last].unflatten(0, (num_users, num_wanted)),
@@ -288,7 +289,7 @@ class Branch(PilotBlock):
             layout,
             wanted=wanted,
             offered=offered,
-            bias=bias and [part[:, :, :1] for part in bias],
+            bias=bias,
             extra=extra,
         )
         return self.final_norm(self.finish(own, attended.flatten(0, 1))).unflatten(0, wanted.shape)
@@ -324,6 +325,17 @@ def read_bias(weights: Tensor | None, read: Tensor, layout: BucketLayout) -> lis
     return [
         _bias_of(weights, cells[:, :, 0], cells.shape[1]).transpose(0, 1)
         for cells in to_cells(read[:, None], layout)
+    ]
+
+
+def last_bias(weights: Tensor | None, sequences: Jagged, layout: BucketLayout) -> list[Tensor] | None:
+    """Bias where only the last event of each user asks. Shapes: weights [N, heads] -> [users, heads, 1, length]."""
+    if weights is None:
+        return None
+    users = users_of_buckets(sequences, layout)
+    return [
+        _bias_of(weights, (sequences.lengths[who] - 1)[:, None], length).transpose(0, 1)
+        for who, (_, length) in zip(users, layout.buckets, strict=True)
     ]
 
 

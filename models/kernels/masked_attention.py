@@ -97,8 +97,8 @@ def attend_last(
 ) -> Tensor:
     """P queries of each user over all of its events, each narrowed to the events that offer what it wants.
 
-    Shapes: queries [B, P, heads, D], keys and values [T, heads, D], wanted [B, P], offered [T, m]; bias as of
-    `last_bias`; extra [B * P, heads, D] -> [B, P, heads, D]. Users without events get zeros.
+    Shapes: queries [B, P, heads, D], keys and values [T, heads, D], wanted [B, P], offered [T, m]; bias
+    [users, heads, 1, length] per bucket; extra [B * P, heads, D] -> [B, P, heads, D]. Users without events get zeros.
     """
     result = torch.zeros_like(queries)
     if keys.shape[0] == 0:

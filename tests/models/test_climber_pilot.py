@@ -7,12 +7,15 @@ import pytest
 import torch
 
 from cluster.errors import ConfigError
+from data_streams.configuration import DataConfig
+from data_streams.stream import open_data
 from models.climber_pilot import ClimberPilot
 from models.multi_item_targets import OFFERED, TIME, VISIBLE, WANTED, slots_name, targets_name
 from models.objectives.full_softmax import FullSoftmax
 from models.recommender import StepContext
 from models.sasrec import SASRec
 from models.tables import LookedUp
+from tests.data_streams.tiny_data import make_chunk, write_data_set
 from tests.training_cases import NUM_ITEMS, make_batch
 
 MAX_LENGTH, WIDTH, NUM_CONDITIONS = 12, 16, 5
@@ -329,3 +332,14 @@ def test_options_out_of_range_are_refused():
     config = ClimberPilot.Config(condition_column="categories")
     with pytest.raises(ConfigError, match=r"condition-column categories needs the conditions of all items"):
         config.build(num_items=3, max_length=3, item_feature_dim=0, objective=pilot().objective)
+
+
+def test_a_time_window_is_refused_where_events_have_no_times(tmp_path):
+    chunk = make_chunk([6] * 20)
+    del chunk.columns["timestamp_s"]
+    write_data_set(tmp_path, chunk)
+    columns = ClimberPilot.Config().event_columns
+    assert columns == (TIME,)
+    with pytest.raises(ConfigError, match=r"the model needs the event columns timestamp_s"):
+        open_data(DataConfig(path=str(tmp_path), columns=columns))
+    open_data(DataConfig(path=str(tmp_path), columns=ClimberPilot.Config(time_window_s=None).event_columns))
