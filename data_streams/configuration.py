@@ -20,6 +20,8 @@ class DataConfig:
     """Steps read ahead in the background."""
     on_bad_shard: Literal["fail", "skip"] = "fail"
     """What a damaged or missing chunk does: end the run with its name, or be counted and logged."""
+    feedback_lag_s: float = 0.0
+    """Seconds before a held-out event that its history lacks in evaluation, as where feedback comes in late."""
     history_exposures: bool = False
     """Let exposures, and other actions kept beside the sequence, be part of the history."""
     pages: Literal["none", "auto", "recorded", "gap", "count"] = "none"

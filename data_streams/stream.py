@@ -235,7 +235,7 @@ class EvaluationStream:
         """A batch without users, for a rank that has evaluated all of its own."""
         nobody = np.zeros(0, dtype=np.int64)
         return collate(
-            [self._block(self._reader.no_events(), nobody, nobody, nobody, self._reader.no_pages(0))]
+            [self._block(self._reader.no_events(), nobody, nobody, nobody, nobody, self._reader.no_pages(0))]
         )
 
     def _blocks(self) -> Iterator[UserBlock]:
@@ -244,15 +244,26 @@ class EvaluationStream:
             if read is not None:
                 chunk, pages = read
                 columns = event_columns(chunk, self._config.columns)
-                users, starts, known, places = self._spans(chunk)
-                yield self._block(columns, users, starts, known, pages and pages.take(places))
+                places, known, held_out = self._spans(chunk)
+                yield self._block(
+                    columns,
+                    chunk.users[places],
+                    chunk.offsets[places],
+                    known,
+                    held_out,
+                    pages and pages.take(places),
+                )
 
-    def _spans(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """User row, first event, number of known events and place in the chunk of each user of the split."""
-        known = {"valid": chunk.valid_at, "test": chunk.test_at, "serve": chunk.lengths}[self._split]
-        self._without_history += int((known == 0).sum())
+    def _spans(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Place in the chunk, number of known events and index of the held-out event of each user of the split."""
+        if self._split == "serve":
+            held_out = known = chunk.lengths.astype(np.int64)
+        else:
+            held_out = chunk.valid_at if self._split == "valid" else chunk.test_at
+            known = self._reading.known_events(chunk, held_out)
+        self._without_history += int(((known == 0) & (held_out >= 0)).sum())
         places = np.flatnonzero(known > 0)
-        return chunk.users[places], chunk.offsets[places], known[places].astype(np.int64), places
+        return places, known[places], chunk.offsets[places] + held_out[places]
 
     def _block(
         self,
@@ -260,9 +271,10 @@ class EvaluationStream:
         users: np.ndarray,
         starts: np.ndarray,
         known: np.ndarray,
+        held_out: np.ndarray,
         pages: PageTable | None,
     ) -> UserBlock:
-        """Shapes: users, starts, known [U]; columns [T of the chunk]."""
+        """Shapes: users, starts, known, held_out [U]; columns [T of the chunk]."""
         lengths = np.minimum(known, self._config.max_length)
         index = gather_ranges(starts + known - lengths, lengths)
         items = columns[ITEM]
@@ -270,7 +282,7 @@ class EvaluationStream:
             user_ids=users.astype(np.int64),
             offsets=offsets_of(lengths),
             inputs={name: column[index] for name, column in columns.items()},
-            held_out=None if self._split == "serve" else items[starts + known],
+            held_out=None if self._split == "serve" else items[held_out],
             seen=items[gather_ranges(starts, known)],
             seen_offsets=offsets_of(known),
             pages=pages and pages.within(known - lengths, lengths),

@@ -30,11 +30,16 @@ class EventReading:
     """Takes the chunks of one data set apart into histories and pages."""
 
     def __init__(self, manifest: Manifest, config: DataConfig, read_for: ReadFor):
-        """Raises: ConfigError where the data set cannot give the pages that are asked for."""
+        """Raises: ConfigError where the data set cannot give the pages or the lag that are asked for."""
         self._config, self._read_for, self._manifest = config, read_for, manifest
         self._beside = [] if config.history_exposures else manifest.beside_codes()
         self._strength = np.array([_strength(name, config) for name in manifest.actions], dtype=np.int8)
         self.pages_from = _pages_from(manifest, config) if read_for != "serve" else "none"
+        if self.has_lag and "timestamp_s" not in manifest.columns:
+            raise ConfigError(
+                f"data.feedback_lag_s needs events with timestamp_s, and {config.path} holds "
+                f"{', '.join(sorted(manifest.columns)) or 'none'}; leave it out, or build the data with times"
+            )
         self.counters: Counter[str] = Counter()
         """Pages met so far, and why some are no targets."""
 
@@ -43,12 +48,17 @@ class EventReading:
         """Event columns that must be read beside those the model asks for."""
         has_pages, known = self.pages_from != "none", self._manifest.columns
         wanted = ("action", "page_id", "position", "timestamp_s") if has_pages else ()
-        needed = ("action",) if self._beside else ()
+        needed = (*(("action",) if self._beside else ()), *(("timestamp_s",) if self.has_lag else ()))
         return tuple(name for name in dict.fromkeys((*needed, *wanted)) if name in known)
 
     @property
     def has_pages(self) -> bool:
         return self.pages_from != "none"
+
+    @property
+    def has_lag(self) -> bool:
+        """Whether histories end some time before the held-out event."""
+        return self._config.feedback_lag_s > 0 and self._read_for in ("valid", "test")
 
     @property
     def drops_events(self) -> bool:
@@ -85,6 +95,22 @@ class EventReading:
             items=chunk.items[kept],
             columns={name: column[kept] for name, column in chunk.columns.items()},
         )
+
+    def known_events(self, chunk: Chunk, held_out: np.ndarray) -> np.ndarray:
+        """How many events of each user are known when the held-out one is to be ranked.
+
+        Shapes: held_out [U] place of the event, -1 or 0 for none -> [U] int64.
+        """
+        known = np.maximum(held_out, 0).astype(np.int64)
+        if not self.has_lag:
+            return known
+        user = np.repeat(np.arange(chunk.num_users), chunk.lengths)
+        times = chunk.columns["timestamp_s"]
+        # Where none is held out, nothing is known anyway.
+        limits = times[np.minimum(chunk.offsets[:-1] + known, len(times) - 1)] - self._config.feedback_lag_s
+        place = np.arange(chunk.num_events) - chunk.offsets[user]
+        in_time = (place < known[user]) & (times < limits[user])
+        return np.bincount(user[in_time], minlength=chunk.num_users)
 
     def pages(self, chunk: Chunk) -> PageTable | None:
         """The pages of all users of a chunk: those of the training span, or those of the held-out events."""

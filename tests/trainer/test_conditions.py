@@ -13,11 +13,16 @@ from cluster.process import Process
 from data_streams.item_conditions import ItemConditions
 from models.climber_pilot import ClimberPilot
 from models.objectives.sampled_softmax import SampledSoftmax
-from sharding.configuration import ShardingConfig
-from sharding.lookup import make_lookup
-from sharding.unsharded import UnshardedTables
 from tests.process_group import run_on_processes
-from tests.trainer.test_evaluate import CPU, MAX_LENGTH, NUM_ITEMS, NUM_USERS, make_batch, make_items
+from tests.trainer.test_evaluate import (
+    CPU,
+    MAX_LENGTH,
+    NUM_ITEMS,
+    NUM_USERS,
+    lookup_for,
+    make_batch,
+    make_items,
+)
 from trainer.conditions import conditional_search, load_conditions
 from trainer.configuration import EvaluationConfig, PretrainConfig
 from trainer.evaluate import evaluate
@@ -40,15 +45,7 @@ def make_search(process: Process | None = None, *, approximate: bool = False) ->
         condition_table=KINDS.table,
         num_conditions=len(KINDS.names),
     )
-    if process is None:
-        tables = UnshardedTables(model.tables(), seed=1, learning_rate=0.1, device=CPU)
-    else:
-        from sharding.apply import ShardedTables
-
-        tables = ShardedTables(
-            model.tables(), process=process, config=ShardingConfig(), seed=1, learning_rate=0.1
-        )
-    lookup = make_lookup(model.tables(), tables, None, CPU)
+    lookup = lookup_for(model, process)
     return RetrievalSearch.build(
         model, lookup, num_items=NUM_ITEMS, device=CPU, process=process, approximate=approximate
     )
