@@ -29,6 +29,8 @@ class Options:
     """Numbers of branches to compare."""
     windows_s: tuple[str, ...] = ("None", "900")
     """Hidden seconds to compare; None hides nothing."""
+    lags_s: tuple[float, ...] = (0.0, 900.0)
+    """Seconds before the held-out event that evaluation hides, as where feedback comes in late."""
     conditions: bool = True
     """Compare ways to serve under a condition too, from the run with most branches and the last of the windows."""
     condition_column: str = "categories"
@@ -45,11 +47,13 @@ def main(arguments: list[str]) -> None:
     for seed in options.seeds:
         for branches in options.branches:
             for window in options.windows_s:
-                name = f"K = {branches}, window {window} s"
                 run_dir = _pretrained(options, branches, window, seed)
-                found.setdefault(name, []).append(_evaluated(run_dir, "plain"))
+                for lag_s in options.lags_s:
+                    name = f"K = {branches}, window {window} s, feedback {lag_s:g} s late"
+                    late = ("--data.feedback-lag-s", str(lag_s))
+                    found.setdefault(name, []).append(_evaluated(run_dir, f"late-{lag_s:g}", *late))
         if options.conditions:
-            for name, result in _under_conditions(options, run_dir, seed).items():
+            for name, result in _under_conditions(options, run_dir, branches, window, seed).items():
                 found.setdefault(name, []).append(result)
         _write(options, found)
 
@@ -72,7 +76,7 @@ def _trained(options: Options, recipe: str, name: str, *given: str) -> Path:
     return run_dir
 
 
-def _under_conditions(options: Options, base: Path, seed: int) -> dict[str, dict]:
+def _under_conditions(options: Options, base: Path, branches: int, window: str, seed: int) -> dict[str, dict]:
     column = ("--evaluation.condition-column", options.condition_column)
     results = {
         "post-filtering": _evaluated(base, "filter", "--evaluation.condition", "filter", *column),
@@ -84,6 +88,7 @@ def _under_conditions(options: Options, base: Path, seed: int) -> dict[str, dict
             f"{base.name}-{way}",
             *("--seed", str(seed), "--init-from", str(base), "--model.condition-by", way),
             *("--model.condition-column", options.condition_column),
+            *("--model.num-branches", str(branches), "--model.time-window-s", window),
         )
         results[f"condition {way}"] = _evaluated(run_dir, "asked")
     return results

@@ -272,7 +272,7 @@ def test_evaluation_batches_are_full_but_for_the_last(path):
 
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_late_feedback_ends_the_history_some_time_before_the_held_out_event(path, chunk, split):
-    lag_s, served = 1e8, []
+    lag_s, served = 3e8, []
     ends = {"valid": chunk.valid_at, "test": chunk.test_at}[split]
     stream_of = make_config(path, feedback_lag_s=lag_s)
     for batch in evaluation_batches(stream_of, split)[0]:
