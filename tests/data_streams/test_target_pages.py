@@ -230,6 +230,12 @@ def test_steps_hold_about_the_history_events_the_budget_says(world, world_size):
     assert steps == pytest.approx(streams[0].steps_per_epoch(), rel=0.2)
 
 
+def test_two_ranks_see_the_pages_that_one_sees(world):
+    streams = [TrainStream(config(world), seed=0, rank=rank, world_size=2) for rank in range(2)]
+    both = by_user(batch for stream in streams for batch in stream.batches(0))
+    assert both == by_user(training(world))
+
+
 def test_pages_without_any_target_are_bad_input(tmp_path):
     chunk = make_chunk([9] * 8)
     chunk.columns["page_id"] = np.full(72, -1, dtype=np.int32)
