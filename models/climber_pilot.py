@@ -144,7 +144,7 @@ class ClimberPilot(ItemSequenceModel):
         return with_item_conditions(batch, self.condition_table)
 
     def conditional_queries(self, rows: Rows, batch: SequenceBatch, wanted: Tensor) -> Tensor:
-        """The user under each of P conditions. Shapes: wanted [B, P] -> [B, P, D] fp32.
+        """The user under each of P conditions, below 0 for none. Shapes: wanted [B, P] -> [B, P, D] fp32.
 
         Cost: one pass of the backbone, and P queries of one layer for each user.
         """
@@ -154,7 +154,7 @@ class ClimberPilot(ItemSequenceModel):
             hidden,
             batch.items,
             layout,
-            wanted=wanted if self._narrows else torch.full_like(wanted, NO_CONDITION),
+            wanted=torch.where((wanted >= 0) & self._narrows, wanted, NO_CONDITION),
             offered=batch.features[OFFERED],
             tokens=self._tokens(wanted.flatten()),
             as_key=self._narrows,

@@ -50,6 +50,8 @@ def conditions():
 def make_users(lengths=(1, 12, 5, 5, 7, 2), gap_s=1000):
     generator = torch.Generator().manual_seed(4)
     sequences = [torch.randint(NUM_ITEMS, (length + 1,), generator=generator) for length in lengths]
+    # An item that meets but one condition, so that its row of conditions is filled up.
+    sequences[-1][0] = 7
     batch = make_batch(sequences)
     times = [gap_s * torch.randint(0, 3, (length + 1,), generator=generator).cumsum(0) for length in lengths]
     return replace(
@@ -227,10 +229,10 @@ def test_a_condition_that_nothing_in_the_history_meets_falls_back_to_all_of_it()
     users = make_users()
     model = pilot(condition_column="categories", condition_token=False)
     rows, batch = rows_of(model.query_ids(users)), model.with_conditions(users)
-    unmet, met = (
-        model.conditional_queries(rows, batch, torch.full((6, 1), wanted))[:, 0] for wanted in (4, 0)
+    unmet, met, none = (
+        model.conditional_queries(rows, batch, torch.full((6, 1), wanted))[:, 0] for wanted in (4, 0, -1)
     )
-    assert torch.equal(unmet, met)
+    assert torch.equal(unmet, met) and torch.equal(none, met)
 
 
 def test_conditions_asked_together_equal_conditions_one_by_one_and_differ():
