@@ -63,6 +63,10 @@ class ClimberPilot(ItemSequenceModel):
         """Items to be predicted at once, each by a branch of its own; 1 is next-item training."""
         time_window_s: float | None = 900.0
         """Seconds before a target in which events are hidden in training; None hides nothing."""
+        mask_backbone: bool = True
+        """Hide events in the backbone too, from each event those that are new before the next one, as the paper does.
+        False hides them from the branches alone: no hidden event reaches them either, and the backbone is the same in
+        training and serving."""
         position_bias: bool = True
         """Add a learnt bias by the number of events between two events to the attention."""
         condition_column: str = ""
@@ -122,7 +126,8 @@ class ClimberPilot(ItemSequenceModel):
 
     def forward(self, rows: Rows, batch: SequenceBatch, context: StepContext) -> LossSum:
         layout, visible = bucket_layout(batch.items), batch.features[VISIBLE]
-        hidden = self._backbone(self.embed_events(rows["history"], batch), layout, visible)
+        in_backbone = visible if self.config.mask_backbone else batch.items.places() + 1
+        hidden = self._backbone(self.embed_events(rows["history"], batch), layout, in_backbone)
         states = []
         for number, branch in enumerate(self.branches):
             slots = batch.supervision[slots_name(number)]
