@@ -21,6 +21,7 @@ from models.recommender import StepContext
 from models.sasrec import SASRec
 from sharding.configuration import ShardingConfig
 from sharding.lookup import ItemFeatures
+from tests.mixture_model import MixtureModel
 from trainer.blocks import recompute_blocks
 from trainer.configuration import TrainConfig
 from trainer.dense_module import DenseModule
@@ -28,7 +29,7 @@ from trainer.learner import Learner
 from trainer.plain_engine import PlainEngine
 from trainer.step_input import StepInput, prepare_step, split_users
 
-MODELS = {"sasrec": SASRec.Config, "hstu": HSTU.Config}
+MODELS = {"sasrec": SASRec.Config, "hstu": HSTU.Config, "mixture": MixtureModel.Config}
 OBJECTIVES = {
     "sampled": SampledSoftmax.Config(num_negatives=16, log_q=True),
     "full": FullSoftmax.Config(temperature=0.2),
@@ -54,6 +55,8 @@ class Case:
     ema_decay: float | None = None
     dropout: float = 0.0
     activation_checkpointing: bool = False
+    expert_parallel: int = 1
+    streams: int = 6
 
     def train_config(self) -> TrainConfig:
         return TrainConfig(
@@ -111,7 +114,8 @@ def make_batch(sequences: Sequence[Tensor], first_user: int = 0) -> SequenceBatc
 def prepare(case: Case, model: ItemSequenceModel, step: int, rank: int, world_size: int) -> StepInput:
     """This rank's share of a step: streams are dealt out, c % world_size."""
     batches = [
-        make_batch(list(chain.from_iterable(make_users(step)[r::world_size]))) for r in range(world_size)
+        make_batch(list(chain.from_iterable(make_users(step, case.streams)[r::world_size])))
+        for r in range(world_size)
     ]
     context = StepContext(step=step, seed=SEED, rank=rank, world_size=world_size)
     prepared = prepare_step(
@@ -124,6 +128,10 @@ def prepare(case: Case, model: ItemSequenceModel, step: int, rank: int, world_si
 def make_learner(case: Case, process: Process | None) -> Learner:
     """The sharded learner on a process group, or the unsharded reference without one."""
     model = make_model(case)
+    if process is not None:
+        from sharding.experts import shard_experts
+
+        shard_experts(model, case.expert_parallel, process)
     if case.activation_checkpointing:
         recompute_blocks(model)
     module = DenseModule(model, case.precision)
