@@ -12,6 +12,7 @@ from models.kernels.length_buckets import BucketLayout, bucket_layout
 from models.layers.feedforward import FeedForwardConfig
 from models.layers.linear import Linear
 from models.layers.moe import MixtureConfig
+from trainer.expert_balance import mixtures
 
 
 class MixtureModel(ItemSequenceModel):
@@ -23,6 +24,8 @@ class MixtureModel(ItemSequenceModel):
             MixtureConfig(num_experts=6, top_k=1, hidden=16, score="sigmoid", bias_rate=0.03),
         )
         """Of the blocks from the first to the last."""
+        favour_first_half: bool = False
+        """Let no token choose an expert of the second half, by a bias that outweighs all scores."""
 
         def build(self, **parts: Any) -> "MixtureModel":
             return MixtureModel(self, **parts)
@@ -31,6 +34,8 @@ class MixtureModel(ItemSequenceModel):
         super().__init__(config, **parts)
         self.blocks = nn.ModuleList(Block(config, part) for part in config.feedforwards)
         self.final_norm = nn.LayerNorm(config.width)
+        for layer in mixtures(self) if config.favour_first_half else ():
+            layer.choice_bias[: len(layer.choice_bias) // 2] = 10.0
 
     def encode_events(self, hidden: Tensor, batch: SequenceBatch) -> Tensor:
         layout = bucket_layout(batch.items)

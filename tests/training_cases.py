@@ -57,6 +57,7 @@ class Case:
     activation_checkpointing: bool = False
     expert_parallel: int = 1
     streams: int = 6
+    favour_first_half: bool = False
 
     def train_config(self) -> TrainConfig:
         return TrainConfig(
@@ -72,6 +73,7 @@ def make_model(case: Case) -> ItemSequenceModel:
     torch.manual_seed(SEED)
     counts = {"item_counts": np.arange(NUM_ITEMS)} if OBJECTIVES[case.objective].needs_item_counts else {}
     objective = OBJECTIVES[case.objective].build(num_items=NUM_ITEMS, **counts)
+    options = {"favour_first_half": True} if case.favour_first_half else {}
     config = MODELS[case.model](
         width=16,
         num_blocks=2,
@@ -79,6 +81,7 @@ def make_model(case: Case) -> ItemSequenceModel:
         dropout=case.dropout,
         init_scale=0.1,
         item_features=case.item_features,
+        **options,
     )
     return config.build(num_items=NUM_ITEMS, max_length=12, item_feature_dim=6, objective=objective)
 
