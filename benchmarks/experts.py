@@ -1,7 +1,7 @@
 """A layer of experts against that of DeepSpeed and against a dense layer of equal FLOPs, forward and backward."""
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import product
+from itertools import cycle, product
 from typing import Any
 
 import torch
@@ -32,11 +32,10 @@ BENCHMARK = Benchmark(
 SIZES = (1, 2)
 WIDTH, HIDDEN, NUM_EXPERTS = 256, 1024, 8
 TOKENS = {"full": (2048, 16384), "small": (64,)}
-"""Of both ranks together."""
+"""Of each rank."""
 ROUNDS = {"full": 4, "small": 1}
-BATCHES = 3
-"""Per round, so that every group of tokens has another size each time."""
-DTYPES = (torch.float32, torch.bfloat16)
+PASSES = 2
+"""Of a round, each with other tokens, so that groups have sizes that were not met before."""
 
 
 def measure(process: Process, request: Request) -> dict[str, Any]:
@@ -60,32 +59,28 @@ def measure(process: Process, request: Request) -> dict[str, Any]:
 
 def _case(process: Process, tokens: int, top_k: int, rounds: int) -> dict[int, dict[str, Any]]:
     generator = torch.Generator().manual_seed(process.rank)
-    own = tokens // process.world_size
-    batches = [torch.randn(own, WIDTH, generator=generator) for _ in range(BATCHES)]
+    batches = [torch.randn(tokens, WIDTH, generator=generator) for _ in range(PASSES * (rounds + 1))]
     precision = resolve_precision("auto", process.device)
     layers = {size: _our_layer(top_k, size, process) for size in SIZES}
-    sides = {f"ours {size}": _passes(layer, batches, precision) for size, layer in layers.items()}
-    dense = FeedForward(WIDTH, HIDDEN * top_k)
-    for dtype in DTYPES:
-        sides[f"dense {_name(dtype)}"] = _passes(dense, batches, dtype)
-        for size, setting in product(SIZES, SETTINGS):
-            peer = _peer_layer(setting, top_k, size)
-            sides[f"{setting} {size} {_name(dtype)}"] = _passes(peer, batches, dtype)
-    timings = interleave(process, sides, rounds=rounds)
+    sides: dict[str, nn.Module] = {f"ours {size}": layer for size, layer in layers.items()}
+    sides["dense"] = FeedForward(WIDTH, HIDDEN * top_k)
+    for size, setting in product(SIZES, SETTINGS):
+        sides[f"{setting} {size}"] = _peer_layer(setting, top_k, size)
+    runs = {name: _passes(layer, batches, precision) for name, layer in sides.items()}
+    timings = interleave(process, runs, rounds=rounds)
     return {
         size: {
-            **_compare(timings, size, tokens * BATCHES),
-            **_bytes(layer, batches, precision),
-            "pass_ms": {name: timing.best_s / BATCHES * 1e3 for name, timing in timings.items()},
+            **_compare(timings, size, tokens * process.world_size * PASSES),
+            **_bytes(layer, batches[0], precision),
+            "pass_ms": {name: timing.best_s / PASSES * 1e3 for name, timing in timings.items()},
         }
         for size, layer in layers.items()
     }
 
 
 def _compare(timings: Mapping[str, Timing], size: int, tokens: int) -> dict[str, Any]:
-    """Against the quicker precision of each other side."""
-    ours, dense = timings[f"ours {size}"], _quickest(timings, "dense")
-    peers = {setting: _quickest(timings, f"{setting} {size}") for setting in SETTINGS}
+    ours, dense = timings[f"ours {size}"], timings["dense"]
+    peers = {setting: timings[f"{setting} {size}"] for setting in SETTINGS}
     return {
         **compare_rates(tokens, ours, peers["dropless"]),
         "ratio_to_setting": {setting: peer.best_s / ours.best_s for setting, peer in peers.items()},
@@ -109,9 +104,11 @@ def _peer_layer(setting: str, top_k: int, size: int) -> DeepSpeedExperts:
 
 
 def _passes(layer: nn.Module, batches: Sequence[Tensor], dtype: torch.dtype) -> Callable[[], None]:
+    following = cycle(batches)
+
     def run() -> None:
-        for batch in batches:
-            _pass(layer, batch, dtype)
+        for _ in range(PASSES):
+            _pass(layer, next(following), dtype)
 
     return run
 
@@ -126,25 +123,19 @@ def _pass(layer: nn.Module, batch: Tensor, dtype: torch.dtype) -> None:
     layer.zero_grad()
 
 
-def _bytes(layer: Mixture, batches: Sequence[Tensor], dtype: torch.dtype) -> dict[str, float]:
-    """What this rank sends in one pass, against one row per chosen expert elsewhere, four times."""
+def _bytes(layer: Mixture, batch: Tensor, dtype: torch.dtype) -> dict[str, float]:
+    """What this rank sends in one pass, against one row per expert chosen elsewhere, there and back, twice."""
     with CountedExchange() as exchange:
-        _pass(layer, batches[0], dtype)
+        _pass(layer, batch, dtype)
+    _, chosen = layer._route(batch, None)
     parts = layer.experts.num_parts
-    _, chosen = layer._route(batches[0], None)
-    place = chosen // (NUM_EXPERTS // parts)
-    elsewhere = int((place != dist.get_rank() % parts).sum())
-    received = exchange.received_rows
-    minimum = 2 * (elsewhere + received) * WIDTH * dtype.itemsize
+    elsewhere = int((chosen // (NUM_EXPERTS // parts) != dist.get_rank() % parts).sum())
+    minimum = 2 * (elsewhere + exchange.received_rows) * WIDTH * dtype.itemsize
     return {
         "sent_bytes": exchange.sent_bytes,
         "minimum_bytes": minimum,
         "bytes_over_minimum": exchange.sent_bytes / minimum if minimum else 1.0,
     }
-
-
-def _quickest(timings: Mapping[str, Timing], side: str) -> Timing:
-    return min((timings[f"{side} {_name(dtype)}"] for dtype in DTYPES), key=lambda timing: timing.best_s)
 
 
 def _name(dtype: torch.dtype) -> str:

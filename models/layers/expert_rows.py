@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.layers.linear import ALIGNMENT_ROWS
+FILLED_SLOTS = 32
+"""Groups are small, so they are filled up to less than the rows of `layers.linear`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class Grouping:
 
 
 def group_rows(experts: Tensor, num_experts: int, *, fill: bool) -> Grouping:
-    """Order choices by expert, and within one as they came; `fill` makes groups multiples of 64 slots.
+    """Order choices by expert, and within one as they came; `fill` makes groups multiples of 32 slots.
 
     Shapes: experts [N] -> Grouping.
     Cost: a host sync where groups are filled up.
@@ -37,7 +38,7 @@ def group_rows(experts: Tensor, num_experts: int, *, fill: bool) -> Grouping:
     choices = order
     if fill:
         sizes = ends.diff(prepend=ends.new_zeros(1))
-        filled_ends = (-(-sizes // ALIGNMENT_ROWS) * ALIGNMENT_ROWS).cumsum(0)
+        filled_ends = (-(-sizes // FILLED_SLOTS) * FILLED_SLOTS).cumsum(0)
         shifts = (filled_ends - filled_ends.diff(prepend=ends.new_zeros(1))) - (ends - sizes)
         places = places + shifts[ordered]
         choices = order.new_zeros(int(filled_ends[-1])).index_copy_(0, places, order)

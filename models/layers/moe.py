@@ -113,7 +113,8 @@ class Mixture(nn.Module):
         """
         gates, chosen = self._route(hidden, token_weights)
         outputs = self.experts(hidden, chosen)
-        mixed = (outputs * gates.to(outputs.dtype)[..., None]).sum(1)
+        weighted = outputs * gates.to(outputs.dtype)[..., None]
+        mixed = weighted.sum(1) if self.config.top_k > 1 else weighted.squeeze(1)
         return mixed if self.shared is None else mixed + self.shared(hidden)
 
     def _route(self, hidden: Tensor, token_weights: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,8 @@ import pytest
 
 from cluster.errors import ConfigError
 from launch.commands.pretrain import parse_config
+from launch.plots import expert_loads, write_curves
+from launch.run_directory import EXPERTS
 from tests.mixture_model import MixtureModel
 from tests.process_group import run_on_processes
 from tests.tiny_run import assert_same_state, build_tiny_data, run, tiny_config
@@ -37,6 +39,7 @@ def test_routing_again_in_the_backward_pass_counts_once():
 
 def model_config(data, run_dir, size, **train):
     config = tiny_config(data, run_dir, ema_decay=0.9, **train)
+    config = replace(config, log=replace(config.log, every_steps=2))
     model = MixtureModel.Config(width=16, num_heads=2, dropout=0.0)
     return replace(config, model=model, sharding=replace(config.sharding, expert_parallel=size))
 
@@ -62,9 +65,11 @@ def test_a_checkpoint_of_experts_on_two_ranks_goes_on_in_one_process_and_on_two_
     (metrics,) = run_on_processes(serve, 1, alone)
     assert result["best"] == pytest.approx(expected_result["best"], rel=1e-3)
     assert metrics["ndcg@10"] > 0
-    lines = [line for line in read_metrics(again.run_dir) if "train/loss" in line]
-    for line in lines:
-        assert sum(line[f"train/experts/1/load/{expert}"] for expert in range(6)) == pytest.approx(1)
+    loads = expert_loads(read_metrics(again.run_dir))
+    assert [len(layer) for layer in loads] == [4, 6]
+    assert [sum(layer) for layer in loads] == pytest.approx([1, 1])
+    write_curves(again.run_dir, "ndcg@10")
+    assert (tmp_path / "parts" / EXPERTS).stat().st_size > 10_000
 
 
 def refused(process, case):
