@@ -56,7 +56,7 @@ def _write_experts(run_dir: str, lines: Sequence[dict]) -> None:
     ]
     picture = loads.imshow(relative, aspect="auto", cmap="coolwarm", vmin=0, vmax=2)
     figure.colorbar(picture, ax=loads)
-    loads.set(title="load at the end (1 = even)", xlabel="expert", ylabel="layer")
+    loads.set(title="load at the end (1 = even)", xlabel="expert", ylabel="layer", yticks=range(len(layers)))
     for axes, title, name in (
         (entropy, "entropy of the loads (1 = even)", "load_entropy"),
         (imbalance, "largest rank's load (1 = even)", "rank_imbalance"),
