@@ -13,7 +13,10 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "capacity 1": {"capacity_factor": 1.0},
     "capacity 2": {"capacity_factor": 2.0},
 }
-"""The first computes what ours does; with a capacity, tokens beyond it are dropped."""
+"""Without dropping, every expert computes as many rows as the one with the longest queue. With a capacity, tokens
+beyond it are dropped; at capacity 1 that is every token which makes its expert's load larger than the mean."""
+PEER = "capacity 2"
+"""What our bars were set against: hardly a token is dropped, and sizes are known before the router has run."""
 
 
 class DeepSpeedExperts(nn.Module):

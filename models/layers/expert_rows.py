@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FILLED_SLOTS = 32
+FILLED_SLOTS = 16
 """Groups are small, so they are filled up to less than the rows of `layers.linear`."""
 
 
@@ -26,7 +26,7 @@ class Grouping:
 
 
 def group_rows(experts: Tensor, num_experts: int, *, fill: bool) -> Grouping:
-    """Order choices by expert, and within one as they came; `fill` makes groups multiples of 32 slots.
+    """Order choices by expert, and within one as they came; `fill` makes groups multiples of 16 slots.
 
     Shapes: experts [N] -> Grouping.
     Cost: a host sync where groups are filled up.
