@@ -3,17 +3,19 @@
 from dataclasses import replace
 
 import pytest
+from torch import nn
 
 from cluster.errors import ConfigError
 from launch.commands.pretrain import parse_config
 from launch.plots import expert_loads, write_curves
 from launch.run_directory import EXPERTS
+from models.layers.moe import MixtureConfig
 from tests.mixture_model import MixtureModel
 from tests.process_group import run_on_processes
 from tests.tiny_run import assert_same_state, build_tiny_data, run, tiny_config
 from tests.trainer.test_parity import assert_same_training
 from tests.trainer.test_weight_average import serve
-from tests.training_cases import Case, make_learner
+from tests.training_cases import Case
 from trainer.checks import check
 from trainer.metric_log import read_metrics
 
@@ -72,23 +74,25 @@ def test_a_checkpoint_of_experts_on_two_ranks_goes_on_in_one_process_and_on_two_
     assert (tmp_path / "parts" / EXPERTS).stat().st_size > 10_000
 
 
-def refused(process, case):
-    try:
-        make_learner(case, process)
-    except ConfigError as error:
-        return str(error)
-    return "no error"
+def refusals(process, attempts):
+    from sharding.experts import shard_experts
+
+    messages = []
+    for model, size in attempts:
+        with pytest.raises(ConfigError) as error:
+            shard_experts(model, size, process)
+        messages.append(str(error.value))
+    return messages
 
 
-@pytest.mark.parametrize(
-    ("case", "message"),
-    [
-        (Case(expert_parallel=2), "SASRec has none; leave the option out"),
-        (replace(CASE, expert_parallel=3), "3 does not divide 2; use a multiple of 3 workers"),
-    ],
-)
-def test_experts_that_cannot_be_spread_are_refused(case, message):
-    assert message in run_on_processes(refused, 2, case)[0]
+def test_experts_that_cannot_be_spread_are_refused():
+    experts = lambda count: MixtureConfig(num_experts=count, hidden=8).build(8)  # noqa: E731
+    none, odd_workers, odd_experts = run_on_processes(
+        refusals, 2, [(nn.Linear(2, 2), 2), (experts(6), 3), (experts(5), 2)]
+    )[0]
+    assert "needs a model with experts, and Linear has none; leave the option out" in none
+    assert "3 does not divide 2; use a multiple of 3 workers" in odd_workers
+    assert "must divide the number of experts, and 2 does not divide 5; use one of [1]" in odd_experts
 
 
 @pytest.mark.parametrize(
