@@ -23,6 +23,7 @@ BENCHMARK = Benchmark(
     unit="tokens/s",
     bars=(
         Bar(key="ratio", at_least=1.5),
+        Bar(key="ratio_to_dropless", at_least=1.5),
         Bar(key="slower_than_dense", at_most=1.2),
         Bar(key="bytes_over_minimum", at_most=1.01),
     ),
@@ -50,6 +51,7 @@ def measure(process: Process, request: Request) -> dict[str, Any]:
     worst = min(every.values(), key=lambda case: case["ratio"])
     return {
         **{key: worst[key] for key in ("ours", "peer", "ratio", "cpu_seconds", "rounds_s")},
+        "ratio_to_dropless": min(case["ratio_to_setting"]["dropless"] for case in every.values()),
         "slower_than_dense": max(case["slower_than_dense"] for case in every.values()),
         "bytes_over_minimum": max(case["bytes_over_minimum"] for case in every.values()),
         "our_precision": _name(resolve_precision("auto", process.device)),

@@ -16,7 +16,8 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 """Without dropping, every expert computes as many rows as the one with the longest queue. With a capacity, tokens
 beyond it are dropped; at capacity 1 that is every token which makes its expert's load larger than the mean."""
 PEER = "capacity 2"
-"""What our bars were set against: hardly a token is dropped, and sizes are known before the router has run."""
+"""The setting in which DeepSpeed's layer was measured when the bar was set: hardly a token is dropped, and sizes are
+known before the router has run. Its dropless setting computes what ours does and has a bar of its own."""
 
 
 class DeepSpeedExperts(nn.Module):
