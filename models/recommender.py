@@ -24,7 +24,7 @@ class LossSum:
     count: int
     """Number of supervised targets in `sum`, known on the host."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
-    """Further detached scalars, each a sum over the same targets."""
+    """Further detached scalars or vectors, each a sum over the same targets."""
 
 
 CandidateCrossEntropy = Callable[[Tensor, Tensor, Tensor, int], Tensor]

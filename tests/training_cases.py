@@ -23,6 +23,7 @@ from models.recommender import StepContext
 from models.sasrec import SASRec
 from sharding.configuration import ShardingConfig
 from sharding.lookup import ItemFeatures
+from tests.mixture_model import MixtureModel
 from trainer.blocks import recompute_blocks
 from trainer.configuration import TrainConfig
 from trainer.dense_module import DenseModule
@@ -35,6 +36,7 @@ MODELS = {
     "hstu": HSTU.Config,
     "pilot": partial(ClimberPilot.Config, time_window_s=30_000.0),
     "conditioned-pilot": partial(ClimberPilot.Config, time_window_s=30_000.0, condition_column="group"),
+    "mixture": MixtureModel.Config,
 }
 OBJECTIVES = {
     "sampled": SampledSoftmax.Config(num_negatives=16, log_q=True),
@@ -61,6 +63,9 @@ class Case:
     ema_decay: float | None = None
     dropout: float = 0.0
     activation_checkpointing: bool = False
+    expert_parallel: int = 1
+    streams: int = 6
+    favour_first_half: bool = False
 
     def train_config(self) -> TrainConfig:
         return TrainConfig(
@@ -76,6 +81,7 @@ def make_model(case: Case) -> ItemSequenceModel:
     torch.manual_seed(SEED)
     counts = {"item_counts": np.arange(NUM_ITEMS)} if OBJECTIVES[case.objective].needs_item_counts else {}
     objective = OBJECTIVES[case.objective].build(num_items=NUM_ITEMS, **counts)
+    options = {"favour_first_half": True} if case.favour_first_half else {}
     config = MODELS[case.model](
         width=16,
         num_blocks=2,
@@ -83,6 +89,7 @@ def make_model(case: Case) -> ItemSequenceModel:
         dropout=case.dropout,
         init_scale=0.1,
         item_features=case.item_features,
+        **options,
     )
     parts = {}
     if case.model == "conditioned-pilot":
@@ -122,7 +129,7 @@ def make_batch(sequences: Sequence[Tensor], first_user: int = 0) -> SequenceBatc
 def prepare(case: Case, model: ItemSequenceModel, step: int, rank: int, world_size: int) -> StepInput:
     """This rank's share of a step: streams are dealt out, c % world_size."""
     batches = [
-        _numbered(make_batch(list(chain.from_iterable(make_users(step)[r::world_size]))))
+        _numbered(make_batch(list(chain.from_iterable(make_users(step, case.streams)[r::world_size]))))
         for r in range(world_size)
     ]
     context = StepContext(step=step, seed=SEED, rank=rank, world_size=world_size)
@@ -143,6 +150,10 @@ def _numbered(batch: SequenceBatch) -> SequenceBatch:
 def make_learner(case: Case, process: Process | None) -> Learner:
     """The sharded learner on a process group, or the unsharded reference without one."""
     model = make_model(case)
+    if process is not None:
+        from sharding.experts import shard_experts
+
+        shard_experts(model, case.expert_parallel, process)
     if case.activation_checkpointing:
         recompute_blocks(model)
     module = DenseModule(model, case.precision)

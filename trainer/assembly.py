@@ -72,7 +72,13 @@ class Assembly:
         )
 
     def module(self) -> DenseModule:
-        """What the engine wraps. Raises: ConfigError if an option asks for blocks and the model has none."""
+        """What the engine wraps; a collective call where experts are spread over ranks.
+
+        Raises: ConfigError if an option asks for blocks or experts and the model has none.
+        """
+        from sharding.experts import shard_experts
+
+        shard_experts(self.model, self.config.sharding.expert_parallel, self.process)
         if self.config.train.compile:
             compile_blocks(self.model)
         if self.config.train.activation_checkpointing:

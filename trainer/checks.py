@@ -18,6 +18,7 @@ def check(config: PretrainConfig) -> None:
             f"data.num-streams must be at least cluster.workers ({config.cluster.workers}), got "
             f"{config.data.num_streams}; it is a property of the run, so choose it for the largest cluster"
         )
+    _check_experts(config)
     for name in ("model", "objective"):
         if getattr(config, name) is None:
             raise ConfigError(f"{name} must be set by the recipe, and recipe '{config.recipe}' leaves it out")
@@ -32,10 +33,25 @@ def check(config: PretrainConfig) -> None:
         raise ConfigError(f"train.ema-decay must lie in 0..1, below 1, or be None; got {decay}")
 
 
+def _check_experts(config: PretrainConfig) -> None:
+    size, workers, stage = config.sharding.expert_parallel, config.cluster.workers, config.train.zero_stage
+    if workers % size:
+        raise ConfigError(
+            f"sharding.expert-parallel must divide cluster.workers, and {size} does not divide {workers}; use a "
+            f"multiple of {size} workers"
+        )
+    if size > 1 and stage not in (1, 2):
+        raise ConfigError(
+            f"train.zero-stage must be 1 or 2 where experts are spread over workers, got {stage} with "
+            f"sharding.expert-parallel {size}; use --train.zero-stage 1, or --sharding.expert-parallel 1"
+        )
+
+
 def _at_least_one(config: PretrainConfig) -> None:
     for section, names in (
         ("train", ("epochs", "micro_batches", "keep_last", "validate_every_steps", "checkpoint_every_steps")),
         ("cluster", ("workers",)),
+        ("sharding", ("expert_parallel",)),
         ("log", ("every_steps",)),
     ):
         for name in names:

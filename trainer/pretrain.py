@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -228,13 +228,13 @@ class Window:
 
     def close(self, process: Process, wait_s: float) -> dict[str, float]:
         """Means over all ranks, and rates; a collective call."""
-        totals = torch.stack(list(self.sums.values())).float()
+        totals = torch.cat([value.flatten() for value in self.sums.values()]).float()
         if process.world_size > 1:
             dist.all_reduce(totals)
         seconds = time.perf_counter() - self.started
         means = {
             f"train/{name}": total / max(self.targets, 1)
-            for name, total in zip(self.sums, totals.tolist(), strict=True)
+            for name, total in zip(_element_names(self.sums), totals.tolist(), strict=True)
         }
         return means | {
             "train/targets_per_s": self.targets / seconds,
@@ -246,6 +246,12 @@ class Window:
     def restart(self, wait_s: float) -> None:
         self.__init__()
         self.wait_s = wait_s
+
+
+def _element_names(sums: Mapping[str, Tensor]) -> Iterator[str]:
+    """A vector's elements are reported as NAME/0, NAME/1 and so on."""
+    for name, value in sums.items():
+        yield from [f"{name}/{index}" for index in range(len(value))] if value.dim() else [name]
 
 
 def _log(job: Job, feed: Feed, fraction: float, total_steps: int) -> None:

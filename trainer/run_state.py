@@ -15,7 +15,7 @@ from trainer.assembly import Assembly, describe_model
 from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_reader import CheckpointReader
 from trainer.fingerprint import compare_fingerprint, model_fingerprint
-from trainer.plain_engine import named_trainable
+from trainer.plain_engine import named_state, named_trainable
 from trainer.weight_average import AVERAGE, served_prefix
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def restore_progress(reader: CheckpointReader, assembly: Assembly, engine) -> Pr
     for piece in [*assembly.tables.pieces(), *engine.pieces()]:
         if has_average or not piece.name.startswith(AVERAGE):
             reader.read_into(piece.name, piece.start, piece.tensor)
-    engine.restore(lambda name: _read_whole(reader, name), progress.step)
+    engine.restore(reader.read_rows, progress.step)
     if engine.average and not has_average:
         engine.average.restart(engine.weights())
     positions = [state["position"] for state in reader.rank_states if state["position"]]
@@ -149,19 +149,14 @@ def _copy_known_rows(reader: CheckpointReader, piece: Piece, new_rows: np.ndarra
 def _load_dense(reader: CheckpointReader, assembly: Assembly, may_lack: tuple[str, ...] = ()) -> None:
     """The weights that evaluation used: their average where the run kept one."""
     prefix = served_prefix(reader.tensors)
-    for name, parameter in named_trainable(assembly.model):
+    for name, tensor in [*named_trainable(assembly.model), *named_state(assembly.model)]:
         saved = reader.shared_state["dense_shapes"].get(name)
         if saved is None and name.startswith(may_lack):
             logger.info("The weights of %s are new and keep their initial values.", name)
             continue
-        if saved != list(parameter.shape):
+        if saved != list(tensor.shape):
             raise CheckpointError(
-                f"the weights of {name} must have shape {list(parameter.shape)}, the checkpoint has {saved}; "
+                f"the weights of {name} must have shape {list(tensor.shape)}, the checkpoint has {saved}; "
                 "give the model options the checkpoint was trained with"
             )
-        parameter.data.copy_(_read_whole(reader, prefix + name).view(parameter.shape))
-
-
-def _read_whole(reader: CheckpointReader, name: str):
-    (length, *_), _ = reader.tensors[name]
-    return reader.read_rows(name, 0, length)
+        tensor.data.copy_(reader.read_rows(prefix + name, 0, tensor.numel()).view(tensor.shape))
