@@ -27,3 +27,7 @@ class DivergenceError(GrailError):
 
 class ClusterError(GrailError):
     """Machines or workers are missing, did not start in time, or died too often."""
+
+
+class RewardError(GrailError):
+    """A reward failed, or returned something that is no reward; names the reward and the user."""

@@ -75,15 +75,7 @@ def assemble(config: PretrainConfig, process: Process, items: ItemTable | None =
 
     items = items or ItemTable.load(config.data.path)
     features = load_item_features(config, items)
-    torch.manual_seed(purpose_seed(config.seed, "initial weights"))
-    counts = {"item_counts": items.train_counts} if config.objective.needs_item_counts else {}
-    objective = config.objective.build(num_items=items.num_items, **counts)
-    model = config.model.build(
-        num_items=items.num_items,
-        max_length=config.data.max_length,
-        item_feature_dim=features.dim if features else 0,
-        objective=objective,
-    ).to(process.device)
+    model = build_model(config, items, features).to(process.device)
     tables = ShardedTables(
         model.tables(),
         process=process,
@@ -93,6 +85,18 @@ def assemble(config: PretrainConfig, process: Process, items: ItemTable | None =
     )
     return Assembly(
         config=config, process=process, items=items, item_features=features, model=model, tables=tables
+    )
+
+
+def build_model(config: PretrainConfig, items: ItemTable, features: ItemFeatures | None) -> Recommender:
+    """The dense part with its initial weights, which depend on the configuration alone."""
+    torch.manual_seed(purpose_seed(config.seed, "initial weights"))
+    counts = {"item_counts": items.train_counts} if config.objective.needs_item_counts else {}
+    return config.model.build(
+        num_items=items.num_items,
+        max_length=config.data.max_length,
+        item_feature_dim=features.dim if features else 0,
+        objective=config.objective.build(num_items=items.num_items, **counts),
     )
 
 
