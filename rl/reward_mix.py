@@ -43,8 +43,12 @@ class MixedRewards:
     direct_mask: np.ndarray
     """[B, G] bool."""
     report: Mapping[str, float]
-    """Per reward NAME/mean, NAME/spread (mean standard deviation within a group) and NAME/share (of the weighted
-    spread of all)."""
+    """Per reward NAME/mean, NAME/spread (mean standard deviation within a group), NAME/share (of the weighted
+    spread of all) and, from a pool, NAME/seconds of work."""
+
+    def reporting(self, numbers: Mapping[str, float]) -> "MixedRewards":
+        """The same with more numbers in the report."""
+        return dataclasses.replace(self, report={**self.report, **numbers})
 
     def advantages(self, estimator: AdvantageEstimator) -> Advantages:
         """Those of the estimator, with the direct terms added."""
