@@ -209,7 +209,7 @@ class _Build:
                 index=part.index,
                 root=self.root,
                 split=split,
-                exposure_code=actions.index(EXPOSURE) if EXPOSURE in actions else -1,
+                positive_codes=self._positive_codes(actions),
                 first_user=first_user,
                 chunk_users=self.config.chunk_users,
             )
@@ -217,6 +217,16 @@ class _Build:
             if part.num_users
         ]
         return self._run(partition.write_shards, tasks, "writing shards")
+
+    def _positive_codes(self, actions: tuple[str, ...]) -> tuple[int, ...]:
+        wanted = self.config.split_actions or [name for name in actions if name != EXPOSURE]
+        missing = [name for name in wanted if name not in actions]
+        if missing:
+            raise ConfigError(
+                f"--split-actions must be among the actions that are kept, {', '.join(actions)}, and "
+                f"{', '.join(missing)} are not; add them to --sequence-actions"
+            )
+        return tuple(actions.index(name) for name in wanted)
 
     def _write_users(self, gathered: list[partition.Gathered]) -> None:
         """One table, written partition by partition."""

@@ -28,10 +28,15 @@ def pretrain_job(
 def evaluate_job(
     process: Process, config: PretrainConfig, step: int, split: str, reporter: Reporter
 ) -> dict[str, Any]:
-    """Rank the held-out items of a split; the content of evaluation.json."""
+    """Rank the held-out items of a split, or the exposures of a model of answers; the content of evaluation.json."""
+    from models.recommender import Ranker
     from trainer.evaluate import evaluate
+    from trainer.ranking import evaluate_answers
 
     assembly = _load(process, config, step)
+    if isinstance(assembly.model, Ranker):
+        result = evaluate_answers(assembly, config, split=split)
+        return dataclasses.replace(result, step=step).to_json()
     users = assembly.users(split)
     result = evaluate(
         assembly.search(),

@@ -10,7 +10,9 @@ import torch.distributed as dist
 from cluster.errors import ConfigError
 from cluster.process import Process
 from cluster.seeds import purpose_seed
+from cluster.storage import Storage
 from data_streams.item_table import ItemTable
+from data_streams.manifest import Manifest
 from data_streams.stream import EvaluationStream
 from models.recommender import Recommender
 from models.tables import Lookup
@@ -91,12 +93,17 @@ def assemble(config: PretrainConfig, process: Process, items: ItemTable | None =
 def build_model(config: PretrainConfig, items: ItemTable, features: ItemFeatures | None) -> Recommender:
     """The dense part with its initial weights, which depend on the configuration alone."""
     torch.manual_seed(purpose_seed(config.seed, "initial weights"))
-    counts = {"item_counts": items.train_counts} if config.objective.needs_item_counts else {}
+    parts: dict[str, Any] = {}
+    if config.objective is not None:
+        counts = {"item_counts": items.train_counts} if config.objective.needs_item_counts else {}
+        parts["objective"] = config.objective.build(num_items=items.num_items, **counts)
+    if getattr(config.model, "needs_actions", False):
+        parts["actions"] = tuple(Manifest.load(Storage(config.data.path)).actions)
     return config.model.build(
         num_items=items.num_items,
         max_length=config.data.max_length,
         item_feature_dim=features.dim if features else 0,
-        objective=config.objective.build(num_items=items.num_items, **counts),
+        **parts,
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +28,8 @@ from trainer.metrics import (
     unit_vectors,
 )
 from trainer.search import Search
+
+Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +111,7 @@ def recommend(
 
     Empty slots are -1 with score -inf.
     """
-    for batch in _in_step(batches, empty_batch, search.process):
+    for batch in in_step(batches, empty_batch, search.process):
         items, scores = search.recommend(batch, k, filter_seen=filter_seen)
         if batch.num_users:
             yield batch.user_ids, items.cpu(), scores.cpu()
@@ -155,7 +157,7 @@ def _rank_users(
 ) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
     """User rows in ascending order, ranks and lists of all users on rank 0; None on the other ranks."""
     users, ranks, lists = [], [], []
-    for batch in _in_step(batches, empty_batch, search.process):
+    for batch in in_step(batches, empty_batch, search.process):
         found = search.find(batch, k=k, rank_held_out=True, filter_seen=config.filter_seen)
         users.append(batch.user_ids)
         ranks.append(found.ranks)
@@ -193,9 +195,7 @@ def _check_each_once(users: Tensor | None, process: Process | None) -> None:
         )
 
 
-def _in_step(
-    batches: Iterable[SequenceBatch], empty_batch: SequenceBatch, process: Process | None
-) -> Iterator[SequenceBatch]:
+def in_step(batches: Iterable[Batch], empty_batch: Batch, process: Process | None) -> Iterator[Batch]:
     """This rank's batches, then empty ones until all ranks are through, so that collectives match."""
     iterator = iter(batches)
     while True:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cluster.configuration import ClusterConfig
+from cluster.errors import ConfigError
 from cluster.storage import Storage
 from launch.progress import start_console
 from launch.run_directory import EVALUATION
@@ -42,6 +43,10 @@ def evaluate(
     from launch.jobs import evaluate_job
     from trainer.evaluate import EvaluationResult, render
 
+    if baselines and getattr(config.model, "has_own_objective", False):
+        raise ConfigError(
+            "baselines rank all items, and this run's model scores given ones; leave --baselines out"
+        )
     step = find_step(config, checkpoint)
     start_console()
     content = run_gang(*(evaluate_job, config, step, split), config=config.cluster, run_dir=config.run_dir)
