@@ -7,13 +7,12 @@ from trainer.configuration import PretrainConfig, TrainConfig
 
 def recipe() -> PretrainConfig:
     return PretrainConfig(
-        data=DataConfig(max_length=400, tokens_per_step=8192),
+        data=DataConfig(max_length=400, tokens_per_step=4096),
         model=RewardSim.Config(),
         train=TrainConfig(
-            epochs=3,
-            learning_rate=3e-3,
-            table_learning_rate=0.1,
-            patience=1,
+            epochs=2,
+            learning_rate=1e-2,
+            table_learning_rate=0.2,
             selection_metric="auc",
         ),
     )
