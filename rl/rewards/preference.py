@@ -44,7 +44,7 @@ class Preference(RewardFunction):
         def build(self, setting: RewardSetting) -> "Preference":
             config = setting.runs[self.run]
             frozen = load_frozen(config, self.checkpoint)
-            _check(frozen, ItemTable.load(setting.data_path), setting.data_path)
+            check_run(frozen, ItemTable.load(setting.data_path), setting.data_path)
             return Preference(self, frozen, Calibration.load(config.run_dir, frozen.model.actions))
 
     def __init__(self, config: Config, frozen: FrozenRun, calibration: Calibration):
@@ -71,8 +71,11 @@ class Preference(RewardFunction):
         return torch.where(items >= 0, probabilities @ self.weights, 0.0).numpy()
 
 
-def _check(frozen: FrozenRun, items: ItemTable, data_path: str) -> None:
-    """Item rows must mean the same to the reward model and to the policy."""
+def check_run(frozen: FrozenRun, items: ItemTable, data_path: str) -> None:
+    """Item rows must mean the same to the reward model and to the policy.
+
+    Raises: ConfigError for another kind of model, DataError for another catalogue.
+    """
     if not isinstance(frozen.model, Ranker):
         raise ConfigError(
             f"{frozen.config.run_dir} holds a {type(frozen.model).__name__}, and a preference is scored by a model of "
