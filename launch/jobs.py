@@ -29,6 +29,7 @@ def evaluate_job(
     process: Process, config: PretrainConfig, step: int, split: str, reporter: Reporter
 ) -> dict[str, Any]:
     """Rank the held-out items of a split, or the exposures of a model of answers; the content of evaluation.json."""
+    from launch.world_truth import load_truth
     from models.recommender import Ranker
     from trainer.evaluate import evaluate
     from trainer.ranking import evaluate_answers
@@ -37,7 +38,7 @@ def evaluate_job(
     if isinstance(assembly.model, Ranker):
         result = evaluate_answers(assembly, config, split=split)
         return dataclasses.replace(result, step=step).to_json()
-    users = assembly.users(split)
+    users, truth = assembly.users(split), load_truth(config.data.path, split)
     result = evaluate(
         assembly.search(),
         users.batches(),
@@ -46,6 +47,7 @@ def evaluate_job(
         config=config.evaluation,
         split=split,
         seed=config.seed,
+        utilities=truth and truth.utilities,
     )
     return dataclasses.replace(result, step=step).to_json()
 

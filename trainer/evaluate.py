@@ -1,6 +1,6 @@
 """Evaluation of a search on held-out items, and recommendations for users, by any number of workers."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
@@ -30,6 +30,9 @@ from trainer.metrics import (
 from trainer.search import Search
 
 Batch = TypeVar("Batch")
+
+Utilities = Callable[[np.ndarray, np.ndarray, Sequence[int]], Mapping[int, np.ndarray]]
+"""(user rows [U], lists [U, K], cutoffs) -> true utility of each list at each cutoff."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +67,12 @@ def evaluate(
     config: EvaluationConfig,
     split: str,
     seed: int = 0,
+    utilities: Utilities | None = None,
 ) -> EvaluationResult:
     """Rank the held-out item of every user among all items, and look at the recommended lists.
 
-    `batches` are this rank's users; ranks may have different numbers of them. A collective call, whose result
-    is the same on every rank.
+    `batches` are this rank's users; ranks may have different numbers of them. `utilities` tells the true utility of
+    lists, where the truth is known. A collective call, whose result is the same on every rank.
 
     Raises: DataError when there are no users, or one was evaluated twice.
     """
@@ -77,6 +81,9 @@ def evaluate(
     outcome = None
     if users is not None:
         per_user = _rank_metrics(ranks, config.cutoffs) | _list_metrics(lists, config.cutoffs, items)
+        if utilities is not None:
+            of_lists = utilities(users, lists, config.cutoffs)
+            per_user |= {f"utility@{k}": values for k, values in of_lists.items()}
         coverage = {f"coverage@{k}": coverage_at(lists, k, search.num_items) for k in config.cutoffs}
         outcome = {
             "num_users": len(users),
