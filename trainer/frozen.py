@@ -39,10 +39,12 @@ def load_frozen(config: PretrainConfig, checkpoint: str | int = "best") -> Froze
     frozen = FrozenRun(
         config=config,
         items=items,
-        model=model.eval().requires_grad_(False),
+        model=model.eval(),
         tables=tables,
         lookup=make_lookup(model.tables(), tables, features, torch.device("cpu")),
         step=reader.step,
     )
     load_weights(reader, frozen)
+    # Only now: what needs no gradient counts as no weight of a checkpoint.
+    model.requires_grad_(False)
     return frozen

@@ -10,13 +10,16 @@ import torch
 
 from cluster.errors import ConfigError, DataError
 from cluster.reporter import Reporter
+from cluster.storage import Storage
 from data_streams.build import build
 from data_streams.build_config import BuildConfig
 from data_streams.configuration import DataConfig
 from data_streams.sources.world import WorldSource
 from models.reward_sim import RewardSim
 from tests.process_group import run_on_processes
+from tests.tiny_run import read_all
 from trainer.calibration import Calibration, fit_calibration
+from trainer.checkpoint_reader import CheckpointReader
 from trainer.checks import check
 from trainer.configuration import PretrainConfig, TrainConfig
 from trainer.frozen import load_frozen
@@ -107,9 +110,7 @@ def tiny_reward_run(folder: Path, *, epochs: int = 2) -> PretrainConfig:
 
 
 def train_and_evaluate(process, config):
-    from cluster.storage import Storage
     from trainer.assembly import assemble
-    from trainer.checkpoint_reader import CheckpointReader
     from trainer.ranking import evaluate_answers
     from trainer.run_state import load_weights
     from trainer.start import pretrain
@@ -130,6 +131,11 @@ def test_a_reward_model_is_trained_evaluated_and_frozen(tmp_path):
     assert evaluation["num_users"] > 100
     frozen = load_frozen(config)
     assert frozen.step == result["best_step"] and not any(p.requires_grad for p in frozen.model.parameters())
+    reader = CheckpointReader(Storage(f"{config.run_dir}/checkpoints"), "best")
+    saved = read_all(reader, "dense/heads.weight")
+    torch.testing.assert_close(frozen.model.heads.weight.flatten(), saved.flatten())
+    rows = frozen.lookup({"event": torch.arange(80)})["event"].rows
+    torch.testing.assert_close(rows, read_all(reader, "table/item"))
     (alone,) = run_on_processes(evaluate_alone, 1, config)
     for name in names:
         assert alone["metrics"][name] == pytest.approx(evaluation["metrics"][name], abs=1e-5)
