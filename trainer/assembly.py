@@ -14,7 +14,7 @@ from cluster.storage import Storage
 from data_streams.item_table import ItemTable
 from data_streams.manifest import Manifest
 from data_streams.stream import EvaluationStream
-from models.recommender import Recommender
+from models.recommender import Ranker, Recommender
 from models.tables import Lookup
 from sharding.lookup import ItemFeatures, make_lookup
 from sharding.tables import EmbeddingTables
@@ -42,7 +42,15 @@ class Assembly:
         return make_lookup(self.model.tables(), self.tables, self.item_features, self.process.device)
 
     def search(self, precision: torch.dtype = torch.float32) -> Search:
-        """Search with the weights as they are now; a collective call."""
+        """Search with the weights as they are now; a collective call.
+
+        Raises: ConfigError for a model that only scores given items.
+        """
+        if isinstance(self.model, Ranker):
+            raise ConfigError(
+                f"{self.config.run_dir} holds a {type(self.model).__name__}, which scores given items and cannot find "
+                "any; recommend with a run of another recipe"
+            )
         return RetrievalSearch.build(
             self.model,
             self.lookup(),

@@ -21,6 +21,11 @@ def check(config: PretrainConfig) -> None:
     for name in ("model", "objective"):
         if getattr(config, name) is None and not getattr(config.model, "has_own_objective", False):
             raise ConfigError(f"{name} must be set by the recipe, and recipe '{config.recipe}' leaves it out")
+    if config.objective is not None and getattr(config.model, "has_own_objective", False):
+        raise ConfigError(
+            f"{type(config.model).__qualname__} has a loss of its own; leave --objective out of recipe "
+            f"'{config.recipe}'"
+        )
     missing = [name for name in getattr(config.model, "event_columns", ()) if name not in config.data.columns]
     if missing:
         raise ConfigError(

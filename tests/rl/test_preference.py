@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cluster.errors import ConfigError, DataError
+from rl.reward_pool import build_scorer
 from rl.rewards import RewardSetting
 from rl.rewards.hybrid import Hybrid
 from rl.rewards.preference import Preference, check_run
@@ -80,6 +81,21 @@ def test_a_reward_model_of_other_data_or_of_another_kind_is_refused(config, sett
     retriever = SimpleNamespace(config=config, model=SumOfCodes())
     with pytest.raises(ConfigError, match="holds a SumOfCodes, and a preference is scored by"):
         check_run(retriever, None, other)
+
+
+def test_rewards_are_put_together_by_name(config):
+    from launch.reward_parts import reward_setting, reward_term
+    from launch.run_directory import prepare
+
+    prepare(config)
+    terms = [reward_term("preference", run=config.run_dir), reward_term("hit", weight=2.0)]
+    setting = reward_setting(terms, data_path=config.data.path, seed=3)
+    assert setting.runs == {config.run_dir: config} and setting.seed == 3
+    scored = build_scorer(terms, setting)([group([3, -1], positives=[3])])
+    assert scored.rewards["hit"][0].values.tolist() == [1, 0]
+    assert scored.rewards["preference"][0].values[1] == 0
+    with pytest.raises(ConfigError, match="did you mean 'preference'"):
+        reward_term("preferences")
 
 
 def test_a_user_without_history_is_named(config, setting):

@@ -1,6 +1,7 @@
 """Rewards against numbers worked out by hand."""
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from cluster.errors import ConfigError, DataError
 from cluster.plugins import plugin_config, plugin_files
 from data_streams.build import build
 from data_streams.build_config import BuildConfig
+from data_streams.sources.events import EventsSource
 from data_streams.sources.world import WorldSource
 from rl.item_vectors import UnitVectors, last_items, relevance
 from rl.rewards import RewardOptions, RewardSetting
@@ -109,6 +111,13 @@ def test_the_threshold_of_the_gate_is_a_quantile_over_real_next_items(tmp_path):
     prepared = config.prepared(RewardSetting(data_path=data))
     assert prepared.threshold == thresholds[1] == prepared.to_log()["relevance_threshold"]
     assert prepared.prepared(NOWHERE) is prepared
+    lonely = replace(config, vectors=matrix)
+    one_click = "user_id,item_id,order\nu,a,1\nv,a,1\n"
+    (tmp_path / "events.csv").write_text(one_click)
+    source = EventsSource.Config(events=(str(tmp_path / "events.csv"),), order_column="order")
+    build(source, BuildConfig(out=str(tmp_path / "lonely"), ray="never"))
+    with pytest.raises(ConfigError, match="users with two training events"):
+        lonely.prepared(RewardSetting(data_path=str(tmp_path / "lonely")))
     with pytest.raises(ConfigError, match="has none: name a matrix"):
         Diversity.Config().build(RewardSetting(data_path=data))
 

@@ -5,19 +5,25 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
 from cluster.errors import ConfigError, DataError
+from cluster.process import Process
 from cluster.reporter import Reporter
 from cluster.storage import Storage
 from data_streams.build import build
 from data_streams.build_config import BuildConfig
 from data_streams.configuration import DataConfig
+from data_streams.item_table import ItemTable
 from data_streams.sources.world import WorldSource
+from models.objectives.sampled_softmax import SampledSoftmax
 from models.reward_sim import RewardSim
+from sharding.unsharded import UnshardedTables
 from tests.process_group import run_on_processes
 from tests.tiny_run import read_all
+from trainer.assembly import Assembly
 from trainer.calibration import Calibration, fit_calibration
 from trainer.checkpoint_reader import CheckpointReader
 from trainer.checks import check
@@ -156,4 +162,39 @@ def test_a_reward_model_is_chosen_by_its_own_metrics():
     )
     with pytest.raises(ConfigError, match="must be one of auc, gauc; got ndcg@10"):
         check(config)
-    check(replace(config, train=TrainConfig(selection_metric="gauc")))
+    fine = replace(config, train=TrainConfig(selection_metric="gauc"))
+    check(fine)
+    with pytest.raises(ConfigError, match="has a loss of its own; leave --objective out"):
+        check(replace(fine, objective=SampledSoftmax.Config()))
+
+
+def test_what_needs_a_search_is_refused_for_a_reward_model(tmp_path):
+    from launch.commands.evaluate import evaluate
+
+    config = PretrainConfig(model=RewardSim.Config(), run_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match="leave --baselines out"):
+        evaluate(config, baselines=True)
+    model = RewardSim.Config().build(num_items=3, actions=("click", "exposure"))
+    assembly = Assembly(
+        config=config,
+        process=Process(
+            rank=0,
+            world_size=1,
+            local_rank=0,
+            device=torch.device("cpu"),
+            host_group=torch.distributed.ProcessGroup(0, 1),
+            num_threads=1,
+        ),
+        items=ItemTable(
+            item_ids=pl.Series([0]),
+            titles=pl.Series(["a"]),
+            categories=None,
+            train_counts=np.zeros(1, dtype=np.int64),
+            embeddings=None,
+        ),
+        item_features=None,
+        model=model,
+        tables=UnshardedTables(model.tables(), seed=0, learning_rate=0.0, device=torch.device("cpu")),
+    )
+    with pytest.raises(ConfigError, match="holds a RewardSim, which scores given items"):
+        assembly.search()
