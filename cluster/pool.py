@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 _ITEM_DEATHS = 3
 _SHORTEST_WAIT_S = 0.05
-_PAUSE_S = 1.0
-"""Between two attempts to start a member that died before it was ready."""
+_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
+"""Before a member is started again that died before it was ready; doubled each time."""
 
 
 class _Member:
@@ -50,6 +50,8 @@ class _Slot:
     actor: Any = None
     pid: int | None = None
     """Process of the member once it is ready."""
+    failed_starts: int = 0
+    """Members that died before they were ready, since one was."""
     restart_at: float | None = None
     """When the next member is started, where the last one died while it started."""
 
@@ -212,7 +214,7 @@ class Pool:
             return []
         self._idle.append(slot)
         if work is None:
-            slot.pid = result
+            slot.pid, slot.failed_starts = result, 0
             self._has_come_back()
             return []
         self._deaths_in_a_row = 0
@@ -225,7 +227,8 @@ class Pool:
         slot.pid = slot.actor = None
         if work is None:
             logger.warning("member %d of the %s died while it started: %s", slot.index, self.name, cause)
-            slot.restart_at = time.monotonic() + _PAUSE_S
+            pause_s = min(_PAUSE_S * 2**slot.failed_starts, _LONGEST_PAUSE_S)
+            slot.failed_starts, slot.restart_at = slot.failed_starts + 1, time.monotonic() + pause_s
         else:
             logger.warning(
                 "member %d of the %s died with item %d: %s; replacing it",

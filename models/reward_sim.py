@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cluster.errors import ConfigError
+from cluster.seeds import purpose_seed
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
 from models.kernels.interest_attention import interest_attention
@@ -48,7 +49,9 @@ class RewardSim(Ranker):
         dropout: float = 0.1
         """Dropout on the input of that layer."""
         auxiliary_weight: float = 1.0
-        """Weight of the auxiliary loss: what was taken next, among what others took."""
+        """Weight of the auxiliary loss: what was taken next, among items drawn at random."""
+        num_negatives: int = 512
+        """Items drawn per step for the auxiliary loss, the same for all users and workers."""
         init_scale: float = 0.05
         """Standard deviation of the initial item rows."""
         actions: tuple[str, ...] = ()
@@ -91,7 +94,7 @@ class RewardSim(Ranker):
                 name=ITEM_TABLE,
                 num_rows=self.num_items,
                 dim=self.config.width,
-                features=("event", "candidate", "taken", "next"),
+                features=("event", "candidate", "taken", "next", "negative"),
                 init_scale=self.config.init_scale,
                 placement="row_wise",
             )
@@ -112,10 +115,16 @@ class RewardSim(Ranker):
         return replace(batch, features={name: torch.from_numpy(values) for name, values in columns.items()})
 
     def ids(self, batch: SequenceBatch, context: StepContext) -> Ids:
-        """With each key of a user as `taken` and the key after it as `next`."""
+        """With each key of a user as `taken`, the key after it as `next`, and items drawn from (seed, step)."""
         items, keys = batch.items.values, torch.nonzero(batch.features[KEY_NUMBER] >= 0)[:, 0]
         follows = torch.nonzero(batch.features[KEY_NUMBER][keys] > 0)[:, 0]
-        return {"event": items, "taken": items[keys[follows - 1]], "next": items[keys[follows]]}
+        generator = torch.Generator().manual_seed(purpose_seed(context.seed, "auxiliary", context.step))
+        return {
+            "event": items,
+            "taken": items[keys[follows - 1]],
+            "next": items[keys[follows]],
+            "negative": torch.randint(self.num_items, (self.config.num_negatives,), generator=generator),
+        }
 
     def forward(self, rows: Rows, batch: SequenceBatch, context: StepContext) -> LossSum:
         features = batch.features
@@ -125,21 +134,20 @@ class RewardSim(Ranker):
         losses = losses * features[SHOWN][:, None]
         # The divisor is that of every model, the events; those not shown only make the sum smaller.
         sums = dict(zip(self.actions, losses.detach().sum(0), strict=True))
-        following = self._following(rows["taken"].rows, rows["next"])
+        following = self._following(rows["taken"].rows, rows["next"], rows["negative"])
         return LossSum(
             sum=losses.sum() + self.config.auxiliary_weight * following,
             count=batch.num_tokens,
             metrics={**sums, "auxiliary": following.detach()},
         )
 
-    def _following(self, taken: Tensor, following: LookedUp) -> Tensor:
-        """Summed cross-entropy of what was taken next, among all that the batch holds. Shapes: [P, D] and [P]."""
-        queries = F.normalize(self.follow(taken).float(), dim=-1)
-        scores = queries @ F.normalize(following.rows.float(), dim=-1).T / AUXILIARY_TEMPERATURE
-        same = following.ids[:, None] == following.ids
-        same = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
-        scores = scores.masked_fill(same, float("-inf"))
-        return (scores.logsumexp(-1) - scores.diagonal()).sum()
+    def _following(self, taken: Tensor, following: LookedUp, negative: LookedUp) -> Tensor:
+        """Summed cross-entropy of what was taken next among the step's negatives. Shapes: P pairs, R negatives."""
+        queries = F.normalize(self.follow(taken).float(), dim=-1) / AUXILIARY_TEMPERATURE
+        positive = (queries * F.normalize(following.rows.float(), dim=-1)).sum(-1)
+        others = queries @ F.normalize(negative.rows.float(), dim=-1).T
+        others = others.masked_fill(following.ids[:, None] == negative.ids, float("-inf"))
+        return (torch.cat((positive[:, None], others), dim=-1).logsumexp(-1) - positive).sum()
 
     def candidate_ids(self, batch: SequenceBatch, candidates: Tensor) -> Ids:
         return {"event": batch.items.values, "candidate": candidates.clamp(min=0).flatten()}

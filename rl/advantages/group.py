@@ -13,7 +13,7 @@ from rl.advantages import SMALLEST_STD, AdvantageEstimator, finished, masked_mom
 from rl.types import Advantages
 
 
-class Group(AdvantageEstimator):
+class GroupRelative(AdvantageEstimator):
     """A_i = (r_i - mean) / (std + 1e-6)."""
 
     @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,8 @@ class Group(AdvantageEstimator):
             if self.limit <= 0:
                 raise ConfigError(f"advantage.limit must be above 0, got {self.limit}")
 
-        def build(self) -> "Group":
-            return Group(self)
+        def build(self) -> "GroupRelative":
+            return GroupRelative(self)
 
     def __init__(self, config: Config):
         self.config = config

@@ -1,5 +1,7 @@
 """The reward model: its attention against a loop, its examples by hand, and scores that equal those of training."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -107,11 +109,37 @@ def test_the_loss_counts_exposures_alone():
     clicked, carted = torch.tensor([1.0, 0, 0, 0, 1]), torch.tensor([0.0, 0, 0, 0, 1])
     entropy = torch.nn.functional.binary_cross_entropy_with_logits
     expected = entropy(click, clicked, reduction="sum") + entropy(cart, carted, reduction="sum")
-    torch.testing.assert_close(loss.sum, expected)
+    # One pair for the auxiliary loss: 5 was taken, then 8.
+    ids = model.ids(batch, CONTEXT)
+    assert (ids["taken"].tolist(), ids["next"].tolist()) == ([5], [8])
+    unit = table / table.norm(dim=-1, keepdim=True)
+    scores = [unit[5] @ unit[item] / 0.1 for item in [8, *(n for n in ids["negative"].tolist() if n != 8)]]
+    auxiliary = torch.stack(scores).logsumexp(0) - scores[0]
+    torch.testing.assert_close(loss.metrics["auxiliary"], auxiliary.detach())
+    torch.testing.assert_close(loss.sum, expected + auxiliary)
     torch.testing.assert_close(loss.metrics["click"], entropy(click, clicked, reduction="sum").detach())
     assert loss.count == 10
-    loss.sum.backward()
-    assert (table.grad[9] == 0).all() and (table.grad[5] != 0).any()
+
+
+def test_users_cost_the_same_together_and_apart():
+    torch.manual_seed(0)
+    model = RewardSim.Config(width=8, num_heads=2).build(num_items=10, actions=CODES).eval()
+    table = random(10, 8)
+    one = batch_of_two_pages()
+    both = replace(
+        one,
+        items=Jagged.from_lengths(one.items.values.repeat(2), torch.tensor([9, 1, 9, 1])),
+        user_ids=torch.arange(4),
+        features={name: column.repeat(2) for name, column in one.features.items()},
+    )
+
+    def loss(batch):
+        return model(looked_up(table, model.ids(batch, CONTEXT)), batch, CONTEXT).sum
+
+    together = model.training_batch(both, CONTEXT)
+    parts = [together.select(0, 1), together.select(1, 4)]
+    torch.testing.assert_close(loss(together), sum(loss(part) for part in parts))
+    torch.testing.assert_close(loss(together), 2 * loss(model.training_batch(one, CONTEXT)))
 
 
 def test_data_without_exposures_or_answers_is_refused():

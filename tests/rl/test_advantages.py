@@ -5,7 +5,7 @@ import pytest
 
 from cluster.errors import ConfigError
 from rl.advantages.binary import Binary
-from rl.advantages.group import Group
+from rl.advantages.group import GroupRelative
 from rl.advantages.leave_one_out import LeaveOneOut
 from rl.advantages.step_wise import StepWise
 
@@ -18,22 +18,22 @@ def estimate(config, values, mask=None):
 
 def test_group_advantages_by_hand():
     # Mean 2, spread sqrt(2): (0, 2, 4, 2) -> -1.414, 0, 1.414, 0. The second group is flat and skipped.
-    found = estimate(Group.Config(), [[0, 2, 4, 2], [3, 3, 3, 3]])
+    found = estimate(GroupRelative.Config(), [[0, 2, 4, 2], [3, 3, 3, 3]])
     np.testing.assert_allclose(found.values[0], [-np.sqrt(2), 0, np.sqrt(2), 0], rtol=1e-5)
     assert found.skipped.tolist() == [False, True]
     assert not found.values[1].any() and not found.mask[1].any() and found.mask[0].all()
 
 
 def test_group_advantages_know_only_what_has_a_reward():
-    found = estimate(Group.Config(), [[0, 2, 100]], [[True, True, False]])
+    found = estimate(GroupRelative.Config(), [[0, 2, 100]], [[True, True, False]])
     np.testing.assert_allclose(found.values, [[-1, 1, 0]], rtol=1e-5)
     assert found.mask.tolist() == [[True, True, False]]
 
 
 def test_group_advantages_are_cut_and_may_keep_their_size():
     lonely = [[1.0] + [0.0] * 99]
-    assert estimate(Group.Config(), lonely).values.max() == 5
-    found = estimate(Group.Config(divide_by_std=False), [[0, 2, 4, 2]])
+    assert estimate(GroupRelative.Config(), lonely).values.max() == 5
+    found = estimate(GroupRelative.Config(divide_by_std=False), [[0, 2, 4, 2]])
     assert found.values.tolist() == [[-2, 0, 2, 0]]
 
 
@@ -62,8 +62,8 @@ def test_step_wise_advantages_by_hand():
 
 
 def test_rewards_of_the_wrong_kind_are_refused():
-    with pytest.raises(ConfigError, match="Group takes rewards that are one per completion"):
-        estimate(Group.Config(), [[[1, 2]]])
+    with pytest.raises(ConfigError, match="GroupRelative takes rewards that are one per completion"):
+        estimate(GroupRelative.Config(), [[[1, 2]]])
     with pytest.raises(ConfigError, match="StepWise takes rewards that are one per code"):
         estimate(StepWise.Config(), [[1, 2]])
 
@@ -71,7 +71,7 @@ def test_rewards_of_the_wrong_kind_are_refused():
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: Group.Config(limit=0),
+        lambda: GroupRelative.Config(limit=0),
         lambda: Binary.Config(top_share=1.0),
         lambda: Binary.Config(threshold=-0.5),
         lambda: StepWise.Config(discount=2),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cluster.errors import ConfigError, RewardError
-from rl.advantages.group import Group as GroupAdvantage
+from rl.advantages.group import GroupRelative
 from rl.advantages.step_wise import StepWise
 from rl.reward_mix import RewardTerm, check_rewards, check_terms, mix, prepare_terms
 from rl.rewards import RewardSetting
@@ -34,14 +34,14 @@ def test_what_no_reward_has_an_opinion_of_does_not_count():
     mask = np.array([True, True, False])
     found = mix([term("a")], {"a": [Reward.of([0, 2, 9], mask)]})
     assert found.mask.tolist() == [mask.tolist()]
-    advantages = found.advantages(GroupAdvantage.Config().build())
+    advantages = found.advantages(GroupRelative.Config().build())
     np.testing.assert_allclose(advantages.values, [[-1, 1, 0]], rtol=1e-5)
 
 
 def test_a_direct_term_is_added_to_the_advantages():
     rewards = {"a": [Reward.of([1, 1, 1])], "legal": [Reward.of([1, 1, 0], np.array([True, False, False]))]}
     found = mix([term("a"), term("legal", weight=0.5, direct=True)], rewards)
-    advantages = found.advantages(GroupAdvantage.Config().build())
+    advantages = found.advantages(GroupRelative.Config().build())
     assert advantages.values.tolist() == [[0.5, 0, 0]]
     assert advantages.mask.tolist() == [[True, False, False]] and advantages.skipped.tolist() == [False]
 

@@ -88,7 +88,7 @@ def test_batches_overlap_and_come_back_in_order(pool):
     took_s = time.monotonic() - started
     assert found.values.tolist() == expected(8)
     assert found.report["hit/mean"] == 0.5 and found.report["slow/seconds"] >= 8 * WAIT_S
-    assert took_s < 0.8 * 12 * WAIT_S
+    assert took_s < 0.9 * 12 * WAIT_S
 
 
 @pytest.mark.parametrize("seed", [5])
@@ -100,7 +100,7 @@ def test_the_groups_of_a_killed_worker_are_scored_elsewhere_within_seconds(pool,
     assert pool.collect(ticket).values.tolist() == expected(12)
     assert pool.deaths == 1
     # The worker that is left could do all of it, the two parts that were lost included.
-    assert time.monotonic() - started < (12 + 4) * WAIT_S + 2
+    assert time.monotonic() - started < (12 + 4) * WAIT_S + 4
 
 
 def test_an_error_of_a_reward_comes_out_of_the_pool_and_does_not_harm_it(pool):
