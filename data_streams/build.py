@@ -212,7 +212,7 @@ class _Build:
                 index=part.index,
                 root=self.root,
                 split=split,
-                beside_codes=tuple(code for code, name in enumerate(actions) if name in self.config.beside),
+                positive_codes=self._positive_codes(actions),
                 first_user=first_user,
                 chunk_users=self.config.chunk_users,
             )
@@ -224,6 +224,16 @@ class _Build:
     def _page_actions(self) -> dict[str, Any]:
         """What a reader must know to tell the sequence from what lies beside it."""
         return {"page_actions": self.config.page_actions} if self.config.page_actions else {}
+
+    def _positive_codes(self, actions: tuple[str, ...]) -> tuple[int, ...]:
+        wanted = self.config.split_actions or [name for name in actions if name not in self.config.beside]
+        missing = [name for name in wanted if name not in actions]
+        if missing:
+            raise ConfigError(
+                f"--split-actions must be among the actions that are kept, {', '.join(actions)}, and "
+                f"{', '.join(missing)} are not; add them to --sequence-actions"
+            )
+        return tuple(actions.index(name) for name in wanted)
 
     def _write_users(self, gathered: list[partition.Gathered]) -> None:
         """One table, written partition by partition."""

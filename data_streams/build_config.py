@@ -38,6 +38,8 @@ class BuildConfig:
     """Share of all events in the validation period, instead of a moment; the rest is the test."""
     sequence_actions: tuple[str, ...] = ()
     """Actions that make up a user's sequence; left out, what the source proposes, else all but exposures."""
+    split_actions: tuple[str, ...] = ()
+    """Actions that can be held out, and by which items are counted; left out, all but exposures."""
     keep_exposures: bool = False
     """Keep exposures among the events, for models that learn from what was shown and not chosen."""
     page_actions: tuple[str, ...] = ()

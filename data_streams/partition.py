@@ -289,8 +289,8 @@ class WriteTask:
     index: int
     root: str
     split: SplitRule
-    beside_codes: tuple[int, ...]
-    """What stands in the column `action` for actions that are no part of a user's sequence."""
+    positive_codes: tuple[int, ...]
+    """Codes of the column `action` that can be held out."""
     first_user: int
     """Row of the partition's first user."""
     chunk_users: int
@@ -313,7 +313,7 @@ def write_shards(task: WriteTask) -> Written:
     users = read_parquet(storage, f"tmp/users/{task.index:05d}.parquet")
     events = read_parquet(storage, _gathered_name(task.index))
     offsets = offsets_of(users["length"])
-    positive = ~np.isin(events["action"].to_numpy(), task.beside_codes)
+    positive = np.isin(events["action"].to_numpy(), task.positive_codes)
     times = events["timestamp_s"].to_numpy() if "timestamp_s" in events.columns else None
     split = task.split.apply(offsets, positive, times)
     _count_trained(storage, task.index, events["item"], positive, offsets, split)

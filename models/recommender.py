@@ -116,3 +116,21 @@ class Retriever(Recommender):
     @abstractmethod
     def item_vectors(self, rows: LookedUp) -> Tensor:
         """What queries are multiplied with; need not be the table's row. Shapes: [N, D] fp32."""
+
+
+class Ranker(Recommender):
+    """A model that says how likely a user answers given items with each of some actions."""
+
+    actions: tuple[str, ...]
+    """Names of the A actions it knows."""
+
+    @abstractmethod
+    def candidate_ids(self, batch: SequenceBatch, candidates: Tensor) -> Ids:
+        """What `logits` looks up. Shapes: candidates [B, C], -1 for none."""
+
+    @abstractmethod
+    def logits(self, rows: Rows, batch: SequenceBatch, candidates: Tensor) -> Tensor:
+        """Log-odds of each action on items shown after the history.
+
+        Shapes: candidates [B, C], -1 for none (any number comes back for those) -> [B, C, A] fp32.
+        """

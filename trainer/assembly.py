@@ -10,10 +10,12 @@ import torch.distributed as dist
 from cluster.errors import ConfigError
 from cluster.process import Process
 from cluster.seeds import purpose_seed
+from cluster.storage import Storage
 from data_streams.item_conditions import ItemConditions
 from data_streams.item_table import ItemTable
+from data_streams.manifest import Manifest
 from data_streams.stream import EvaluationStream
-from models.recommender import Recommender
+from models.recommender import Ranker, Recommender
 from models.tables import Lookup
 from sharding.lookup import ItemFeatures, make_lookup
 from sharding.tables import EmbeddingTables
@@ -42,7 +44,15 @@ class Assembly:
         return make_lookup(self.model.tables(), self.tables, self.item_features, self.process.device)
 
     def search(self, precision: torch.dtype = torch.float32) -> Search:
-        """Search with the weights as they are now; a collective call."""
+        """Search with the weights as they are now; a collective call.
+
+        Raises: ConfigError for a model that only scores given items.
+        """
+        if isinstance(self.model, Ranker):
+            raise ConfigError(
+                f"{self.config.run_dir} holds a {type(self.model).__name__}, which scores given items and cannot find "
+                "any; recommend with a run of another recipe"
+            )
         search = RetrievalSearch.build(
             self.model,
             self.lookup(),
@@ -92,17 +102,7 @@ def assemble(config: PretrainConfig, process: Process, items: ItemTable | None =
 
     items = items or ItemTable.load(config.data.path)
     features = load_item_features(config, items)
-    torch.manual_seed(purpose_seed(config.seed, "initial weights"))
-    conditions = model_conditions(config)
-    counts = {"item_counts": items.train_counts} if config.objective.needs_item_counts else {}
-    objective = config.objective.build(num_items=items.num_items, **counts)
-    model = config.model.build(
-        num_items=items.num_items,
-        max_length=config.data.max_length,
-        item_feature_dim=features.dim if features else 0,
-        objective=objective,
-        **conditions,
-    ).to(process.device)
+    model = build_model(config, items, features).to(process.device)
     tables = ShardedTables(
         model.tables(),
         process=process,
@@ -112,6 +112,23 @@ def assemble(config: PretrainConfig, process: Process, items: ItemTable | None =
     )
     return Assembly(
         config=config, process=process, items=items, item_features=features, model=model, tables=tables
+    )
+
+
+def build_model(config: PretrainConfig, items: ItemTable, features: ItemFeatures | None) -> Recommender:
+    """The dense part with its initial weights, which depend on the configuration alone."""
+    torch.manual_seed(purpose_seed(config.seed, "initial weights"))
+    parts: dict[str, Any] = model_conditions(config)
+    if config.objective is not None:
+        counts = {"item_counts": items.train_counts} if config.objective.needs_item_counts else {}
+        parts["objective"] = config.objective.build(num_items=items.num_items, **counts)
+    if getattr(config.model, "needs_actions", False):
+        parts["actions"] = tuple(Manifest.load(Storage(config.data.path)).actions)
+    return config.model.build(
+        num_items=items.num_items,
+        max_length=config.data.max_length,
+        item_feature_dim=features.dim if features else 0,
+        **parts,
     )
 
 

@@ -18,7 +18,7 @@ from data_streams.manifest import Manifest
 from data_streams.shards import Chunk, read_chunk
 from data_streams.stream import EvaluationStream
 from trainer.configuration import EvaluationConfig
-from trainer.evaluate import EvaluationResult, evaluate
+from trainer.evaluate import EvaluationResult, Utilities, evaluate
 from trainer.search import Scorer, ScorerSearch
 
 RECENT_ITEMS = 5
@@ -105,7 +105,12 @@ def cooccurrence(events: TrainingEvents) -> Scorer:
 
 
 def evaluate_baselines(
-    data: DataConfig, config: EvaluationConfig, *, split: str, oracle: Scorer | None = None
+    data: DataConfig,
+    config: EvaluationConfig,
+    *,
+    split: str,
+    oracle: Scorer | None = None,
+    utilities: Utilities | None = None,
 ) -> dict[str, EvaluationResult]:
     """popularity, co-occurrence, transitions and (where given) the oracle, evaluated like a model."""
     events, items = read_training_events(data.path), ItemTable.load(data.path)
@@ -129,6 +134,7 @@ def evaluate_baselines(
             items=items,
             config=config,
             split=split,
+            utilities=utilities,
         )
         for name, scorer in scorers.items()
     }

@@ -8,10 +8,10 @@ def check(config: PretrainConfig) -> None:
     """Raises: ConfigError naming the option."""
     _at_least_one(config)
     cutoffs = [f"{metric}@{k}" for metric in ("recall", "ndcg") for k in config.evaluation.cutoffs]
-    if config.train.selection_metric not in (*cutoffs, "mrr"):
+    metrics = getattr(config.model, "selection_metrics", (*cutoffs, "mrr"))
+    if config.train.selection_metric not in metrics:
         raise ConfigError(
-            f"train.selection-metric must be one of {', '.join(cutoffs)}, mrr; got "
-            f"{config.train.selection_metric}"
+            f"train.selection-metric must be one of {', '.join(metrics)}; got {config.train.selection_metric}"
         )
     if config.cluster.workers > config.data.num_streams:
         raise ConfigError(
@@ -20,8 +20,13 @@ def check(config: PretrainConfig) -> None:
         )
     _check_experts(config)
     for name in ("model", "objective"):
-        if getattr(config, name) is None:
+        if getattr(config, name) is None and not getattr(config.model, "has_own_objective", False):
             raise ConfigError(f"{name} must be set by the recipe, and recipe '{config.recipe}' leaves it out")
+    if config.objective is not None and getattr(config.model, "has_own_objective", False):
+        raise ConfigError(
+            f"{type(config.model).__qualname__} has a loss of its own; leave --objective out of recipe "
+            f"'{config.recipe}'"
+        )
     missing = [name for name in getattr(config.model, "event_columns", ()) if name not in config.data.columns]
     if missing:
         raise ConfigError(

@@ -1,8 +1,8 @@
 """Evaluation of a search on held-out items, and recommendations for users, by any number of workers."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +29,11 @@ from trainer.metrics import (
     unit_vectors,
 )
 from trainer.search import Search
+
+Batch = TypeVar("Batch")
+
+Utilities = Callable[[np.ndarray, np.ndarray, Sequence[int]], Mapping[int, np.ndarray]]
+"""(user rows [U], lists [U, K], cutoffs) -> true utility of each list at each cutoff."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +68,12 @@ def evaluate(
     config: EvaluationConfig,
     split: str,
     seed: int = 0,
+    utilities: Utilities | None = None,
 ) -> EvaluationResult:
     """Rank the held-out item of every user among all items, and look at the recommended lists.
 
-    `batches` are this rank's users; ranks may have different numbers of them. A collective call, whose result
-    is the same on every rank.
+    `batches` are this rank's users; ranks may have different numbers of them. `utilities` tells the true utility of
+    lists, where the truth is known. A collective call, whose result is the same on every rank.
 
     Raises: DataError when there are no users, or one was evaluated twice.
     """
@@ -80,6 +86,9 @@ def evaluate(
         met = search.met(lists, ranked.held_out)
         if met is not None:
             per_user |= {f"condition@{k}": share_met_at(lists, met, k) for k in config.cutoffs}
+        if utilities is not None:
+            of_lists = utilities(ranked.users, lists, config.cutoffs)
+            per_user |= {f"utility@{k}": values for k, values in of_lists.items()}
         coverage = {f"coverage@{k}": coverage_at(lists, k, search.num_items) for k in config.cutoffs}
         outcome = {
             "num_users": len(ranked.users),
@@ -114,7 +123,7 @@ def recommend(
 
     Empty slots are -1 with score -inf.
     """
-    for batch in _in_step(batches, empty_batch, search.process):
+    for batch in in_step(batches, empty_batch, search.process):
         items, scores = search.recommend(batch, k, filter_seen=filter_seen)
         if batch.num_users:
             yield batch.user_ids, items.cpu(), scores.cpu()
@@ -174,7 +183,7 @@ def _rank_users(
 ) -> Ranked | None:
     """What was found for all users, on rank 0; None on the other ranks."""
     users, ranks, lists, held_out = [], [], [], []
-    for batch in _in_step(batches, empty_batch, search.process):
+    for batch in in_step(batches, empty_batch, search.process):
         found = search.find(batch, k=k, rank_held_out=True, filter_seen=config.filter_seen)
         users.append(batch.user_ids)
         held_out.append(batch.held_out)
@@ -214,9 +223,7 @@ def _check_each_once(users: Tensor | None, process: Process | None) -> None:
         )
 
 
-def _in_step(
-    batches: Iterable[SequenceBatch], empty_batch: SequenceBatch, process: Process | None
-) -> Iterator[SequenceBatch]:
+def in_step(batches: Iterable[Batch], empty_batch: Batch, process: Process | None) -> Iterator[Batch]:
     """This rank's batches, then empty ones until all ranks are through, so that collectives match."""
     iterator = iter(batches)
     while True:

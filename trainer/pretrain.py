@@ -15,6 +15,7 @@ from cluster.process import Process
 from cluster.reporter import Reporter
 from cluster.storage import Storage
 from data_streams.stream import TrainStream
+from models.recommender import Ranker
 from trainer.assembly import Assembly
 from trainer.audit import AuditLog
 from trainer.checkpoint import Checkpointer
@@ -23,6 +24,7 @@ from trainer.evaluate import validation_metrics
 from trainer.feed import Feed
 from trainer.learner import Learner, StepResult
 from trainer.metric_log import MetricLog
+from trainer.ranking import answer_metrics
 from trainer.run_state import Progress, save_progress
 from trainer.schedule import rate_fraction
 from trainer.weight_average import averaged
@@ -134,14 +136,8 @@ def _validate(job: Job) -> bool:
     """Rank the validation items and keep account of the best step -> whether this is the best so far."""
     config, progress = job.config.train, job.progress
     started = time.perf_counter()
-    users = job.assembly.users("valid")
     with averaged(job.engine):
-        metrics = validation_metrics(
-            job.assembly.search(job.learner.module.precision),
-            users.batches(),
-            empty_batch=users.empty_batch(),
-            config=job.config.evaluation,
-        )
+        metrics = _validation_metrics(job)
     value = metrics[config.selection_metric]
     improved = progress.best is None or value > progress.best
     if improved:
@@ -164,6 +160,19 @@ def _validate(job: Job) -> bool:
             progress.step, {f"validation/{name}": number for name, number in metrics.items()}
         )
     return improved
+
+
+def _validation_metrics(job: Job) -> dict[str, float]:
+    assembly = job.assembly
+    if isinstance(assembly.model, Ranker):
+        return answer_metrics(assembly, job.config.data)
+    users = assembly.users("valid")
+    return validation_metrics(
+        assembly.search(job.learner.module.precision),
+        users.batches(),
+        empty_batch=users.empty_batch(),
+        config=job.config.evaluation,
+    )
 
 
 def _save(job: Job, *, best: bool) -> None:

@@ -2,15 +2,16 @@
 
 import logging
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import polars as pl
 
 from cluster.errors import CheckpointError
 from data_streams.stream import Position, merge_positions
+from models.recommender import Recommender
 from sharding.state import Piece
-from sharding.tables import kept_rows
+from sharding.tables import EmbeddingTables, kept_rows
 from trainer.assembly import Assembly, describe_model
 from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_reader import CheckpointReader
@@ -94,7 +95,15 @@ def restore_progress(reader: CheckpointReader, assembly: Assembly, engine) -> Pr
     return progress
 
 
-def load_weights(reader: CheckpointReader, assembly: Assembly) -> None:
+@runtime_checkable
+class Weights(Protocol):
+    """A model and its tables."""
+
+    model: Recommender
+    tables: EmbeddingTables
+
+
+def load_weights(reader: CheckpointReader, assembly: Weights) -> None:
     """Tables and dense weights for evaluation and serving, without an engine."""
     _load_dense(reader, assembly)
     for piece in assembly.tables.pieces():
@@ -146,7 +155,7 @@ def _copy_known_rows(reader: CheckpointReader, piece: Piece, new_rows: np.ndarra
             piece.tensor[targets[own] - piece.start] = rows[own].to(piece.tensor.device)
 
 
-def _load_dense(reader: CheckpointReader, assembly: Assembly, may_lack: tuple[str, ...] = ()) -> None:
+def _load_dense(reader: CheckpointReader, assembly: Weights, may_lack: tuple[str, ...] = ()) -> None:
     """The weights that evaluation used: their average where the run kept one."""
     prefix = served_prefix(reader.tensors)
     for name, tensor in [*named_trainable(assembly.model), *named_state(assembly.model)]:
