@@ -16,6 +16,7 @@ from data_streams.jagged import Jagged
 from data_streams.schema import EXPOSURE
 from data_streams.shards import Chunk
 from data_streams.stream import open_data
+from data_streams.target_pages import EventReading
 
 NO_ITEM = -1
 
@@ -57,18 +58,22 @@ class ExposureStream:
                 f"a model of answers is evaluated on exposures, and {config.path} lacks {', '.join(missing)}; build "
                 "it with --keep-exposures from a source with pages"
             )
-        self._config = replace(config, columns=("action", "page_id"))
+        self._config = replace(
+            config, columns=("action", "page_id"), history_exposures=True, feedback_lag_s=0.0, pages="none"
+        )
         self._split, self._codes = split, [self.manifest.actions.index(name) for name in actions]
         self._exposure = self.manifest.actions.index(EXPOSURE)
-        self._reader = ChunkReader(storage, self.manifest, self._config)
+        self._reader = ChunkReader(
+            storage, self.manifest, self._config, EventReading(self.manifest, self._config, "serve")
+        )
         num_users = np.array([record.num_users for record in self.manifest.chunks], dtype=np.int64)
         self._pieces = Deal(np.arange(len(num_users)), num_users, num_users, world_size).pieces(rank)
 
     def batches(self) -> Iterator[ExposureBatch]:
         """One batch for each part of a chunk; ranks can have different numbers of them."""
         for piece in self._pieces:
-            chunk = self._reader.read(piece.chunk)
-            if chunk is not None and (batch := self._batch(chunk.select(piece.start, piece.stop))):
+            read = self._reader.read(piece)
+            if read is not None and (batch := self._batch(read[0])):
                 yield batch
 
     def empty_batch(self) -> ExposureBatch:

@@ -7,7 +7,7 @@ from trainer.configuration import PretrainConfig, TrainConfig
 
 def recipe() -> PretrainConfig:
     return PretrainConfig(
-        data=DataConfig(max_length=400, tokens_per_step=4096),
+        data=DataConfig(max_length=400, tokens_per_step=4096, history_exposures=True),
         model=RewardSim.Config(),
         train=TrainConfig(
             epochs=2,
