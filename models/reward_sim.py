@@ -62,6 +62,8 @@ class RewardSim(Ranker):
         """Event columns it reads."""
         needs_actions = True
         """Whether `build` is to be given the names of the codes in the column `action`."""
+        needs_exposures = True
+        """Whether histories must hold what was only shown."""
         has_own_objective = True
         """Whether the loss is the model's own."""
         selection_metrics = ("auc", "gauc")

@@ -27,6 +27,11 @@ def check(config: PretrainConfig) -> None:
             f"{type(config.model).__qualname__} has a loss of its own; leave --objective out of recipe "
             f"'{config.recipe}'"
         )
+    if getattr(config.model, "needs_exposures", False) and not config.data.history_exposures:
+        raise ConfigError(
+            f"{type(config.model).__qualname__.split('.')[0]} learns from exposures, and "
+            "needs --data.history-exposures; histories hold none otherwise"
+        )
     missing = [name for name in getattr(config.model, "event_columns", ()) if name not in config.data.columns]
     if missing:
         raise ConfigError(

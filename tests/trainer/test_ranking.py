@@ -103,6 +103,7 @@ def tiny_reward_run(folder: Path, *, epochs: int = 2) -> PretrainConfig:
             tokens_per_step=1024,
             num_streams=4,
             columns=RewardSim.Config.event_columns,
+            history_exposures=True,
         ),
         model=RewardSim.Config(width=8, num_heads=2),
         train=TrainConfig(
@@ -157,13 +158,15 @@ def evaluate_alone(process, config):
 def test_a_reward_model_is_chosen_by_its_own_metrics():
     config = PretrainConfig(
         model=RewardSim.Config(),
-        data=DataConfig(columns=RewardSim.Config.event_columns),
+        data=DataConfig(columns=RewardSim.Config.event_columns, history_exposures=True),
         train=TrainConfig(selection_metric="ndcg@10"),
     )
     with pytest.raises(ConfigError, match="must be one of auc, gauc; got ndcg@10"):
         check(config)
     fine = replace(config, train=TrainConfig(selection_metric="gauc"))
     check(fine)
+    with pytest.raises(ConfigError, match=r"needs --data\\.history-exposures"):
+        check(replace(fine, data=replace(fine.data, history_exposures=False)))
     with pytest.raises(ConfigError, match="has a loss of its own; leave --objective out"):
         check(replace(fine, objective=SampledSoftmax.Config()))
 
