@@ -165,7 +165,7 @@ def test_a_reward_model_is_chosen_by_its_own_metrics():
         check(config)
     fine = replace(config, train=TrainConfig(selection_metric="gauc"))
     check(fine)
-    with pytest.raises(ConfigError, match=r"needs --data\\.history-exposures"):
+    with pytest.raises(ConfigError, match=r"needs --data\.history-exposures"):
         check(replace(fine, data=replace(fine.data, history_exposures=False)))
     with pytest.raises(ConfigError, match="has a loss of its own; leave --objective out"):
         check(replace(fine, objective=SampledSoftmax.Config()))
