@@ -27,3 +27,11 @@ class DivergenceError(GrailError):
 
 class ClusterError(GrailError):
     """Machines or workers are missing, did not start in time, or died too often."""
+
+
+class PoolGoneError(ClusterError):
+    """A pool has had no member for too long; the work can be taken up again later."""
+
+
+class RewardError(GrailError):
+    """A reward failed, or returned something that is no reward; names the reward and the user."""

@@ -17,6 +17,8 @@ SECTIONS = ("data", "evaluation", "search", "cluster")
 class DataOptions:
     path: str = ""
     """Folder or address of the shards, if not the one the run was trained on."""
+    feedback_lag_s: float = 0.0
+    """Seconds before a held-out event that its history lacks, as where feedback comes in late."""
     on_bad_shard: Literal["fail", "skip"] = "fail"
     """What a damaged or missing chunk does: end the run with its name, or be counted and logged."""
 

@@ -32,6 +32,7 @@ class DecoderOnly(Generator):
     @dataclass(frozen=True, kw_only=True)
     class Config:
         needs_semantic_ids: ClassVar[bool] = True
+        has_own_objective: ClassVar[bool] = True
 
         width: int = 192
         """Size of the residual stream."""

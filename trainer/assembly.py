@@ -10,16 +10,20 @@ import torch.distributed as dist
 from cluster.errors import ConfigError
 from cluster.process import Process
 from cluster.seeds import purpose_seed
+from cluster.storage import Storage
+from data_streams.item_conditions import ItemConditions
 from data_streams.item_table import ItemTable
+from data_streams.manifest import Manifest
 from data_streams.semantic_ids import SemanticIdTable
 from data_streams.stream import EvaluationStream
 from models.generator import Generator
-from models.recommender import Recommender
+from models.recommender import Ranker, Recommender
 from models.semantic_ids import SemanticIds
 from models.tables import Lookup
 from sharding.lookup import ItemFeatures, make_lookup
 from sharding.tables import EmbeddingTables, NoTables
 from trainer.blocks import compile_blocks, recompute_blocks
+from trainer.conditions import conditional_search, load_conditions, model_conditions
 from trainer.configuration import PretrainConfig
 from trainer.dense_module import DenseModule, resolve_precision
 from trainer.generative_search import GenerativeSearch
@@ -49,7 +53,14 @@ class Assembly:
         """Search with the weights as they are now; a collective call.
 
         `width` is that of the beam of a model that generates, if not the configured one.
+
+        Raises: ConfigError for a model that only scores given items.
         """
+        if isinstance(self.model, Ranker):
+            raise ConfigError(
+                f"{self.config.run_dir} holds a {type(self.model).__name__}, which scores given items and cannot find "
+                "any; recommend with a run of another recipe"
+            )
         parts = {"device": self.process.device, "process": self.process, "precision": precision}
         if isinstance(self.model, Generator):
             config = self.config.search
@@ -57,7 +68,21 @@ class Assembly:
                 config = replace(config, width=width)
             codes = torch.from_numpy(self.semantic_ids.codes)
             return GenerativeSearch.build(self.model, self.lookup(), codes, config=config, **parts)
-        return RetrievalSearch.build(self.model, self.lookup(), num_items=self.items.num_items, **parts)
+        search = RetrievalSearch.build(
+            self.model,
+            self.lookup(),
+            num_items=self.items.num_items,
+            approximate=self.config.evaluation.index == "hnsw",
+            **parts,
+        )
+        conditions = self.conditions()
+        return (
+            search if conditions is None else conditional_search(search, conditions, self.config.evaluation)
+        )
+
+    def conditions(self) -> ItemConditions | None:
+        """What evaluation and serving ask items to meet."""
+        return load_conditions(self.config)
 
     def users(self, split: Literal["valid", "test", "serve"]) -> EvaluationStream:
         """This rank's share of the users of a split."""
@@ -70,7 +95,13 @@ class Assembly:
         )
 
     def module(self) -> DenseModule:
-        """What the engine wraps. Raises: ConfigError if an option asks for blocks and the model has none."""
+        """What the engine wraps; a collective call where experts are spread over ranks.
+
+        Raises: ConfigError if an option asks for blocks or experts and the model has none.
+        """
+        from sharding.experts import shard_experts
+
+        shard_experts(self.model, self.config.sharding.expert_parallel, self.process)
         if self.config.train.compile:
             compile_blocks(self.model)
         if self.config.train.activation_checkpointing:
@@ -83,13 +114,7 @@ def assemble(config: PretrainConfig, process: Process, items: ItemTable | None =
     items = items or ItemTable.load(config.data.path)
     features = load_item_features(config, items)
     semantic_ids = load_semantic_ids(config, items)
-    torch.manual_seed(purpose_seed(config.seed, "initial weights"))
-    model = config.model.build(
-        num_items=items.num_items,
-        max_length=config.data.max_length,
-        item_feature_dim=features.dim if features else 0,
-        **_parts_of_kind(config, items, semantic_ids),
-    ).to(process.device)
+    model = build_model(config, items, features, semantic_ids).to(process.device)
     return Assembly(
         config=config,
         process=process,
@@ -99,20 +124,6 @@ def assemble(config: PretrainConfig, process: Process, items: ItemTable | None =
         model=model,
         tables=_make_tables(model, config, process),
     )
-
-
-def _parts_of_kind(
-    config: PretrainConfig, items: ItemTable, semantic_ids: SemanticIdTable | None
-) -> dict[str, Any]:
-    """What only some models are built from: an objective, or the semantic IDs they generate."""
-    parts: dict[str, Any] = {}
-    if config.objective is not None:
-        counts = {"item_counts": items.train_counts} if config.objective.needs_item_counts else {}
-        parts["objective"] = config.objective.build(num_items=items.num_items, **counts)
-    if semantic_ids is not None:
-        codes = torch.from_numpy(semantic_ids.codes).long()
-        parts["semantic_ids"] = SemanticIds(codes=codes, code_sizes=semantic_ids.code_sizes)
-    return parts
 
 
 def _make_tables(model: Recommender, config: PretrainConfig, process: Process) -> EmbeddingTables:
@@ -134,6 +145,31 @@ def load_semantic_ids(config: PretrainConfig, items: ItemTable) -> SemanticIdTab
     if not getattr(config.model, "needs_semantic_ids", False):
         return None
     return SemanticIdTable.load(config.data.semantic_ids, items.item_ids)
+
+
+def build_model(
+    config: PretrainConfig,
+    items: ItemTable,
+    features: ItemFeatures | None,
+    semantic_ids: SemanticIdTable | None,
+) -> Recommender:
+    """The dense part with its initial weights, which depend on the configuration alone."""
+    torch.manual_seed(purpose_seed(config.seed, "initial weights"))
+    parts: dict[str, Any] = model_conditions(config)
+    if config.objective is not None:
+        counts = {"item_counts": items.train_counts} if config.objective.needs_item_counts else {}
+        parts["objective"] = config.objective.build(num_items=items.num_items, **counts)
+    if getattr(config.model, "needs_actions", False):
+        parts["actions"] = tuple(Manifest.load(Storage(config.data.path)).actions)
+    if semantic_ids is not None:
+        codes = torch.from_numpy(semantic_ids.codes).long()
+        parts["semantic_ids"] = SemanticIds(codes=codes, code_sizes=semantic_ids.code_sizes)
+    return config.model.build(
+        num_items=items.num_items,
+        max_length=config.data.max_length,
+        item_feature_dim=features.dim if features else 0,
+        **parts,
+    )
 
 
 def load_item_features(config: PretrainConfig, items: ItemTable) -> ItemFeatures | None:

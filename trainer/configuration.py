@@ -66,6 +66,17 @@ class EvaluationConfig:
     """Leave items of the user's known past out of the ranking."""
     users_per_batch: int = 512
     """Users ranked together by all workers."""
+    condition: Literal["none", "attention", "filter"] = "none"
+    """What a condition on the wanted items does: attention asks a model trained for it, filter takes other items out of
+    the model's list (post-filtering), none leaves all as it is."""
+    condition_column: str = ""
+    """Item column of the conditions, such as categories; left out, that of the model."""
+    conditions: tuple[str, ...] = ()
+    """The conditions; left out, the narrowest one that the held-out item meets, which only evaluation knows."""
+    filter_from: int = 10
+    """Post-filtering looks at this many times the longest list."""
+    index: Literal["exact", "hnsw"] = "exact"
+    """How items are searched: all of them, or by a graph of neighbours (faiss HNSW), which may miss some."""
     bootstrap_resamples: int = 1000
     """User resamples behind each 95 % interval."""
 
