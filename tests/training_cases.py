@@ -14,15 +14,15 @@ from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
 from models.climber_pilot import ClimberPilot
 from models.hstu import HSTU, TIME
-from models.item_sequence import ItemSequenceModel
 from models.objectives.full_softmax import FullSoftmax
 from models.objectives.gbce import GeneralisedBinaryCrossEntropy
 from models.objectives.in_batch_softmax import InBatchSoftmax
 from models.objectives.sampled_softmax import SampledSoftmax
-from models.recommender import StepContext
+from models.recommender import Recommender, StepContext
 from models.sasrec import SASRec
 from sharding.configuration import ShardingConfig
 from sharding.lookup import ItemFeatures
+from tests.generator_cases import GENERATORS, make_generator
 from tests.mixture_model import MixtureModel
 from trainer.blocks import recompute_blocks
 from trainer.configuration import TrainConfig
@@ -77,7 +77,9 @@ class Case:
         )
 
 
-def make_model(case: Case) -> ItemSequenceModel:
+def make_model(case: Case) -> Recommender:
+    if case.model in GENERATORS:
+        return make_generator(case.model, SEED)
     torch.manual_seed(SEED)
     counts = {"item_counts": np.arange(NUM_ITEMS)} if OBJECTIVES[case.objective].needs_item_counts else {}
     objective = OBJECTIVES[case.objective].build(num_items=NUM_ITEMS, **counts)
@@ -126,7 +128,7 @@ def make_batch(sequences: Sequence[Tensor], first_user: int = 0) -> SequenceBatc
     )
 
 
-def prepare(case: Case, model: ItemSequenceModel, step: int, rank: int, world_size: int) -> StepInput:
+def prepare(case: Case, model: Recommender, step: int, rank: int, world_size: int) -> StepInput:
     """This rank's share of a step: streams are dealt out, c % world_size."""
     batches = [
         _numbered(make_batch(list(chain.from_iterable(make_users(step, case.streams)[r::world_size]))))
@@ -163,10 +165,10 @@ def make_learner(case: Case, process: Process | None) -> Learner:
         tables = UnshardedTables(model.tables(), seed=SEED, learning_rate=0.1, device=torch.device("cpu"))
         engine = PlainEngine(module, case.train_config())
         return Learner(module, engine, tables, seed=SEED, rank=0, world_size=1)
-    from sharding.apply import ShardedTables
+    from sharding.apply import spread_tables
     from trainer.dense_engine import DenseEngine
 
-    tables = ShardedTables(
+    tables = spread_tables(
         model.tables(),
         process=process,
         config=ShardingConfig(placement={"item": case.placement}),

@@ -21,7 +21,7 @@ from models.recommender import Ranker, Recommender
 from models.semantic_ids import SemanticIds
 from models.tables import Lookup
 from sharding.lookup import ItemFeatures, make_lookup
-from sharding.tables import EmbeddingTables, NoTables
+from sharding.tables import EmbeddingTables
 from trainer.blocks import compile_blocks, recompute_blocks
 from trainer.conditions import conditional_search, load_conditions, model_conditions
 from trainer.configuration import PretrainConfig
@@ -111,6 +111,8 @@ class Assembly:
 
 def assemble(config: PretrainConfig, process: Process, items: ItemTable | None = None) -> Assembly:
     """Build model and sharded tables with their initial values; a collective call."""
+    from sharding.apply import spread_tables
+
     items = items or ItemTable.load(config.data.path)
     features = load_item_features(config, items)
     semantic_ids = load_semantic_ids(config, items)
@@ -122,21 +124,13 @@ def assemble(config: PretrainConfig, process: Process, items: ItemTable | None =
         item_features=features,
         semantic_ids=semantic_ids,
         model=model,
-        tables=_make_tables(model, config, process),
-    )
-
-
-def _make_tables(model: Recommender, config: PretrainConfig, process: Process) -> EmbeddingTables:
-    from sharding.apply import ShardedTables
-
-    if not model.tables():
-        return NoTables()
-    return ShardedTables(
-        model.tables(),
-        process=process,
-        config=config.sharding,
-        seed=config.seed,
-        learning_rate=config.train.table_learning_rate,
+        tables=spread_tables(
+            model.tables(),
+            process=process,
+            config=config.sharding,
+            seed=config.seed,
+            learning_rate=config.train.table_learning_rate,
+        ),
     )
 
 
