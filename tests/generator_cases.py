@@ -7,6 +7,7 @@ from models.decoder_only import DecoderOnly
 from models.generator import Generator
 from models.semantic_ids import SemanticIds
 from models.tables import Ids, Lookup
+from models.tiger import Tiger
 from sharding.lookup import make_lookup
 from sharding.unsharded import UnshardedTables
 from tests.models.decoding.tiny_generator import make_codes
@@ -14,6 +15,17 @@ from tests.models.decoding.tiny_generator import make_codes
 CODE_SIZES = (4, 5, 3)
 NUM_ITEMS = 97
 MAX_LENGTH = 12
+TIGER = {
+    "width": 16,
+    "num_encoder_blocks": 2,
+    "num_decoder_blocks": 2,
+    "num_heads": 2,
+    "head_width": 12,
+    "feedforward_width": 32,
+    "dropout": 0.0,
+    "user_tokens": 7,
+    "init_scale": 0.3,
+}
 GENERATORS = {
     "decoder-only": DecoderOnly.Config(
         width=16,
@@ -34,6 +46,8 @@ GENERATORS = {
         item_rows=False,
         init_scale=0.3,
     ),
+    "tiger": Tiger.Config(**TIGER),
+    "tiger, causal encoder": Tiger.Config(**TIGER, encoder="causal"),
 }
 
 

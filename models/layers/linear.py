@@ -16,7 +16,10 @@ class Linear(nn.Linear):
 
     def forward(self, rows: Tensor) -> Tensor:
         """Shapes: [T, in] -> [T, out]."""
-        return super().forward(align_rows(rows))[: rows.shape[0]]
+        aligned = align_rows(rows)
+        if aligned is rows:
+            return super().forward(rows)
+        return super().forward(aligned)[: rows.shape[0]]
 
 
 def align_rows(rows: Tensor) -> Tensor:
@@ -24,7 +27,8 @@ def align_rows(rows: Tensor) -> Tensor:
     compiles = rows.device.type == "cpu" and (
         rows.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
     )
-    return F.pad(rows, (0, 0, 0, -rows.shape[0] % ALIGNMENT_ROWS)) if compiles else rows
+    missing = -rows.shape[0] % ALIGNMENT_ROWS
+    return F.pad(rows, (0, 0, 0, missing)) if compiles and missing else rows
 
 
 def matmul_dtype(tensor: Tensor) -> torch.dtype:

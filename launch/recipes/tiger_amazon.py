@@ -1,0 +1,20 @@
+"""TIGER over text semantic IDs, sized for the small Amazon 5-core sets and two cores, on two workers."""
+
+from cluster.configuration import ClusterConfig
+from data_streams.configuration import DataConfig
+from models.tiger import Tiger
+from trainer.configuration import PretrainConfig, TrainConfig
+
+
+def recipe() -> PretrainConfig:
+    return PretrainConfig(
+        data=DataConfig(max_length=20, tokens_per_step=1024),
+        model=Tiger.Config(encoder="causal"),
+        train=TrainConfig(
+            epochs=20,
+            learning_rate=1.5e-3,
+            weight_decay=0.05,
+            checkpoint_every_s=30.0,
+        ),
+        cluster=ClusterConfig(workers=2),
+    )
