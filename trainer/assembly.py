@@ -27,6 +27,7 @@ from trainer.conditions import conditional_search, load_conditions, model_condit
 from trainer.configuration import PretrainConfig
 from trainer.dense_module import DenseModule, resolve_precision
 from trainer.generative_search import GenerativeSearch
+from trainer.item_lists import allowed_rows
 from trainer.search import RetrievalSearch, Search
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,12 @@ class Assembly:
                 f"{self.config.run_dir} holds a {type(self.model).__name__}, which scores given items and cannot find "
                 "any; recommend with a run of another recipe"
             )
-        parts = {"device": self.process.device, "process": self.process, "precision": precision}
+        parts = {
+            "device": self.process.device,
+            "process": self.process,
+            "precision": precision,
+            "allowed": allowed_rows(self.config.search, self.items),
+        }
         if isinstance(self.model, Generator):
             config = self.config.search
             if width is not None:

@@ -64,7 +64,8 @@ def _check_experts(config: PretrainConfig) -> None:
 
 def _at_least_one(config: PretrainConfig) -> None:
     for section, names in (
-        ("train", ("epochs", "micro_batches", "keep_last", "validate_every_steps", "checkpoint_every_steps")),
+        ("train", ("epochs", "micro_batches", "keep_last", "checkpoint_every_steps")),
+        ("train", ("validate_every_steps", "validate_every_epochs")),
         ("cluster", ("workers",)),
         ("search", ("width", "validation_width")),
         ("sharding", ("expert_parallel",)),

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from cluster.errors import ConfigError
 from cluster.process import Process
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
@@ -35,13 +36,27 @@ class GenerativeSearch(Search):
         device: torch.device,
         process: Process | None = None,
         precision: torch.dtype = torch.float32,
+        allowed: Tensor | None = None,
     ):
-        """Shapes: codes [N, L] int64."""
+        """Shapes: codes [N, L] int64; allowed [n] item rows.
+
+        Raises: ConfigError for a beam wider than the catalogue, and for lists of items in a free search.
+        """
         self.model, self.lookup, self.trie, self.codes = model, lookup, trie, codes
+        self.allowed = allowed if allowed is None else allowed.to(device)
         self.config, self.device, self.process, self.precision = config, device, process, precision
         self.num_items = trie.num_items
-        width = config.width if config.space == "free" else min(config.width, trie.num_items)
-        self.beam = BeamSearch.Config(width=width, over=config.over).build()
+        if config.space == "catalogue" and config.width > trie.num_items:
+            raise ConfigError(
+                f"search.width and search.validation-width must not exceed the {trie.num_items} items of the "
+                f"catalogue, got {config.width}; lower them"
+            )
+        if config.space == "free" and allowed is not None:
+            raise ConfigError(
+                "search.allow and search.deny act inside a search through the catalogue; leave them out, or say "
+                "--search.space catalogue"
+            )
+        self.beam = BeamSearch.Config(width=config.width, over=config.over).build()
 
     @staticmethod
     def build(
@@ -53,15 +68,29 @@ class GenerativeSearch(Search):
         device: torch.device,
         process: Process | None = None,
         precision: torch.dtype = torch.float32,
+        allowed: Tensor | None = None,
     ) -> "GenerativeSearch":
-        """Shapes: codes [N, L] of any integer type, one row per item row."""
+        """Shapes: codes [N, L] of any integer type, one row per item row; allowed [n] the only rows to be found."""
         codes = codes.long().to(device)
         trie = PrefixTrie.build(codes, model.code_sizes)
         return GenerativeSearch(
-            model, lookup, trie, codes, config=config, device=device, process=process, precision=precision
+            model,
+            lookup,
+            trie,
+            codes,
+            config=config,
+            device=device,
+            process=process,
+            precision=precision,
+            allowed=allowed,
         )
 
     def find(self, batch: SequenceBatch, *, k: int, rank_held_out: bool, filter_seen: bool) -> Found:
+        if k > self.beam.config.width:
+            raise ConfigError(
+                f"lists of {k} items need a search.width of at least {k}, got {self.beam.config.width}; widen it, or "
+                "ask for fewer"
+            )
         targets = batch.held_out.to(self.device) if rank_held_out else None
         seen = seen_items(batch).to(self.device) if filter_seen else None
         if seen is not None and targets is not None:
@@ -102,9 +131,10 @@ class GenerativeSearch(Search):
     def _space(self, batch: SequenceBatch, seen: Jagged | None) -> PathSpace:
         if self.config.space == "free":
             return FreeSpace(self.trie.code_sizes, self.trie)
-        if seen is None:
+        if seen is None and self.allowed is None:
             return CatalogueSpace(self.trie)
-        return CatalogueSpace(self.trie, AllowedItems.build(self.trie, num_users=batch.num_users, deny=seen))
+        allowed = AllowedItems.build(self.trie, num_users=batch.num_users, allow=self.allowed, deny=seen)
+        return CatalogueSpace(self.trie, allowed)
 
     def _autocast(self) -> torch.autocast:
         is_reduced = self.precision != torch.float32
@@ -153,6 +183,6 @@ def _ranks(items: Tensor, scores: Tensor, targets: Tensor) -> Tensor:
     return (1 + above + tied / 2).float().masked_fill(~hit.any(1), float("inf"))
 
 
-def _cut(slots: Tensor, k: int, empty: float) -> Tensor:
+def _cut(slots: Tensor, k: int, empty: int | float) -> Tensor:
     """The first k slots, or more where there are fewer. Shapes: [B, W] -> [B, k]."""
     return torch.nn.functional.pad(slots, (0, max(k - slots.shape[1], 0)), value=empty)[:, :k]

@@ -117,7 +117,8 @@ def _end_epoch(job: Job) -> None:
     progress.position = None
     if progress.epoch >= config.epochs:
         progress.status = "finished"
-    if config.validate_every_steps is None and _validate(job):
+    due = progress.status == "finished" or progress.epoch % config.validate_every_epochs == 0
+    if config.validate_every_steps is None and due and _validate(job):
         _save(job, best=True)
 
 

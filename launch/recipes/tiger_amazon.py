@@ -14,6 +14,7 @@ def recipe() -> PretrainConfig:
             epochs=20,
             learning_rate=1.5e-3,
             weight_decay=0.05,
+            validate_every_epochs=5,
             checkpoint_every_s=30.0,
         ),
         cluster=ClusterConfig(workers=2),

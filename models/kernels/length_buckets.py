@@ -32,6 +32,8 @@ class BucketLayout:
     """[T] int64."""
     buckets: tuple[tuple[int, int], ...]
     """(users, length) of each bucket, in the order of the cells."""
+    is_identity: bool = False
+    """Whether every token lies in the cell of its own number, as with rows of one length: nothing has to move then."""
 
 
 def bucket_layout(sequences: Jagged) -> BucketLayout:
@@ -53,6 +55,7 @@ def bucket_layout(sequences: Jagged) -> BucketLayout:
         token_of_cell=torch.from_numpy(token_of_cell),
         cell_of_token=torch.from_numpy(cell_of_token),
         buckets=tuple(buckets),
+        is_identity=bool((lengths == lengths[:1]).all()) and len(token_of_cell) == len(cell_of_token),
     )
 
 
@@ -125,8 +128,9 @@ class _Rearrange(torch.autograd.Function):
 
 def to_cells(tokens: Tensor, layout: BucketLayout) -> Iterator[Tensor]:
     """One block of cells per bucket. Shapes: tokens [T, ...] -> [users, length, ...] each."""
-    flat = tokens.flatten(1)
-    cells = _Rearrange.apply(flat, layout.token_of_cell, layout.cell_of_token, None)
+    cells = tokens.flatten(1)
+    if not layout.is_identity:
+        cells = _Rearrange.apply(cells, layout.token_of_cell, layout.cell_of_token, None)
     parts = cells.split([users * length for users, length in layout.buckets])
     for part, (users, length) in zip(parts, layout.buckets, strict=True):
         yield part.view(users, length, *tokens.shape[1:])
@@ -138,8 +142,9 @@ def to_tokens(blocks: list[Tensor], layout: BucketLayout) -> Tensor:
     Shapes: [users, length, ...] -> [T, ...].
     """
     cells = torch.cat([block.reshape(-1, *block.shape[2:]).flatten(1) for block in blocks])
-    tokens = _Rearrange.apply(cells, layout.cell_of_token, layout.token_of_cell, padding_cells(layout))
-    return tokens.view(-1, *blocks[0].shape[2:])
+    if not layout.is_identity:
+        cells = _Rearrange.apply(cells, layout.cell_of_token, layout.token_of_cell, padding_cells(layout))
+    return cells.view(-1, *blocks[0].shape[2:])
 
 
 def pair_dtype(cells: Tensor, length: int) -> torch.dtype:
