@@ -1,4 +1,4 @@
-"""TIGER over text semantic IDs, sized for the small Amazon 5-core sets and half an hour on two cores, on two workers."""
+"""TIGER over text semantic IDs, for the small Amazon 5-core sets and half an hour on two cores: two workers."""
 
 from cluster.configuration import ClusterConfig
 from data_streams.configuration import DataConfig
