@@ -5,6 +5,8 @@ import torch
 from data_streams.batch import SequenceBatch
 from models.decoder_only import DecoderOnly
 from models.generator import Generator
+from models.process_reward import ProcessRewardConfig
+from models.promise import Promise
 from models.semantic_ids import SemanticIds
 from models.tables import Ids, Lookup
 from sharding.lookup import make_lookup
@@ -33,6 +35,16 @@ GENERATORS = {
         dropout=0.0,
         item_rows=False,
         init_scale=0.3,
+    ),
+    "promise": Promise.Config(
+        width=16,
+        num_blocks=1,
+        num_decoder_blocks=2,
+        num_heads=2,
+        feedforward_width=32,
+        dropout=0.0,
+        init_scale=0.3,
+        prm=ProcessRewardConfig(feedforward_width=32, dropout=0.0, num_negatives=8, positions=2),
     ),
 }
 

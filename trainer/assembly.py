@@ -17,6 +17,7 @@ from data_streams.manifest import Manifest
 from data_streams.semantic_ids import SemanticIdTable
 from data_streams.stream import EvaluationStream
 from models.generator import Generator
+from models.process_reward import RewardedHistory
 from models.recommender import Ranker, Recommender
 from models.semantic_ids import SemanticIds
 from models.tables import Lookup
@@ -26,7 +27,7 @@ from trainer.blocks import compile_blocks, recompute_blocks
 from trainer.conditions import conditional_search, load_conditions, model_conditions
 from trainer.configuration import PretrainConfig
 from trainer.dense_module import DenseModule, resolve_precision
-from trainer.generative_search import GenerativeSearch
+from trainer.generative_search import GenerativeSearch, PrefixReward
 from trainer.search import RetrievalSearch, Search
 
 logger = logging.getLogger(__name__)
@@ -49,12 +50,20 @@ class Assembly:
         """For evaluation and serving; a collective call."""
         return make_lookup(self.model.tables(), self.tables, self.item_features, self.process.device)
 
-    def search(self, precision: torch.dtype = torch.float32, *, width: int | None = None) -> Search:
+    def search(
+        self,
+        precision: torch.dtype = torch.float32,
+        *,
+        width: int | None = None,
+        prm: "Assembly | None" = None,
+        recall_among: int | None = None,
+    ) -> Search:
         """Search with the weights as they are now; a collective call.
 
-        `width` is that of the beam of a model that generates, if not the configured one.
+        Of a model that generates, `width` is that of the beam, if not the configured one, `prm` has the process reward
+        model that steers it, if not its own, and `recall_among` is how many prefixes HRecall looks at.
 
-        Raises: ConfigError for a model that only scores given items.
+        Raises: ConfigError for a model that only scores given items, or a PRM that does not fit.
         """
         if isinstance(self.model, Ranker):
             raise ConfigError(
@@ -65,8 +74,9 @@ class Assembly:
         if isinstance(self.model, Generator):
             config = self.config.search
             if width is not None:
-                config = replace(config, width=width)
+                config = replace(config, width=width, candidates=())
             codes = torch.from_numpy(self.semantic_ids.codes)
+            parts |= {"reward": self._prefix_reward(prm), "recall_among": recall_among}
             return GenerativeSearch.build(self.model, self.lookup(), codes, config=config, **parts)
         search = RetrievalSearch.build(
             self.model,
@@ -79,6 +89,28 @@ class Assembly:
         return (
             search if conditions is None else conditional_search(search, conditions, self.config.evaluation)
         )
+
+    def _prefix_reward(self, prm: "Assembly | None") -> PrefixReward | None:
+        if not self.config.search.prm:
+            return None
+        source = prm or self
+        if not isinstance(source.model, RewardedHistory):
+            raise ConfigError(
+                f"--search.prm needs a process reward model, and the {type(source.model).__name__} in "
+                f"{source.config.run_dir} has none; name a run that has one with --search.prm-run"
+            )
+        if source.semantic_ids.fingerprint != self.semantic_ids.fingerprint:
+            raise ConfigError(
+                f"a process reward model must know the same semantic IDs as the run it steers, and "
+                f"{source.config.run_dir} was trained with those of {source.config.data.semantic_ids} "
+                f"({source.semantic_ids.fingerprint}, not {self.semantic_ids.fingerprint}); train one for this table"
+            )
+        if source.config.data.max_length < self.config.data.max_length:
+            raise ConfigError(
+                f"a process reward model must have been trained with histories as long as those it is asked about, "
+                f"data.max-length {self.config.data.max_length}, and it was with {source.config.data.max_length}"
+            )
+        return PrefixReward(model=source.model, lookup=source.lookup())
 
     def conditions(self) -> ItemConditions | None:
         """What evaluation and serving ask items to meet."""

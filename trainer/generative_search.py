@@ -1,5 +1,9 @@
 """Search by generating semantic IDs: a beam over the catalogue's paths, or over all paths of codes."""
 
+import sys
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,15 +15,25 @@ from models.decoding.beam_search import BeamSearch
 from models.decoding.search import Decoded
 from models.decoding.space import CatalogueSpace, FreeSpace, PathSpace
 from models.decoding.trie import PrefixTrie
-from models.generator import Generator
+from models.generator import DecodeState, Generator
+from models.process_reward import PrefixGuide, ProcessReward, RewardedHistory
 from models.tables import Lookup, Rows
 from sharding.item_index import Found, evaluating
 from trainer.configuration import SearchConfig
 from trainer.search import Search, seen_items
 
 
+@dataclass(frozen=True, kw_only=True)
+class PrefixReward:
+    """A model whose PRM steers searches."""
+
+    model: RewardedHistory
+    lookup: Lookup
+
+
 class GenerativeSearch(Search):
-    """Every rank decodes for its own users; only the lookups of prompts are collective.
+    """Every rank decodes for its own users; only lookups are collective: of prompts and, with a PRM, of the candidates
+    of each depth, so that ranks make equally many whatever users they have.
 
     Seen items are masked inside a search through the catalogue, and taken out of the result of a free one.
     """
@@ -35,13 +49,21 @@ class GenerativeSearch(Search):
         device: torch.device,
         process: Process | None = None,
         precision: torch.dtype = torch.float32,
+        reward: PrefixReward | None = None,
+        recall_among: int | None = None,
     ):
-        """Shapes: codes [N, L] int64."""
+        """`recall_among` is how many prefixes of each depth HRecall looks at, if not all that are kept.
+
+        Shapes: codes [N, L] int64.
+        """
         self.model, self.lookup, self.trie, self.codes = model, lookup, trie, codes
         self.config, self.device, self.process, self.precision = config, device, process, precision
         self.num_items = trie.num_items
         width = config.width if config.space == "free" else min(config.width, trie.num_items)
-        self.beam = BeamSearch.Config(width=width, over=config.over).build()
+        self.reward, self.recall_among = reward, recall_among or width
+        self.beam = BeamSearch.Config(
+            width=width, over=config.over, guided_candidates=_num_candidates(config, model)
+        )
 
     @staticmethod
     def build(
@@ -53,12 +75,21 @@ class GenerativeSearch(Search):
         device: torch.device,
         process: Process | None = None,
         precision: torch.dtype = torch.float32,
+        **options: Any,
     ) -> "GenerativeSearch":
         """Shapes: codes [N, L] of any integer type, one row per item row."""
         codes = codes.long().to(device)
         trie = PrefixTrie.build(codes, model.code_sizes)
         return GenerativeSearch(
-            model, lookup, trie, codes, config=config, device=device, process=process, precision=precision
+            model,
+            lookup,
+            trie,
+            codes,
+            config=config,
+            device=device,
+            process=process,
+            precision=precision,
+            **options,
         )
 
     def find(self, batch: SequenceBatch, *, k: int, rank_held_out: bool, filter_seen: bool) -> Found:
@@ -89,12 +120,21 @@ class GenerativeSearch(Search):
             return self.model.log_probabilities(rows, batch.to(self.device), paths).sum(-1)
 
     def _decode(self, batch: SequenceBatch, seen: Jagged | None) -> Decoded:
-        width = self.beam.config.width
         with evaluating(self.model), self._autocast():
-            rows = self._rows(batch)
-            return self.beam.search(
-                self.model, rows, batch.to(self.device), self._space(batch, seen), k=width
-            )
+            state = self.model.prefill(self._rows(batch), batch.to(self.device))
+            space, width = self._space(batch, seen), self.beam.width
+            search = BeamSearch(self.beam, self._guide(batch, state))
+            search.check(self.model, space, width, batch.num_users)
+            return search.search_from(self.model, state, space, k=width)
+
+    def _guide(self, batch: SequenceBatch, state: DecodeState) -> PrefixGuide | None:
+        if self.reward is None:
+            return None
+        model, lookup = self.reward.model, self.reward.lookup
+        if model is self.model:
+            return PrefixGuide(model.prm, state.prm_memory, lookup)
+        memory = model.prefix_memory(lookup(model.prompt_ids(batch)), batch.to(self.device))
+        return PrefixGuide(model.prm, memory, lookup)
 
     def _rows(self, batch: SequenceBatch) -> Rows:
         return self.lookup(self.model.prompt_ids(batch))
@@ -112,10 +152,10 @@ class GenerativeSearch(Search):
 
     def _prefix_recall(self, decoded: Decoded, targets: Tensor) -> dict[str, Tensor]:
         """HRecall: whether the target's prefix of each depth was among those the beam kept there."""
-        found, width = {}, self.beam.config.width
+        found, among = {}, self.recall_among
         for depth, kept in enumerate(decoded.kept, start=1):
             wanted = self._nodes(depth, targets)
-            found[f"hrecall{depth}@{width}"] = (kept == wanted[:, None]).any(1).float()
+            found[f"hrecall{depth}@{among}"] = (kept[:, :among] == wanted[:, None]).any(1).float()
         return found
 
     def _nodes(self, depth: int, items: Tensor) -> Tensor:
@@ -123,6 +163,13 @@ class GenerativeSearch(Search):
         if self.config.space == "free":
             return FreeSpace(self.trie.code_sizes).find(self.codes[items, :depth])
         return self.trie.item_nodes(depth, items)
+
+
+def _num_candidates(config: SearchConfig, model: Generator) -> int | None:
+    """How many prefixes a PRM scores; all of them where no generator proposes any."""
+    if config.candidates:
+        return config.candidates[0]
+    return sys.maxsize if isinstance(model, ProcessReward) else None
 
 
 def _without(lists: Jagged, targets: Tensor) -> Jagged:
