@@ -17,7 +17,6 @@ from data_streams.manifest import Manifest
 from data_streams.semantic_ids import SemanticIdTable
 from data_streams.stream import EvaluationStream
 from models.generator import Generator
-from models.process_reward import RewardedHistory
 from models.recommender import Ranker, Recommender
 from models.semantic_ids import SemanticIds
 from models.tables import Lookup
@@ -27,7 +26,7 @@ from trainer.blocks import compile_blocks, recompute_blocks
 from trainer.conditions import conditional_search, load_conditions, model_conditions
 from trainer.configuration import PretrainConfig
 from trainer.dense_module import DenseModule, resolve_precision
-from trainer.generative_search import GenerativeSearch, PrefixReward
+from trainer.generative_search import GenerativeSearch, PrefixReward, check_prm
 from trainer.search import RetrievalSearch, Search
 
 logger = logging.getLogger(__name__)
@@ -94,22 +93,7 @@ class Assembly:
         if not self.config.search.prm:
             return None
         source = prm or self
-        if not isinstance(source.model, RewardedHistory):
-            raise ConfigError(
-                f"--search.prm needs a process reward model, and the {type(source.model).__name__} in "
-                f"{source.config.run_dir} has none; name a run that has one with --search.prm-run"
-            )
-        if source.semantic_ids.fingerprint != self.semantic_ids.fingerprint:
-            raise ConfigError(
-                f"a process reward model must know the same semantic IDs as the run it steers, and "
-                f"{source.config.run_dir} was trained with those of {source.config.data.semantic_ids} "
-                f"({source.semantic_ids.fingerprint}, not {self.semantic_ids.fingerprint}); train one for this table"
-            )
-        if source.config.data.max_length < self.config.data.max_length:
-            raise ConfigError(
-                f"a process reward model must have been trained with histories as long as those it is asked about, "
-                f"data.max-length {self.config.data.max_length}, and it was with {source.config.data.max_length}"
-            )
+        check_prm(source, self)
         return PrefixReward(model=source.model, lookup=source.lookup())
 
     def conditions(self) -> ItemConditions | None:

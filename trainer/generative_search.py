@@ -2,14 +2,16 @@
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from cluster.errors import ConfigError
 from cluster.process import Process
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
+from data_streams.semantic_ids import SemanticIdTable
 from models.decoding.allowed_items import AllowedItems
 from models.decoding.beam_search import BeamSearch
 from models.decoding.search import Decoded
@@ -17,9 +19,10 @@ from models.decoding.space import CatalogueSpace, FreeSpace, PathSpace
 from models.decoding.trie import PrefixTrie
 from models.generator import DecodeState, Generator
 from models.process_reward import PrefixGuide, ProcessReward, RewardedHistory
+from models.recommender import Recommender
 from models.tables import Lookup, Rows
 from sharding.item_index import Found, evaluating
-from trainer.configuration import SearchConfig
+from trainer.configuration import PretrainConfig, SearchConfig
 from trainer.search import Search, seen_items
 
 
@@ -29,6 +32,36 @@ class PrefixReward:
 
     model: RewardedHistory
     lookup: Lookup
+
+
+@runtime_checkable
+class SearchedRun(Protocol):
+    """What must fit together of a run and of one whose PRM steers it."""
+
+    config: PretrainConfig
+    semantic_ids: SemanticIdTable | None
+    model: Recommender
+
+
+def check_prm(source: SearchedRun, run: SearchedRun) -> None:
+    """Raises: ConfigError where a run has no PRM, or one that cannot be asked about what another run searches."""
+    if not isinstance(source.model, RewardedHistory):
+        raise ConfigError(
+            f"--search.prm needs a process reward model, and the {type(source.model).__name__} in "
+            f"{source.config.run_dir} has none; name a run that has one with --search.prm-run"
+        )
+    theirs, own = source.semantic_ids.fingerprint, run.semantic_ids.fingerprint
+    if theirs != own:
+        raise ConfigError(
+            f"a process reward model must know the semantic IDs of the run it steers, {own}, and the one in "
+            f"{source.config.run_dir} was trained with {theirs}; train one for this table"
+        )
+    length, longest = source.config.data.max_length, run.config.data.max_length
+    if length < longest:
+        raise ConfigError(
+            f"a process reward model must have been trained with histories as long as those it is asked about, "
+            f"data.max-length {longest}, and it was with {length}"
+        )
 
 
 class GenerativeSearch(Search):
@@ -200,6 +233,6 @@ def _ranks(items: Tensor, scores: Tensor, targets: Tensor) -> Tensor:
     return (1 + above + tied / 2).float().masked_fill(~hit.any(1), float("inf"))
 
 
-def _cut(slots: Tensor, k: int, empty: float) -> Tensor:
+def _cut(slots: Tensor, k: int, empty: int | float) -> Tensor:
     """The first k slots, or more where there are fewer. Shapes: [B, W] -> [B, k]."""
     return torch.nn.functional.pad(slots, (0, max(k - slots.shape[1], 0)), value=empty)[:, :k]
