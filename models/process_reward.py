@@ -89,7 +89,9 @@ class PathReward(nn.Module):
             ScoringBlock(self.width, num_heads, config.feedforward_width, config.dropout)
             for _ in range(config.num_blocks)
         )
-        self.hidden, self.output = Linear(self.width, self.width // 2), Linear(self.width // 2, 1)
+        self.hidden = Linear(self.width, self.width // 2)
+        # Scores are only compared with each other: a bias would have no gradient but rounding.
+        self.output = Linear(self.width // 2, 1, bias=False)
 
     @property
     def depths(self) -> range:
