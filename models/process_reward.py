@@ -52,7 +52,7 @@ class ProcessRewardConfig:
     """Blocks of attention to the history and feed-forward."""
     num_heads: int | None = None
     """Attention heads; left out, a quarter of the encoder's."""
-    feedforward_width: int = 512
+    feedforward_width: int = 256
     """Hidden size of the feed-forward part."""
     dropout: float = 0.1
     """Dropout on what blocks add."""
