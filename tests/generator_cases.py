@@ -5,6 +5,7 @@ import torch
 from data_streams.batch import SequenceBatch
 from models.decoder_only import DecoderOnly
 from models.generator import Generator
+from models.genrec import GenRec
 from models.process_reward import ProcessRewardConfig
 from models.promise import Promise
 from models.semantic_ids import SemanticIds
@@ -34,6 +35,15 @@ GENERATORS = {
         feedforward_width=32,
         dropout=0.0,
         item_rows=False,
+        init_scale=0.3,
+    ),
+    "genrec, item by item": GenRec.Config(
+        target="item",
+        width=16,
+        num_blocks=2,
+        num_heads=2,
+        feedforward_width=32,
+        dropout=0.0,
         init_scale=0.3,
     ),
     "promise": Promise.Config(
