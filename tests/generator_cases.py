@@ -1,5 +1,7 @@
 """Every model that generates semantic IDs, small, for tests that must hold for all of them."""
 
+from dataclasses import replace
+
 import torch
 
 from data_streams.batch import SequenceBatch
@@ -57,6 +59,8 @@ GENERATORS = {
         prm=ProcessRewardConfig(feedforward_width=32, dropout=0.0, num_negatives=8, positions=2),
     ),
 }
+PAGE_WISE = {"genrec": replace(GENERATORS["genrec, item by item"], target="page")}
+"""Generators whose batches must come with pages."""
 
 
 def semantic_ids() -> SemanticIds:
@@ -65,7 +69,7 @@ def semantic_ids() -> SemanticIds:
 
 def make_generator(name: str, seed: int = 5) -> Generator:
     torch.manual_seed(seed)
-    return GENERATORS[name].build(
+    return {**GENERATORS, **PAGE_WISE}[name].build(
         num_items=NUM_ITEMS, max_length=MAX_LENGTH, item_feature_dim=0, semantic_ids=semantic_ids()
     )
 
