@@ -103,14 +103,19 @@ class SearchConfig:
     """Prefixes per user and depth that it scores; left out, four times the width. Several, in evaluation, are compared,
     beside plain beams as wide."""
 
+    prm_depths: tuple[int, ...] = ()
+    """Depths, from 1 on, at which it has more candidates than the beam is wide and so chooses; left out, all."""
+
     def __post_init__(self) -> None:
         if self.candidates and min(self.candidates) < self.width:
             raise ConfigError(
                 f"search.candidates must not be below search.width ({self.width}), and {min(self.candidates)} is; "
                 "raise it, or lower --search.width"
             )
-        if (self.candidates or self.prm_run) and not self.prm:
-            raise ConfigError("search.candidates and search.prm-run say how --search.prm works; add it")
+        if (self.candidates or self.prm_run or self.prm_depths) and not self.prm:
+            raise ConfigError(
+                "search.candidates, search.prm-run and search.prm-depths say how --search.prm works; add it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

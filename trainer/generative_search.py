@@ -95,7 +95,7 @@ class GenerativeSearch(Search):
         width = config.width if config.space == "free" else min(config.width, trie.num_items)
         self.reward, self.recall_among = reward, recall_among or width
         self.beam = BeamSearch.Config(
-            width=width, over=config.over, guided_candidates=_num_candidates(config, model)
+            width=width, over=config.over, guided_candidates=_num_candidates(config, model, width)
         )
 
     @staticmethod
@@ -198,11 +198,18 @@ class GenerativeSearch(Search):
         return self.trie.item_nodes(depth, items)
 
 
-def _num_candidates(config: SearchConfig, model: Generator) -> int | None:
-    """How many prefixes a PRM scores; all of them where no generator proposes any."""
-    if config.candidates:
-        return config.candidates[0]
-    return sys.maxsize if isinstance(model, ProcessReward) else None
+def _num_candidates(config: SearchConfig, model: Generator, width: int) -> tuple[int, ...]:
+    """How many prefixes a PRM scores at each depth; all of them where no generator proposes any."""
+    number = config.candidates[0] if config.candidates else 4 * width
+    if not config.candidates and isinstance(model, ProcessReward):
+        number = sys.maxsize
+    depths = range(1, len(model.code_sizes) + 1)
+    beyond = [depth for depth in config.prm_depths if depth not in depths]
+    if beyond:
+        raise ConfigError(
+            f"search.prm-depths must lie in 1..{len(depths)}, the levels of the semantic IDs, and {beyond[0]} does not"
+        )
+    return tuple(number if depth in (config.prm_depths or depths) else width for depth in depths)
 
 
 def _without(lists: Jagged, targets: Tensor) -> Jagged:

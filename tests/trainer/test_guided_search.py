@@ -97,6 +97,18 @@ def test_the_result_is_ordered_by_the_scores_of_the_prm():
     assert (found.scores.diff(dim=1) <= 0).all()
 
 
+def test_the_prm_chooses_at_the_depths_it_is_asked_for():
+    model = make_generator("promise")
+    lookup, batch = unsharded_lookup(model), users(5)
+    plain = make_search(model, lookup)._decode(batch, batch.seen)
+    last = make_search(model, lookup, reward=own_prm(model, lookup), candidates=(24,), prm_depths=(3,))
+    kept = [nodes.sort(1).values for nodes in last._decode(batch, batch.seen).kept]
+    assert all(torch.equal(kept[depth], plain.kept[depth].sort(1).values) for depth in (0, 1))
+    assert not torch.equal(kept[2], plain.kept[2].sort(1).values)
+    with pytest.raises(ConfigError, match="the levels of the semantic IDs"):
+        make_search(model, lookup, reward=own_prm(model, lookup), prm_depths=(4,))
+
+
 @pytest.mark.parametrize("candidates", [WIDTH, 4 * WIDTH])
 def test_the_decoder_runs_as_often_whatever_the_number_of_candidates(candidates):
     model = make_generator("promise")
@@ -150,8 +162,8 @@ def test_a_rank_without_users_takes_part_in_every_lookup():
     ("options", "message"),
     [
         ({"prm": True, "candidates": (40, 80)}, "search.candidates must not be below search.width"),
-        ({"candidates": (100,)}, "say how --search.prm works; add it"),
-        ({"prm_run": "runs/x"}, "say how --search.prm works; add it"),
+        ({"candidates": (100,)}, "say how --search.prm works"),
+        ({"prm_run": "runs/x"}, "say how --search.prm works"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options, message):
