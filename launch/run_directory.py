@@ -25,6 +25,8 @@ CONFIG = "config.yaml"
 EVALUATION = "evaluation.json"
 CURVES = "curves.png"
 EXPERTS = "experts.png"
+SEARCH_SCALING = "search_scaling.json"
+SCALING_PICTURE = "search_scaling.png"
 LOGS = "logs"
 
 

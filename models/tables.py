@@ -20,6 +20,8 @@ class TableSpec:
     """Standard deviation of the initial rows, drawn from (seed, table, row)."""
     placement: Literal["auto", "row_wise", "table_wise"] = "auto"
     """How rows are spread over workers; `auto` leaves it to the planner."""
+    rows_are_items: bool = True
+    """Whether row i belongs to item i, so that another run's rows can be matched by the items' raw ids."""
     hash_rows: int | None = None
     """Rows really kept, for an unbounded vocabulary: each id is hashed twice into them and the two are summed."""
 

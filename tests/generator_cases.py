@@ -1,10 +1,15 @@
 """Every model that generates semantic IDs, small, for tests that must hold for all of them."""
 
+from dataclasses import replace
+
 import torch
 
 from data_streams.batch import SequenceBatch
 from models.decoder_only import DecoderOnly
 from models.generator import Generator
+from models.genrec import GenRec
+from models.process_reward import ProcessRewardConfig
+from models.promise import Promise
 from models.semantic_ids import SemanticIds
 from models.tables import Ids, Lookup
 from models.tiger import Tiger
@@ -48,7 +53,28 @@ GENERATORS = {
     ),
     "tiger": Tiger.Config(**TIGER),
     "tiger, causal encoder": Tiger.Config(**TIGER, encoder="causal"),
+    "genrec, item by item": GenRec.Config(
+        target="item",
+        width=16,
+        num_blocks=2,
+        num_heads=2,
+        feedforward_width=32,
+        dropout=0.0,
+        init_scale=0.3,
+    ),
+    "promise": Promise.Config(
+        width=16,
+        num_blocks=1,
+        num_decoder_blocks=2,
+        num_heads=2,
+        feedforward_width=32,
+        dropout=0.0,
+        init_scale=0.3,
+        prm=ProcessRewardConfig(feedforward_width=32, dropout=0.0, num_negatives=8, positions=2),
+    ),
 }
+PAGE_WISE = {"genrec": replace(GENERATORS["genrec, item by item"], target="page")}
+"""Generators whose batches must come with pages."""
 
 
 def semantic_ids() -> SemanticIds:
@@ -57,7 +83,7 @@ def semantic_ids() -> SemanticIds:
 
 def make_generator(name: str, seed: int = 5) -> Generator:
     torch.manual_seed(seed)
-    return GENERATORS[name].build(
+    return {**GENERATORS, **PAGE_WISE}[name].build(
         num_items=NUM_ITEMS, max_length=MAX_LENGTH, item_feature_dim=0, semantic_ids=semantic_ids()
     )
 

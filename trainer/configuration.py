@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cluster.configuration import ClusterConfig
+from cluster.errors import ConfigError
 from data_streams.configuration import DataConfig
 from sharding.configuration import ShardingConfig
 
@@ -100,6 +101,27 @@ class SearchConfig:
     """File of item ids, one a line: these are not found, by any model."""
     over: Literal["all", "allowed"] = "all"
     """What a level's probabilities sum to one over: all codes, or those the search may take."""
+    prm: bool = False
+    """Let a process reward model choose the prefixes the beam keeps, and order the result."""
+    prm_run: str = ""
+    """Run whose process reward model that is; left out, the model's own. For evaluation and serving."""
+    candidates: tuple[int, ...] = ()
+    """Prefixes per user and depth that it scores; left out, four times the width. Several, in evaluation, are compared,
+    beside plain beams as wide."""
+
+    prm_depths: tuple[int, ...] = ()
+    """Depths, from 1 on, at which it has more candidates than the beam is wide and so chooses; left out, all."""
+
+    def __post_init__(self) -> None:
+        if self.candidates and min(self.candidates) < self.width:
+            raise ConfigError(
+                f"search.candidates must not be below search.width ({self.width}), and {min(self.candidates)} is; "
+                "raise it, or lower --search.width"
+            )
+        if (self.candidates or self.prm_run or self.prm_depths) and not self.prm:
+            raise ConfigError(
+                "search.candidates, search.prm-run and search.prm-depths say how --search.prm works; add it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

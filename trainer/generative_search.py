@@ -1,5 +1,9 @@
 """Search by generating semantic IDs: a beam over the catalogue's paths, or over all paths of codes."""
 
+import sys
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
 import torch
 from torch import Tensor
 
@@ -7,20 +11,62 @@ from cluster.errors import ConfigError
 from cluster.process import Process
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
+from data_streams.semantic_ids import SemanticIdTable
 from models.decoding.allowed_items import AllowedItems
 from models.decoding.beam_search import BeamSearch
 from models.decoding.search import Decoded
 from models.decoding.space import CatalogueSpace, FreeSpace, PathSpace
 from models.decoding.trie import PrefixTrie
-from models.generator import Generator
+from models.generator import DecodeState, Generator
+from models.process_reward import PrefixGuide, ProcessReward, RewardedHistory
+from models.recommender import Recommender
 from models.tables import Lookup, Rows
 from sharding.item_index import Found, evaluating
-from trainer.configuration import SearchConfig
+from trainer.configuration import PretrainConfig, SearchConfig
 from trainer.search import Search, seen_items
 
 
+@dataclass(frozen=True, kw_only=True)
+class PrefixReward:
+    """A model whose PRM steers searches."""
+
+    model: RewardedHistory
+    lookup: Lookup
+
+
+@runtime_checkable
+class SearchedRun(Protocol):
+    """What must fit together of a run and of one whose PRM steers it."""
+
+    config: PretrainConfig
+    semantic_ids: SemanticIdTable | None
+    model: Recommender
+
+
+def check_prm(source: SearchedRun, run: SearchedRun) -> None:
+    """Raises: ConfigError where a run has no PRM, or one that cannot be asked about what another run searches."""
+    if not isinstance(source.model, RewardedHistory):
+        raise ConfigError(
+            f"--search.prm needs a process reward model, and the {type(source.model).__name__} in "
+            f"{source.config.run_dir} has none; name a run that has one with --search.prm-run"
+        )
+    theirs, own = source.semantic_ids.fingerprint, run.semantic_ids.fingerprint
+    if theirs != own:
+        raise ConfigError(
+            f"a process reward model must know the semantic IDs of the run it steers, {own}, and the one in "
+            f"{source.config.run_dir} was trained with {theirs}; train one for this table"
+        )
+    length, longest = source.config.data.max_length, run.config.data.max_length
+    if length < longest:
+        raise ConfigError(
+            f"a process reward model must have been trained with histories as long as those it is asked about, "
+            f"data.max-length {longest}, and it was with {length}"
+        )
+
+
 class GenerativeSearch(Search):
-    """Every rank decodes for its own users; only the lookups of prompts are collective.
+    """Every rank decodes for its own users; only lookups are collective: of prompts and, with a PRM, of the candidates
+    of each depth, so that ranks make equally many whatever users they have.
 
     Seen items are masked inside a search through the catalogue, and taken out of the result of a free one.
     """
@@ -37,8 +83,12 @@ class GenerativeSearch(Search):
         process: Process | None = None,
         precision: torch.dtype = torch.float32,
         allowed: Tensor | None = None,
+        reward: PrefixReward | None = None,
+        recall_among: int | None = None,
     ):
-        """Shapes: codes [N, L] int64; allowed [n] item rows.
+        """`recall_among` is how many prefixes of each depth HRecall looks at, if not all that are kept.
+
+        Shapes: codes [N, L] int64; allowed [n] item rows.
 
         Raises: ConfigError for a beam wider than the catalogue, and for lists of items in a free search.
         """
@@ -56,7 +106,12 @@ class GenerativeSearch(Search):
                 "search.allow and search.deny act inside a search through the catalogue; leave them out, or say "
                 "--search.space catalogue"
             )
-        self.beam = BeamSearch.Config(width=config.width, over=config.over).build()
+        self.reward, self.recall_among = reward, recall_among or config.width
+        self.beam = BeamSearch.Config(
+            width=config.width,
+            over=config.over,
+            guided_candidates=_num_candidates(config, model, config.width),
+        )
 
     @staticmethod
     def build(
@@ -68,7 +123,7 @@ class GenerativeSearch(Search):
         device: torch.device,
         process: Process | None = None,
         precision: torch.dtype = torch.float32,
-        allowed: Tensor | None = None,
+        **options: Any,
     ) -> "GenerativeSearch":
         """Shapes: codes [N, L] of any integer type, one row per item row; allowed [n] the only rows to be found."""
         codes = codes.long().to(device)
@@ -82,13 +137,13 @@ class GenerativeSearch(Search):
             device=device,
             process=process,
             precision=precision,
-            allowed=allowed,
+            **options,
         )
 
     def find(self, batch: SequenceBatch, *, k: int, rank_held_out: bool, filter_seen: bool) -> Found:
-        if k > self.beam.config.width:
+        if k > self.beam.width:
             raise ConfigError(
-                f"lists of {k} items need a search.width of at least {k}, got {self.beam.config.width}; widen it, or "
+                f"lists of {k} items need a search.width of at least {k}, got {self.beam.width}; widen it, or "
                 "ask for fewer"
             )
         targets = batch.held_out.to(self.device) if rank_held_out else None
@@ -118,12 +173,21 @@ class GenerativeSearch(Search):
             return self.model.log_probabilities(rows, batch.to(self.device), paths).sum(-1)
 
     def _decode(self, batch: SequenceBatch, seen: Jagged | None) -> Decoded:
-        width = self.beam.config.width
         with evaluating(self.model), self._autocast():
-            rows = self._rows(batch)
-            return self.beam.search(
-                self.model, rows, batch.to(self.device), self._space(batch, seen), k=width
-            )
+            state = self.model.prefill(self._rows(batch), batch.to(self.device))
+            space, width = self._space(batch, seen), self.beam.width
+            search = BeamSearch(self.beam, self._guide(batch, state))
+            search.check(self.model, space, width, batch.num_users)
+            return search.search_from(self.model, state, space, k=width)
+
+    def _guide(self, batch: SequenceBatch, state: DecodeState) -> PrefixGuide | None:
+        if self.reward is None:
+            return None
+        model, lookup = self.reward.model, self.reward.lookup
+        if model is self.model:
+            return PrefixGuide(model.prm, state.prm_memory, lookup)
+        memory = model.prefix_memory(lookup(model.prompt_ids(batch)), batch.to(self.device))
+        return PrefixGuide(model.prm, memory, lookup)
 
     def _rows(self, batch: SequenceBatch) -> Rows:
         return self.lookup(self.model.prompt_ids(batch))
@@ -142,10 +206,10 @@ class GenerativeSearch(Search):
 
     def _prefix_recall(self, decoded: Decoded, targets: Tensor) -> dict[str, Tensor]:
         """HRecall: whether the target's prefix of each depth was among those the beam kept there."""
-        found, width = {}, self.beam.config.width
+        found, among = {}, self.recall_among
         for depth, kept in enumerate(decoded.kept, start=1):
             wanted = self._nodes(depth, targets)
-            found[f"hrecall{depth}@{width}"] = (kept == wanted[:, None]).any(1).float()
+            found[f"hrecall{depth}@{among}"] = (kept[:, :among] == wanted[:, None]).any(1).float()
         return found
 
     def _nodes(self, depth: int, items: Tensor) -> Tensor:
@@ -153,6 +217,20 @@ class GenerativeSearch(Search):
         if self.config.space == "free":
             return FreeSpace(self.trie.code_sizes).find(self.codes[items, :depth])
         return self.trie.item_nodes(depth, items)
+
+
+def _num_candidates(config: SearchConfig, model: Generator, width: int) -> tuple[int, ...]:
+    """How many prefixes a PRM scores at each depth; all of them where no generator proposes any."""
+    number = config.candidates[0] if config.candidates else 4 * width
+    if not config.candidates and isinstance(model, ProcessReward):
+        number = sys.maxsize
+    depths = range(1, len(model.code_sizes) + 1)
+    beyond = [depth for depth in config.prm_depths if depth not in depths]
+    if beyond:
+        raise ConfigError(
+            f"search.prm-depths must lie in 1..{len(depths)}, the levels of the semantic IDs, and {beyond[0]} does not"
+        )
+    return tuple(number if depth in (config.prm_depths or depths) else width for depth in depths)
 
 
 def _without(lists: Jagged, targets: Tensor) -> Jagged:

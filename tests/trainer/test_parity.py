@@ -60,6 +60,8 @@ def test_climber_pilot_on_two_ranks_equals_the_unsharded_reference(model, object
         ("decoder-only, codes alone", 3),
         ("tiger", 3),
         ("tiger, causal encoder", 1),
+        ("promise", 1),
+        ("genrec", 2),
     ],
 )
 def test_generators_on_two_ranks_equal_the_unsharded_reference(model, zero_stage):
