@@ -5,6 +5,10 @@ import torch
 from data_streams.batch import SequenceBatch
 from models.decoder_only import DecoderOnly
 from models.generator import Generator
+from models.layers.feedforward import FeedForwardConfig
+from models.layers.moe import MixtureConfig
+from models.layers.user_context import ContextConfig
+from models.onerec_v2 import OneRecV2
 from models.semantic_ids import SemanticIds
 from models.tables import Ids, Lookup
 from sharding.lookup import make_lookup
@@ -32,6 +36,29 @@ GENERATORS = {
         feedforward_width=32,
         dropout=0.0,
         item_rows=False,
+        init_scale=0.3,
+    ),
+    "onerec-v2": OneRecV2.Config(
+        width=16,
+        num_blocks=3,
+        num_heads=4,
+        kv_layers=2,
+        kv_split=2,
+        kv_groups=2,
+        feedforward=FeedForwardConfig(hidden=32),
+        context=ContextConfig(hidden=24, user_rows=50, short_length=3),
+        dropout=0.0,
+        init_scale=0.3,
+    ),
+    "onerec-v2 of experts": OneRecV2.Config(
+        width=16,
+        num_blocks=2,
+        num_heads=2,
+        feedforward=MixtureConfig(num_experts=4, top_k=2, num_shared=1, hidden=16),
+        num_dense_blocks=1,
+        dense_feedforward=FeedForwardConfig(hidden=32),
+        context=ContextConfig(hidden=24),
+        dropout=0.0,
         init_scale=0.3,
     ),
 }

@@ -1,5 +1,7 @@
 """What holds for every model that generates: decoding says what training said."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -29,10 +31,12 @@ def histories(seed: int = 0) -> list[torch.Tensor]:
 def test_the_training_loss_is_that_of_teacher_forcing_after_every_position(name):
     model = make_generator(name).eval()
     codes, sequences = semantic_ids().codes, histories()
-    batch = make_batch(sequences)
-    loss = model(lookup_ids(model, model.ids(batch, StepContext(step=0))), batch, StepContext(step=0))
+    context = StepContext(step=0)
+    batch = model.training_batch(make_batch(sequences), context)
+    loss = model(lookup_ids(model, model.ids(batch, context)), batch, context)
     prefixes = [sequence[: stop + 1] for sequence in sequences for stop in range(1, len(sequence))]
-    prompts = make_batch(prefixes)
+    users = [user for user, sequence in enumerate(sequences) for _ in sequence[1:]]
+    prompts = replace(make_batch(prefixes), user_ids=torch.tensor(users))
     paths = codes[torch.stack([prefix[-1] for prefix in prefixes])][:, None]
     log_probs = model.log_probabilities(prompt_rows(model, prompts), prompts, paths)
     assert loss.count == len(prefixes)
@@ -60,8 +64,8 @@ def test_a_beam_as_wide_as_the_catalogue_ranks_all_items_by_their_probability(na
 @everyone
 def test_a_batch_without_users_has_a_loss_with_gradients(name):
     model = make_generator(name)
-    batch = make_batch([])
     context = StepContext(step=0)
+    batch = model.training_batch(make_batch([]), context)
     loss = model(lookup_ids(model, model.ids(batch, context)), batch, context)
     assert loss.count == 0 and loss.sum == 0
     loss.sum.backward()
