@@ -68,7 +68,7 @@ class ContextKeyValues(nn.Module):
         """Shapes: vectors [C, context dim], places [C] -> L_kv of them."""
         groups, split = self.shape.kv_groups, self.shape.kv_split
         chunks = [
-            norm(chunk).unflatten(-1, (groups, -1))
+            norm(chunk.float()).unflatten(-1, (groups, -1))
             for norm, chunk in zip(self.norms, vectors.chunk(len(self.norms), dim=-1), strict=True)
         ]
         return tuple(
