@@ -8,19 +8,12 @@ how long ago an event was.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from models.kernels.context_attention import ContextLayout, context_attention
-from models.layers.dropout import Dropout
-from models.layers.linear import Linear
+from models.kernels.context_attention import ContextLayout
+from models.layers.code_decoder import CodeBlock, KeyValues
 from models.layers.rotary import rotate
-from models.layers.shared_prompt_attention import (
-    PromptKeyValues,
-    PromptLayout,
-    SuffixKeyValues,
-    shared_prompt_attention,
-)
+from models.layers.shared_prompt_attention import PromptKeyValues, PromptLayout, SuffixKeyValues
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,16 +38,6 @@ class LazyShape:
         return self.kv_split * self.kv_layers * self.kv_groups * self.head_dim
 
 
-@dataclass(frozen=True, kw_only=True)
-class KeyValues:
-    """Shapes: C tokens of the context."""
-
-    keys: Tensor
-    """[C, groups, head dim]."""
-    values: Tensor
-    """[C, groups, head dim]."""
-
-
 class ContextKeyValues(nn.Module):
     """Cuts context vectors into chunks: with a norm, and keys with a rotation, they are keys and values."""
 
@@ -77,58 +60,20 @@ class ContextKeyValues(nn.Module):
         )
 
 
-class LazyBlock(nn.Module):
-    """Attention to the context without projections of it, causal attention to earlier codes, feed-forward."""
+class LazyBlock(CodeBlock):
+    """Attends to the context without any projection of it."""
 
     def __init__(self, shape: LazyShape, feedforward: nn.Module):
-        super().__init__()
-        width = shape.width
-        self.num_heads, self.kv_groups = shape.num_heads, shape.kv_groups
-        self.context_norm, self.code_norm, self.feedforward_norm = (nn.RMSNorm(width) for _ in range(3))
-        self.context_query = Linear(width, width, bias=False)
-        self.context_output = Linear(width, width, bias=False)
-        self.query_key_value = Linear(width, 3 * width, bias=False)
-        self.code_output = Linear(width, width, bias=False)
-        self.feedforward = feedforward
-        self.dropout = Dropout(shape.dropout)
+        super().__init__(
+            width=shape.width,
+            num_heads=shape.num_heads,
+            kv_groups=shape.kv_groups,
+            feedforward=feedforward,
+            dropout=shape.dropout,
+        )
 
-    def forward(self, hidden: Tensor, positions: Tensor, context: KeyValues, layout: ContextLayout) -> Tensor:
-        """Whole paths. Shapes: hidden [N, L, D], positions [N] -> [N, L, D]."""
-        size, flat = hidden.shape[:2], hidden.flatten(0, 1)
-        queries = rotate(self._context_queries(flat).unflatten(0, size), positions[:, None])
-        attended = context_attention(queries, context.keys, context.values, layout)
-        flat = flat + self.dropout(self.context_output(attended.flatten(2).flatten(0, 1)))
-        queries, keys, values = (part.unflatten(0, size) for part in self._project_codes(flat))
-        attended = causal_attention(queries, keys, values)
-        return self._finish(flat, attended.flatten(2).flatten(0, 1)).unflatten(0, size)
-
-    def extend(
-        self, hidden: Tensor, positions: Tensor, context: PromptKeyValues, before: SuffixKeyValues | None
-    ) -> tuple[Tensor, SuffixKeyValues]:
-        """One more code for each of W prefixes per user. Shapes: hidden [B, W, D], positions [B] -> [B, W, D]."""
-        size, flat = hidden.shape[:2], hidden.flatten(0, 1)
-        queries = rotate(self._context_queries(flat).unflatten(0, size), positions[:, None])
-        # Heads that share keys ask as if they were further prefixes.
-        shared = queries.unflatten(2, (self.kv_groups, -1)).transpose(2, 3)
-        attended = shared_prompt_attention(shared.flatten(1, 2), context).unflatten(1, shared.shape[1:3])
-        flat = flat + self.dropout(self.context_output(attended.transpose(2, 3).flatten(2).flatten(0, 1)))
-        queries, keys, values = (part.unflatten(0, size) for part in self._project_codes(flat))
-        suffix = SuffixKeyValues.append(before, keys, values)
-        return self._finish(flat, _attend_suffix(queries, suffix).flatten(2).flatten(0, 1)).unflatten(
-            0, size
-        ), suffix
-
-    def _context_queries(self, flat: Tensor) -> Tensor:
-        return self.context_query(self.context_norm(flat)).unflatten(-1, (self.num_heads, -1))
-
-    def _project_codes(self, flat: Tensor) -> tuple[Tensor, ...]:
-        """Shapes: [n, D] -> 3 x [n, heads, D / heads]."""
-        projected = self.query_key_value(self.code_norm(flat))
-        return projected.unflatten(-1, (3, self.num_heads, -1)).unbind(1)
-
-    def _finish(self, flat: Tensor, attended: Tensor) -> Tensor:
-        flat = flat + self.dropout(self.code_output(attended))
-        return flat + self.dropout(self.feedforward(self.feedforward_norm(flat)))
+    def place(self, queries: Tensor, positions: Tensor) -> Tensor:
+        return rotate(queries, positions[:, None])
 
 
 class LazyDecoder(nn.Module):
@@ -168,21 +113,3 @@ class LazyDecoder(nn.Module):
 
     def _source(self, number: int) -> int:
         return number * self.shape.kv_layers // len(self.blocks)
-
-
-def causal_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Each code of a path attends to itself and to earlier ones; paths are short and all alike in length.
-
-    Shapes: [N, L, heads, D] each -> [N, L, heads, D].
-    """
-    scores = torch.einsum("nqhd,nkhd->nhqk", queries, keys).float() * queries.shape[-1] ** -0.5
-    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-    weights = scores.masked_fill(later, float("-inf")).softmax(-1).to(values.dtype)
-    return torch.einsum("nhqk,nkhd->nqhd", weights, values)
-
-
-def _attend_suffix(queries: Tensor, suffix: SuffixKeyValues) -> Tensor:
-    """Shapes: queries [B, W, heads, D] -> [B, W, heads, D]."""
-    scores = (queries[:, :, None] * suffix.keys).sum(-1).float() * queries.shape[-1] ** -0.5
-    weights = scores.softmax(2).to(suffix.values.dtype)
-    return (weights[..., None] * suffix.values).sum(2)

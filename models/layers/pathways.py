@@ -41,6 +41,37 @@ class ContextTokens:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenOrder:
+    """Tokens user by user: the user itself, where it is one, then each pathway's events. Shapes: C tokens."""
+
+    order: Tensor
+    """[C] int64: of the parts one behind the other, which stands where."""
+    places: Jagged
+    """[C] int64, a row per user."""
+    kinds: Tensor
+    """[C] int64: number of the part."""
+
+    @staticmethod
+    def build(items: Jagged, *, with_user: bool, num_pathways: int) -> "TokenOrder":
+        places, row, own = items.places(), items.row_index(), int(with_user)
+        users = torch.arange(items.num_rows + 1, device=places.device)
+        firsts = own * users + num_pathways * items.offsets
+        begins, lengths = firsts[row] + own + places, items.lengths[row]
+        spots = [firsts[:-1]] * own + [begins + number * lengths for number in range(num_pathways)]
+        order = torch.cat(spots).argsort()
+        parts = [torch.zeros_like(users[1:])] * own + [places] * num_pathways
+        kinds = [torch.full_like(part, number) for number, part in enumerate(parts)]
+        jagged = Jagged(
+            values=torch.cat(parts)[order], offsets=firsts, max_length=own + num_pathways * items.max_length
+        )
+        return TokenOrder(order=order, places=jagged, kinds=torch.cat(kinds)[order])
+
+    def arrange(self, parts: Sequence[Tensor]) -> Tensor:
+        """Shapes: [B, ...] of the users, where they are tokens, and [T, ...] of each pathway -> [C, ...]."""
+        return torch.cat(list(parts))[self.order]
+
+
 class Pathway(nn.Module):
     """Dense(LeakyReLU(Dense(features)))."""
 
@@ -75,32 +106,3 @@ def positive_feedback(items: Jagged, is_positive: Tensor, length: int) -> tuple[
     next_one = (number + length).clamp(min=0)
     until = torch.where(row_of[next_one] == row, since_of[next_one], NEVER)
     return torch.where(is_positive, places + 1, NEVER), until
-
-
-def join_pathways(
-    items: Jagged, user: Tensor | None, events: Sequence[tuple[Tensor, tuple[Tensor, Tensor]]]
-) -> ContextTokens:
-    """Tokens of all pathways, user by user.
-
-    Shapes: user [B, D]; vectors [T, D] with since and until [T] of each pathway of events.
-    """
-    num_users, own, times = items.num_rows, int(user is not None), len(events)
-    places = items.places()
-    firsts = own * torch.arange(num_users + 1, device=places.device) + times * items.offsets
-    row = items.row_index()
-    begins = firsts[row] + own + places
-    lengths = items.lengths[row]
-    spots = [firsts[:-1]] * own + [begins + number * lengths for number in range(times)]
-    order = torch.cat(spots).argsort()
-    zeros = torch.zeros(own * num_users, dtype=torch.int64, device=places.device)
-    take = lambda parts: torch.cat(parts)[order]  # noqa: E731
-    return ContextTokens(
-        vectors=take([user] * own + [vectors for vectors, _ in events]),
-        places=Jagged(
-            values=take([zeros, *[places] * times]),
-            offsets=firsts,
-            max_length=own + times * items.max_length,
-        ),
-        since=take([zeros, *[since for _, (since, _) in events]]),
-        until=take([zeros + NEVER, *[until for _, (_, until) in events]]),
-    )

@@ -1,6 +1,6 @@
 """From a user's events to the tokens of a context: features, pathways, and from when on each is known."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,18 +8,28 @@ from torch import Tensor, nn
 
 from cluster.errors import ConfigError
 from data_streams.batch import SequenceBatch
+from data_streams.jagged import Jagged
 from models.item_sequence import ITEM_TABLE
+from models.kernels.context_attention import NEVER
 from models.layers.code_embedding import CodeEmbedding
 from models.layers.dropout import Dropout
 from models.layers.event_features import ACTION, DURATION, PLAY_TIME, EventFeatures
 from models.layers.linear import Linear
-from models.layers.pathways import ContextTokens, Pathway, join_pathways, latest, positive_feedback
+from models.layers.pathways import (
+    ContextTokens,
+    Pathway,
+    TokenOrder,
+    latest,
+    positive_feedback,
+)
 from models.semantic_ids import SemanticIds
 from models.tables import Ids, LookedUp, Rows, TableSpec
 
 USER_TABLE = "user"
 UNBOUNDED = 2**62
 USER, HISTORY, SHORT, POSITIVE = "user", "history", "short", "positive"
+Span = tuple[Tensor, Tensor]
+"""Since and until of tokens, as in `ContextTokens`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,16 +145,43 @@ class UserContext(nn.Module):
         return {**items, "user": batch.user_ids} if self.config.user_rows else items
 
     def forward(self, rows: Rows, batch: SequenceBatch, codes: CodeEmbedding) -> ContextTokens:
-        features = self.dropout(self._describe(rows, batch, codes))
-        spans = {HISTORY: latest(batch.items, None), SHORT: latest(batch.items, self.config.short_length)}
-        if POSITIVE in self.pathways:
-            liked = torch.isin(batch.features[ACTION].long(), self._positive(features.device))
-            spans[POSITIVE] = positive_feedback(batch.items, liked, self.config.positive_length)
-        user = None
+        spans, vectors = self.spans(batch), self.vectors(rows, batch, codes)
+        order = self.order(batch.items, spans)
+        since, until = (order.arrange([span[end] for span in spans.values()]) for end in (0, 1))
+        return ContextTokens(
+            vectors=order.arrange([vectors[name] for name in spans]),
+            places=order.places,
+            since=since,
+            until=until,
+        )
+
+    def order(self, items: Jagged, spans: Mapping[str, Span]) -> TokenOrder:
+        """How the tokens of some pathways stand behind each other."""
+        with_user = USER in spans
+        return TokenOrder.build(items, with_user=with_user, num_pathways=len(spans) - with_user)
+
+    def spans(self, batch: SequenceBatch) -> dict[str, Span]:
+        """Since and until of the tokens of each pathway, from the columns of the batch alone."""
+        items, found = batch.items, {}
         if USER in self.pathways:
-            user = self.pathways[USER](self.dropout(rows["user"].rows * self.row_width**0.5))
-        events = [(self.pathways[name](features), spans[name]) for name in self.pathways if name != USER]
-        return join_pathways(batch.items, user, events)
+            always = torch.zeros_like(batch.user_ids)
+            found[USER] = (always, always + NEVER)
+        if SHORT in self.pathways:
+            found[SHORT] = latest(items, self.config.short_length)
+        if POSITIVE in self.pathways:
+            wanted = torch.tensor(self.positive_codes, device=items.offsets.device)
+            liked = torch.isin(batch.features[ACTION].long(), wanted)
+            found[POSITIVE] = positive_feedback(items, liked, self.config.positive_length)
+        return {**found, HISTORY: latest(items, None)}
+
+    def vectors(self, rows: Rows, batch: SequenceBatch, codes: CodeEmbedding) -> dict[str, Tensor]:
+        """Tokens of each pathway. Shapes: [B, dim] of users, [T, dim] of events."""
+        features = self.dropout(self._describe(rows, batch, codes))
+        found = {name: pathway(features) for name, pathway in self.pathways.items() if name != USER}
+        if USER in self.pathways:
+            user = self.dropout(rows["user"].rows * self.row_width**0.5)
+            found[USER] = self.pathways[USER](user)
+        return found
 
     @property
     def _reads_items(self) -> bool:
@@ -163,9 +200,6 @@ class UserContext(nn.Module):
 
     def _projected(self, found: LookedUp) -> Tensor:
         return self.feature_projection(found.item_features.float())
-
-    def _positive(self, device: torch.device) -> Tensor:
-        return torch.tensor(self.positive_codes, device=device)
 
 
 def _codes_of(names: Sequence[str], actions: Sequence[str]) -> list[int]:

@@ -31,12 +31,11 @@ def histories(seed: int = 0) -> list[torch.Tensor]:
 def test_the_training_loss_is_that_of_teacher_forcing_after_every_position(name):
     model = make_generator(name).eval()
     codes, sequences = semantic_ids().codes, histories()
-    context = StepContext(step=0)
-    batch = model.training_batch(make_batch(sequences), context)
-    loss = model(lookup_ids(model, model.ids(batch, context)), batch, context)
+    batch, context = make_batch(sequences), StepContext(step=0)
+    chosen = model.training_batch(batch, context)
+    loss = model(lookup_ids(model, model.ids(chosen, context)), chosen, context)
     prefixes = [sequence[: stop + 1] for sequence in sequences for stop in range(1, len(sequence))]
-    users = [user for user, sequence in enumerate(sequences) for _ in sequence[1:]]
-    prompts = replace(make_batch(prefixes), user_ids=torch.tensor(users))
+    prompts = replace(make_batch(prefixes), user_ids=batch.user_ids[batch.items.row_index()])
     paths = codes[torch.stack([prefix[-1] for prefix in prefixes])][:, None]
     log_probs = model.log_probabilities(prompt_rows(model, prompts), prompts, paths)
     assert loss.count == len(prefixes)

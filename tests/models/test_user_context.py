@@ -7,7 +7,7 @@ from cluster.errors import ConfigError
 from data_streams.jagged import Jagged
 from models.kernels.context_attention import NEVER
 from models.layers.event_features import EventFeatures, play_time_bucket, played_share_bucket
-from models.layers.pathways import join_pathways, latest, positive_feedback
+from models.layers.pathways import ContextTokens, TokenOrder, latest, positive_feedback
 from models.layers.rotary import rotate
 from models.layers.user_context import ContextConfig, UserContext
 from tests.generator_cases import semantic_ids
@@ -32,15 +32,22 @@ def test_a_liked_event_is_forgotten_when_enough_others_were_liked():
 
 
 def test_pathways_stand_behind_each_other_user_by_user():
-    user = torch.tensor([[100.0], [101.0], [102.0]])
-    first, second = torch.arange(7.0)[:, None], torch.arange(10.0, 17.0)[:, None]
-    tokens = join_pathways(ITEMS, user, [(first, latest(ITEMS, 1)), (second, latest(ITEMS, None))])
+    user, first, second = torch.arange(100, 103), torch.arange(7), torch.arange(10, 17)
+    order = TokenOrder.build(ITEMS, with_user=True, num_pathways=2)
     expected = [100, 0, 1, 2, 3, 10, 11, 12, 13, 101, 102, 4, 5, 6, 14, 15, 16]
-    assert tokens.vectors[:, 0].tolist() == expected
-    assert tokens.places.values.tolist() == [0, 0, 1, 2, 3, 0, 1, 2, 3, 0, 0, 0, 1, 2, 0, 1, 2]
-    assert tokens.places.offsets.tolist() == [0, 9, 10, 17] and tokens.places.max_length == 9
+    assert order.arrange([user, first, second]).tolist() == expected
+    assert order.kinds.tolist() == [0, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert order.places.values.tolist() == [0, 0, 1, 2, 3, 0, 1, 2, 3, 0, 0, 0, 1, 2, 0, 1, 2]
+    assert order.places.offsets.tolist() == [0, 9, 10, 17] and order.places.max_length == 9
+    spans = (torch.zeros(3), torch.full((3,), NEVER)), latest(ITEMS, 1), latest(ITEMS, None)
+    tokens = ContextTokens(
+        vectors=order.arrange([user, first, second]),
+        places=order.places,
+        since=order.arrange([since.long() for since, _ in spans]),
+        until=order.arrange([until for _, until in spans]),
+    )
     last = tokens.last_ones(ITEMS.lengths)
-    assert last.vectors[:, 0].tolist() == [100, 3, 10, 11, 12, 13, 101, 102, 6, 14, 15, 16]
+    assert last.vectors.tolist() == [100, 3, 10, 11, 12, 13, 101, 102, 6, 14, 15, 16]
     assert last.places.lengths.tolist() == [6, 1, 5]
 
 
