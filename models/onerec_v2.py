@@ -8,38 +8,33 @@ the paper trains on the newest impression alone; the size of the dense feed-forw
 have the published numbers of parameters.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cluster.errors import ConfigError
 from data_streams.batch import SequenceBatch
-from models.generator import DecodeState, Generator, next_code_loss
+from models.context_generator import ContextGenerator, ContextGeneratorConfig
+from models.generator import DecodeState, next_code_loss
 from models.kernels.context_attention import ContextLayout
-from models.layers.code_embedding import CodeEmbedding
 from models.layers.feedforward import FeedForwardConfig
-from models.layers.lazy_decoder import LazyDecoder, LazyShape
-from models.layers.linear import Linear
+from models.layers.lazy_decoder import ContextKeyValues, LazyShape, lazy_decoder
 from models.layers.moe import MixtureConfig
 from models.layers.shared_prompt_attention import PromptLayout
-from models.layers.user_context import ContextConfig, UserContext
-from models.predicted_events import PREDICTED, check_targets_per_user, predicted_targets, with_newest
+from models.layers.user_context import ContextConfig
+from models.predicted_events import PREDICTED, predicted_targets
 from models.recommender import LossSum, StepContext
-from models.semantic_ids import SemanticIds
-from models.tables import Ids, Rows, TableSpec
+from models.tables import Rows
 
 Size = Literal["custom", "0.1b", "0.2b", "0.5b", "1b", "2b", "4b", "8b", "4b-a0.5b"]
 
 
-class OneRecV2(Generator):
+class OneRecV2(ContextGenerator):
     @dataclass(frozen=True, kw_only=True)
-    class Config:
-        needs_semantic_ids: ClassVar[bool] = True
-        has_own_objective: ClassVar[bool] = True
-
+    class Config(ContextGeneratorConfig):
         size: Size = "custom"
         """A published size, which sets width, num-blocks, num-heads and the feed-forward parts."""
         width: int = 192
@@ -75,24 +70,8 @@ class OneRecV2(Generator):
         """Standard deviation of the initial rows and weights."""
 
         def __post_init__(self) -> None:
-            shape = self.resolved() if self.size != "custom" else self
-            check_targets_per_user(self.targets_per_user)
-            _check_shape(shape)
-
-        @property
-        def event_columns(self) -> tuple[str, ...]:
-            """Event columns the model reads beside the items."""
-            return self.context.event_columns
-
-        @property
-        def needs_actions(self) -> bool:
-            """Whether `build` is to be given the names of the codes in the column `action`."""
-            return "action" in self.event_columns
-
-        @property
-        def item_features(self) -> bool:
-            """Whether items come with their feature vectors."""
-            return self.context.item_features
+            self.check()
+            _check_shape(self.resolved() if self.size != "custom" else self)
 
         def resolved(self) -> "OneRecV2.Config":
             """With the shape of the published size, where one is named."""
@@ -101,60 +80,12 @@ class OneRecV2(Generator):
         def build(self, **parts: Any) -> "OneRecV2":
             return OneRecV2(self.resolved(), **parts)
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        num_items: int,
-        item_feature_dim: int,
-        semantic_ids: SemanticIds,
-        actions: Sequence[str] = (),
-        max_length: int,
-    ):
-        super().__init__()
-        self.config = config
-        self.code_sizes = semantic_ids.code_sizes
-        self.uses_item_features = config.context.item_features
+    def __init__(self, config: Config, *, max_length: int, **parts: Any):
         shape = decoder_shape(config)
-        self.register_buffer("item_codes", semantic_ids.codes, persistent=False)
-        self.codes = CodeEmbedding(self.code_sizes, config.width)
-        self.start = nn.Embedding(1, config.width)
-        self.context = UserContext(
-            config.context,
-            width=config.width,
-            dim=shape.context_dim,
-            dropout=config.dropout,
-            num_items=num_items,
-            item_feature_dim=item_feature_dim,
-            semantic_ids=semantic_ids,
-            actions=actions,
-            init_scale=config.init_scale,
-        )
-        self.decoder = LazyDecoder(shape, list(_feedforwards(config)))
-        self.norms = nn.ModuleList(nn.RMSNorm(config.width) for _ in self.code_sizes)
-        self.heads = nn.ModuleList(Linear(config.width, size, bias=False) for size in self.code_sizes)
-        self.apply(self._initialise)
-
-    def _initialise(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.init_scale)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-    def tables(self) -> list[TableSpec]:
-        return self.context.tables()
-
-    def training_batch(self, batch: SequenceBatch, context: StepContext) -> SequenceBatch:
-        return with_newest(batch, self.config.targets_per_user)
-
-    def num_targets(self, batch: SequenceBatch) -> int:
-        return batch.supervision[PREDICTED].values.shape[0]
-
-    def ids(self, batch: SequenceBatch, context: StepContext) -> Ids:
-        return self.prompt_ids(batch)
-
-    def prompt_ids(self, batch: SequenceBatch) -> Ids:
-        return self.context.ids(batch)
+        super().__init__(config, token_dim=shape.context_dim, **parts)
+        self.key_values = ContextKeyValues(shape)
+        self.decoder = lazy_decoder(shape, list(_feedforwards(config)))
+        self.apply(self.initialise)
 
     def forward(self, rows: Rows, batch: SequenceBatch, context: StepContext) -> LossSum:
         paths = self.item_codes[predicted_targets(batch)]
@@ -162,50 +93,22 @@ class OneRecV2(Generator):
         positions = predicted.with_values(predicted.values + 1)
         known = self.context(rows, batch, self.codes)
         layout = ContextLayout.build(known.places, known.since, known.until, positions)
-        key_values = self.decoder.context(known.vectors, known.places.values)
-        tokens = self._scaled(torch.cat((self._starts(len(paths)), self.codes(paths[:, :-1])), dim=1))
-        hidden = self.decoder(tokens, positions.values, key_values, layout)
-        logits = [self._scores(level, hidden[:, level]) for level in range(len(self.code_sizes))]
+        key_values = self.key_values(known.vectors, known.places.values)
+        tokens = torch.cat((self.starts(len(paths)), self.codes(paths[:, :-1])), dim=1)
+        hidden = self.decoder(self.scaled(tokens), positions.values, key_values, layout)
+        logits = [self.scores(level, hidden[:, level]) for level in range(len(self.code_sizes))]
         return next_code_loss(logits, paths, self.config.label_smoothing)
 
     def prefill(self, rows: Rows, batch: SequenceBatch) -> DecodeState:
         lengths = batch.items.lengths
         known = self.context(rows, batch, self.codes).last_ones(lengths)
-        layout = PromptLayout.build(known.places)
-        prompt = self.decoder.remember(self.decoder.context(known.vectors, known.places.values), layout)
-        nothing = [None] * self.config.num_blocks
-        tokens = self._scaled(self._starts(batch.num_users))
-        hidden, suffix = self.decoder.extend(tokens, lengths, prompt, nothing)
-        return DecodeState(last_hidden=hidden[:, 0], lengths=lengths, prompt=prompt, suffix=tuple(suffix))
-
-    def step(
-        self, state: DecodeState, level: int, codes: Tensor | None, parents: Tensor | None
-    ) -> tuple[Tensor, DecodeState]:
-        if level == 0:
-            return self._scores(0, state.last_hidden)[:, None], state
-        state = state.reorder(parents)
-        tokens = self._scaled(self.codes(codes[..., None], level - 1)[..., 0, :])
-        hidden, suffix = self.decoder.extend(tokens, state.lengths, state.prompt, state.suffix)
-        scores = self._scores(level, hidden.flatten(0, 1)).unflatten(0, codes.shape)
-        return scores, state.with_suffix(suffix)
-
-    def _starts(self, count: int) -> Tensor:
-        """Shapes: [count, 1, D]."""
-        return self.start(torch.zeros(count, 1, dtype=torch.int64, device=self.item_codes.device))
-
-    def _scaled(self, tokens: Tensor) -> Tensor:
-        """As large as what blocks add to it, or the codes would hardly be heard."""
-        return tokens * self.config.width**0.5
-
-    def _scores(self, level: int, hidden: Tensor) -> Tensor:
-        """Shapes: [n, D] -> [n, K]."""
-        return self.heads[level](self.norms[level](hidden))
+        key_values = self.key_values(known.vectors, known.places.values)
+        return self.started(key_values, PromptLayout.build(known.places), lengths)
 
 
 def decoder_shape(config: OneRecV2.Config) -> LazyShape:
     return LazyShape(
         width=config.width,
-        num_blocks=config.num_blocks,
         num_heads=config.num_heads,
         kv_layers=config.kv_layers,
         kv_split=config.kv_split,

@@ -8,6 +8,8 @@ from models.generator import Generator
 from models.layers.feedforward import FeedForwardConfig
 from models.layers.moe import MixtureConfig
 from models.layers.user_context import ContextConfig
+from models.lifelong_history import LifelongConfig
+from models.onerec import OneRec
 from models.onerec_v2 import OneRecV2
 from models.semantic_ids import SemanticIds
 from models.tables import Ids, Lookup
@@ -58,6 +60,29 @@ GENERATORS = {
         num_dense_blocks=1,
         dense_feedforward=FeedForwardConfig(hidden=32),
         context=ContextConfig(hidden=24),
+        dropout=0.0,
+        init_scale=0.3,
+    ),
+    "onerec": OneRec.Config(
+        width=16,
+        num_encoder_blocks=1,
+        num_decoder_blocks=2,
+        num_heads=2,
+        encoder_feedforward=FeedForwardConfig(hidden=32),
+        decoder_feedforward=MixtureConfig(num_experts=4, top_k=2, hidden=16),
+        context=ContextConfig(hidden=24, user_rows=50, short_length=3),
+        dropout=0.0,
+        init_scale=0.3,
+    ),
+    "onerec, lifelong": OneRec.Config(
+        width=16,
+        num_encoder_blocks=1,
+        num_decoder_blocks=1,
+        num_heads=2,
+        encoder_feedforward=FeedForwardConfig(hidden=32),
+        decoder_feedforward=FeedForwardConfig(hidden=32),
+        context=ContextConfig(hidden=24, item_codes=False, short_length=2),
+        lifelong=LifelongConfig(num_queries=3, num_blocks=1, hidden=32),
         dropout=0.0,
         init_scale=0.3,
     ),

@@ -1,6 +1,6 @@
 """A block over the codes of a target that also attends to its user: what the two decoders of OneRec share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,6 +98,37 @@ class CodeBlock(nn.Module):
             flat = flat + self.dropout(output(attended.flatten(2).flatten(0, 1)))
         flat = flat + self.dropout(self.feedforward(self.feedforward_norm(flat)))
         return flat.unflatten(0, size)
+
+
+class CodeDecoder(nn.Module):
+    """Blocks over the codes of a target, each with one of the given keys and values of the user."""
+
+    def __init__(self, blocks: Sequence[CodeBlock], sources: Sequence[int]):
+        """`sources`: which keys and values each block reads."""
+        super().__init__()
+        self.blocks, self.sources = nn.ModuleList(blocks), tuple(sources)
+
+    def forward(
+        self, hidden: Tensor, positions: Tensor, context: Sequence[KeyValues], layout: ContextLayout
+    ) -> Tensor:
+        """Shapes: hidden [N, L, D], positions [N] -> [N, L, D]."""
+        for block, source in zip(self.blocks, self.sources, strict=True):
+            hidden = block(hidden, positions, context[source], layout)
+        return hidden
+
+    def extend(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        context: Sequence[PromptKeyValues],
+        before: Sequence[SuffixKeyValues | None],
+    ) -> tuple[Tensor, tuple[SuffixKeyValues, ...]]:
+        """Shapes: hidden [B, W, D], positions [B] -> [B, W, D]."""
+        longer = []
+        for block, source, own in zip(self.blocks, self.sources, before, strict=True):
+            hidden, suffix = block.extend(hidden, positions, context[source], own)
+            longer.append(suffix)
+        return hidden, tuple(longer)
 
 
 def causal_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -10,16 +10,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from models.kernels.context_attention import ContextLayout
-from models.layers.code_decoder import CodeBlock, KeyValues
+from models.layers.code_decoder import CodeBlock, CodeDecoder, KeyValues
 from models.layers.rotary import rotate
-from models.layers.shared_prompt_attention import PromptKeyValues, PromptLayout, SuffixKeyValues
 
 
 @dataclass(frozen=True, kw_only=True)
 class LazyShape:
     width: int
-    num_blocks: int
     num_heads: int
     kv_layers: int
     """Keys and values that are made of the context (L_kv); neighbouring blocks share them."""
@@ -76,40 +73,9 @@ class LazyBlock(CodeBlock):
         return rotate(queries, positions[:, None])
 
 
-class LazyDecoder(nn.Module):
-    """Blocks over the codes of a target; block i reads the keys and values number floor(i * L_kv / blocks)."""
-
-    def __init__(self, shape: LazyShape, feedforwards: Sequence[nn.Module]):
-        super().__init__()
-        self.shape = shape
-        self.context = ContextKeyValues(shape)
-        self.blocks = nn.ModuleList(LazyBlock(shape, feedforward) for feedforward in feedforwards)
-
-    def forward(
-        self, hidden: Tensor, positions: Tensor, context: Sequence[KeyValues], layout: ContextLayout
-    ) -> Tensor:
-        """Shapes: hidden [N, L, D], positions [N] -> [N, L, D]."""
-        for number, block in enumerate(self.blocks):
-            hidden = block(hidden, positions, context[self._source(number)], layout)
-        return hidden
-
-    def remember(self, context: Sequence[KeyValues], layout: PromptLayout) -> tuple[PromptKeyValues, ...]:
-        """The context as `extend` reads it."""
-        return tuple(PromptKeyValues.build(one.keys, one.values, layout) for one in context)
-
-    def extend(
-        self,
-        hidden: Tensor,
-        positions: Tensor,
-        context: Sequence[PromptKeyValues],
-        before: Sequence[SuffixKeyValues | None],
-    ) -> tuple[Tensor, list[SuffixKeyValues]]:
-        """Shapes: hidden [B, W, D], positions [B] -> [B, W, D]."""
-        suffixes = []
-        for number, block in enumerate(self.blocks):
-            hidden, suffix = block.extend(hidden, positions, context[self._source(number)], before[number])
-            suffixes.append(suffix)
-        return hidden, suffixes
-
-    def _source(self, number: int) -> int:
-        return number * self.shape.kv_layers // len(self.blocks)
+def lazy_decoder(shape: LazyShape, feedforwards: Sequence[nn.Module]) -> CodeDecoder:
+    """Block i reads the keys and values number floor(i * L_kv / blocks)."""
+    return CodeDecoder(
+        [LazyBlock(shape, feedforward) for feedforward in feedforwards],
+        [number * shape.kv_layers // len(feedforwards) for number in range(len(feedforwards))],
+    )

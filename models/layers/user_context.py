@@ -125,7 +125,7 @@ class UserContext(nn.Module):
             {name: Pathway(sizes[name], config.hidden, dim) for name in config.pathways}
         )
         self.register_buffer("item_codes", semantic_ids.codes, persistent=False)
-        self.positive_codes = _codes_of(config.positive_actions, actions)
+        self.positive_codes = codes_of(config.positive_actions, actions)
 
     def tables(self) -> list[TableSpec]:
         """Rows of items are needed where features come with them too."""
@@ -202,7 +202,7 @@ class UserContext(nn.Module):
         return self.feature_projection(found.item_features.float())
 
 
-def _codes_of(names: Sequence[str], actions: Sequence[str]) -> list[int]:
+def codes_of(names: Sequence[str], actions: Sequence[str]) -> list[int]:
     missing = [name for name in names if name not in actions]
     if missing:
         raise ConfigError(

@@ -63,9 +63,9 @@ def test_keys_and_values_are_shared_between_neighbouring_blocks():
     config = GENERATORS["onerec-v2"]
     assert (config.num_blocks, config.kv_layers, config.kv_split, config.kv_groups) == (3, 2, 2, 2)
     model = make_generator("onerec-v2")
-    assert [model.decoder._source(number) for number in range(3)] == [0, 0, 1]
-    vectors = torch.randn(5, model.decoder.shape.context_dim)
-    own = model.decoder.context(vectors, torch.zeros(5, dtype=torch.int64))
+    assert model.decoder.sources == (0, 0, 1)
+    vectors = torch.randn(5, model.key_values.shape.context_dim)
+    own = model.key_values(vectors, torch.zeros(5, dtype=torch.int64))
     chunks = torch.nn.functional.rms_norm(vectors.view(5, 4, 8), (8,)).view(5, 4, 2, 4)
     for place, part in enumerate((own[0].keys, own[0].values, own[1].keys, own[1].values)):
         torch.testing.assert_close(part, chunks[:, place])
