@@ -72,7 +72,7 @@ GENERATORS = {
         decoder_feedforward=MixtureConfig(num_experts=4, top_k=2, hidden=16),
         context=ContextConfig(hidden=24, user_rows=50, short_length=3),
         dropout=0.0,
-        init_scale=0.3,
+        init_scale=0.2,
     ),
     "onerec, lifelong": OneRec.Config(
         width=16,

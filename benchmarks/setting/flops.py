@@ -23,6 +23,7 @@ def build_on_meta(
             num_items=num_items,
             max_length=max_length,
             item_feature_dim=0,
+            actions=("click", "like"),
             semantic_ids=SemanticIds(codes=codes, code_sizes=code_sizes),
         )
 

@@ -61,6 +61,8 @@ def test_climber_pilot_on_two_ranks_equals_the_unsharded_reference(model, object
         ("decoder-only, codes alone", 3, 1),
         ("onerec-v2", 3, 1),
         ("onerec-v2 of experts", 1, 2),
+        ("onerec", 1, 2),
+        ("onerec, lifelong", 3, 1),
     ],
 )
 def test_generators_on_two_ranks_equal_the_unsharded_reference(model, zero_stage, expert_parallel):
