@@ -10,6 +10,12 @@ from models.generator import Generator
 from models.genrec import GenRec
 from models.process_reward import ProcessRewardConfig
 from models.promise import Promise
+from models.layers.feedforward import FeedForwardConfig
+from models.layers.moe import MixtureConfig
+from models.layers.user_context import ContextConfig
+from models.lifelong_history import LifelongConfig
+from models.onerec import OneRec
+from models.onerec_v2 import OneRecV2
 from models.semantic_ids import SemanticIds
 from models.tables import Ids, Lookup
 from models.tiger import Tiger
@@ -71,6 +77,52 @@ GENERATORS = {
         dropout=0.0,
         init_scale=0.3,
         prm=ProcessRewardConfig(feedforward_width=32, dropout=0.0, num_negatives=8, positions=2),
+    ),
+    "onerec-v2": OneRecV2.Config(
+        width=16,
+        num_blocks=3,
+        num_heads=4,
+        kv_layers=2,
+        kv_split=2,
+        kv_groups=2,
+        feedforward=FeedForwardConfig(hidden=32),
+        context=ContextConfig(hidden=24, user_rows=50, short_length=3),
+        dropout=0.0,
+        init_scale=0.3,
+    ),
+    "onerec-v2 of experts": OneRecV2.Config(
+        width=16,
+        num_blocks=2,
+        num_heads=2,
+        feedforward=MixtureConfig(num_experts=4, top_k=2, num_shared=1, hidden=16),
+        num_dense_blocks=1,
+        dense_feedforward=FeedForwardConfig(hidden=32),
+        context=ContextConfig(hidden=24),
+        dropout=0.0,
+        init_scale=0.3,
+    ),
+    "onerec": OneRec.Config(
+        width=16,
+        num_encoder_blocks=1,
+        num_decoder_blocks=2,
+        num_heads=2,
+        encoder_feedforward=FeedForwardConfig(hidden=32),
+        decoder_feedforward=MixtureConfig(num_experts=4, top_k=2, hidden=16),
+        context=ContextConfig(hidden=24, user_rows=50, short_length=3),
+        dropout=0.0,
+        init_scale=0.2,
+    ),
+    "onerec, lifelong": OneRec.Config(
+        width=16,
+        num_encoder_blocks=1,
+        num_decoder_blocks=1,
+        num_heads=2,
+        encoder_feedforward=FeedForwardConfig(hidden=32),
+        decoder_feedforward=FeedForwardConfig(hidden=32),
+        context=ContextConfig(hidden=24, item_codes=False, short_length=2),
+        lifelong=LifelongConfig(num_queries=3, num_blocks=1, hidden=32),
+        dropout=0.0,
+        init_scale=0.3,
     ),
 }
 PAGE_WISE = {"genrec": replace(GENERATORS["genrec, item by item"], target="page")}

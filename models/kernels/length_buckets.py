@@ -43,7 +43,25 @@ def bucket_layout(sequences: Jagged) -> BucketLayout:
     offsets = sequences.offsets.numpy()
     lengths = np.diff(offsets)
     users = np.argsort(-lengths, kind="stable")[: int((lengths > 0).sum())]
-    buckets = _group_lengths(lengths[users])
+    return _layout_of(offsets, users, _group_lengths(lengths[users]))
+
+
+def following_layout(sequences: Jagged, layout: BucketLayout, others: Jagged) -> BucketLayout:
+    """Rows of other lengths grouped like those of `sequences`: the same users in the same buckets and order."""
+    if sequences.offsets.device.type != "cpu":
+        return padded_layout(others)
+    rows, offsets = sequences.row_index()[layout.token_of_cell].numpy(), others.offsets.numpy()
+    users, buckets, cell = [np.zeros(0, dtype=np.int64)], [], 0
+    for count, length in layout.buckets:
+        users.append(rows[cell : cell + count * length : length])
+        buckets.append((count, int(np.diff(offsets)[users[-1]].max())))
+        cell += count * length
+    return _layout_of(offsets, np.concatenate(users), buckets)
+
+
+def _layout_of(offsets: np.ndarray, users: np.ndarray, buckets: list[tuple[int, int]]) -> BucketLayout:
+    """Cells of users in a given order. Shapes: offsets [B + 1], users [users of all buckets]."""
+    lengths = np.diff(offsets)
     widths = np.repeat([length for _, length in buckets], [count for count, _ in buckets]).astype(np.int64)
     starts = np.cumsum(widths) - widths
     within = np.arange(int(widths.sum())) - np.repeat(starts, widths)

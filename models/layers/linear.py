@@ -1,5 +1,7 @@
 """Linear layers over jagged rows, whose number changes from step to step."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,4 +36,13 @@ def align_rows(rows: Tensor) -> Tensor:
 def matmul_dtype(tensor: Tensor) -> torch.dtype:
     """The autocast dtype where autocast is on: a custom autograd function has to apply it by itself."""
     device = tensor.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+    # There is no autocast on the meta device, where models are only counted.
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return tensor.dtype
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """For products whose dtype is chosen by hand."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
