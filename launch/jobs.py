@@ -3,13 +3,17 @@
 import dataclasses
 import logging
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.process import Process
 from cluster.reporter import Reporter
 from cluster.storage import Storage
 from launch.run_directory import CHECKPOINTS
 from trainer.configuration import PretrainConfig
+
+if TYPE_CHECKING:
+    from rl.configuration import AlignConfig
+    from rl.rewards import RewardSetting
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +27,21 @@ def pretrain_job(
     from trainer.start import pretrain
 
     return pretrain(process, config, document, reporter)
+
+
+def align_job(
+    process: Process,
+    config: "AlignConfig",
+    start: PretrainConfig,
+    start_step: int,
+    document: dict[str, Any],
+    setting: "RewardSetting",
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Align to the end or to a stop; see rl.start.start_alignment."""
+    from rl.start import start_alignment
+
+    return start_alignment(process, config, start, start_step, document, setting, reporter)
 
 
 def evaluate_job(

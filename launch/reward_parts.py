@@ -1,7 +1,8 @@
 """Puts the rewards of a run together: names become options, and named runs their configurations."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import field, fields, make_dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cluster.plugins import plugin_config
 from launch.run_directory import absolute, load_config
@@ -18,6 +19,37 @@ def reward_term(name: str, *, weight: float = 1.0, direct: bool = False, **optio
     from rl.reward_mix import RewardTerm
 
     return RewardTerm(name=name, reward=plugin_config(REWARDS, name)(**options), weight=weight, direct=direct)
+
+
+def terms_form(terms: Sequence["RewardTerm"]) -> Any:
+    """The terms as a dataclass whose fields are their names: what the command line shows of them."""
+    import tyro
+
+    from rl.reward_mix import RewardTerm
+
+    flat = tyro.conf.arg(name="")
+    forms = []
+    for term in terms:
+        options = ("options", Annotated[type(term.reward), flat], field(default=term.reward))
+        shown = [
+            (entry.name, entry.type, field(default=getattr(term, entry.name)))
+            for entry in fields(RewardTerm)
+            if entry.name in ("weight", "direct")
+        ]
+        form = make_dataclass("Term", [*shown, options], frozen=True, kw_only=True)
+        forms.append((term.name, form, field(default_factory=form)))
+    return make_dataclass("Rewards", forms, frozen=True, kw_only=True)()
+
+
+def terms_of(form: Any) -> tuple["RewardTerm", ...]:
+    """The terms of a form that was filled in."""
+    from rl.reward_mix import RewardTerm
+
+    filled = {entry.name: getattr(form, entry.name) for entry in fields(form)}
+    return tuple(
+        RewardTerm(name=name, reward=term.options, weight=term.weight, direct=term.direct)
+        for name, term in filled.items()
+    )
 
 
 def reward_setting(terms: Sequence["RewardTerm"], *, data_path: str, seed: int = 0) -> "RewardSetting":
