@@ -215,6 +215,7 @@ class Pool:
         self._idle.append(slot)
         if work is None:
             slot.pid, slot.failed_starts = result, 0
+            logger.info("member %d of the %s is ready (pid %d)", slot.index, self.name, slot.pid)
             self._has_come_back()
             return []
         self._deaths_in_a_row = 0

@@ -13,7 +13,7 @@ from cluster.errors import PoolGoneError
 from cluster.process import Process
 from rl.advantages import AdvantageEstimator
 from rl.reward_mix import MixedRewards
-from rl.reward_pool import RewardPool
+from rl.reward_pool import Rewards
 from rl.stopwatch import Stopwatch
 from rl.types import Advantages, Completions
 from sharding.collectives import scatter_objects
@@ -35,9 +35,9 @@ class Scorer:
     """Rewards and advantages of a step; `score` is a collective call."""
 
     def __init__(
-        self, pool: RewardPool | None, estimator: AdvantageEstimator, process: Process, watch: Stopwatch
+        self, rewards: Rewards | None, estimator: AdvantageEstimator, process: Process, watch: Stopwatch
     ):
-        self.pool, self.estimator, self.process, self.watch = pool, estimator, process, watch
+        self.rewards, self.estimator, self.process, self.watch = rewards, estimator, process, watch
 
     def score(self, drawn: list[Completions] | None) -> Scored | None:
         """This rank's share of what rank 0 was given, one entry per rank; None where the step must be given up.
@@ -52,7 +52,9 @@ class Scorer:
     def _shares(self, drawn: list[Completions]) -> list[Scored | None]:
         try:
             with self.watch.measure("reward"):
-                mixed = self.pool.collect(self.pool.submit([g for part in drawn for g in part.groups()]))
+                mixed = self.rewards.collect(
+                    self.rewards.submit([g for part in drawn for g in part.groups()])
+                )
         except PoolGoneError as error:
             logger.error("%s", error)
             return [None] * len(drawn)

@@ -17,7 +17,7 @@ from rl.loop import HELD_OUT, Alignment, align
 from rl.policy import PolicyModule
 from rl.policy_version import new_start
 from rl.reference import Reference
-from rl.reward_pool import RewardPool
+from rl.reward_pool import OwnRewards, RewardPool, Rewards
 from rl.rewards import RewardSetting
 from rl.rollout import OwnRollouts, PooledRollouts, Rollouts
 from rl.scoring import Scorer
@@ -77,20 +77,27 @@ def _make_drawing(config: AlignConfig, policy: PretrainConfig, process: Process)
 @contextmanager
 def _pools(
     config: AlignConfig, job: Job, drawing: Drawing, setting: RewardSetting
-) -> Iterator[tuple[Rollouts, RewardPool | None]]:
+) -> Iterator[tuple[Rollouts, Rewards | None]]:
     """Both pools start while the other does; only rank 0 holds their queues."""
-    parts, rewards = (job.assembly, job.engine, drawing), None
+    parts = job.assembly, job.engine, drawing
+    rewards: Rewards | None = None
     rollouts: Rollouts = OwnRollouts(*parts)
     if config.rollout.workers:
         rollouts = PooledRollouts(*parts, config=config.rollout, cluster=config.cluster)
     try:
         if job.process.rank == 0:
-            rewards = RewardPool(config.rewards, setting, config=config.reward, cluster=config.cluster)
+            rewards = _make_rewards(config, setting)
         yield rollouts, rewards
     finally:
         rollouts.close()
         if rewards is not None:
             rewards.close()
+
+
+def _make_rewards(config: AlignConfig, setting: RewardSetting) -> Rewards:
+    if not config.reward.workers:
+        return OwnRewards(config.rewards, setting)
+    return RewardPool(config.rewards, setting, config=config.reward, cluster=config.cluster)
 
 
 def _reference(
