@@ -14,6 +14,7 @@ from trainer.configuration import PretrainConfig
 if TYPE_CHECKING:
     from rl.configuration import AlignConfig
     from rl.rewards import RewardSetting
+    from rl.start import Places
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +37,13 @@ def align_job(
     start_step: int,
     document: dict[str, Any],
     setting: "RewardSetting",
+    places: "Places",
     reporter: Reporter,
 ) -> dict[str, Any]:
     """Align to the end or to a stop; see rl.start.start_alignment."""
     from rl.start import start_alignment
 
-    return start_alignment(process, config, start, start_step, document, setting, reporter)
+    return start_alignment(process, config, start, start_step, document, setting, places, reporter)
 
 
 def evaluate_job(

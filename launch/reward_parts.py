@@ -37,7 +37,8 @@ def terms_form(terms: Sequence["RewardTerm"]) -> Any:
             if entry.name in ("weight", "direct")
         ]
         form = make_dataclass("Term", [*shown, options], frozen=True, kw_only=True)
-        forms.append((term.name, form, field(default_factory=form)))
+        # tyro shows an underscore as a dash.
+        forms.append((term.name.replace("-", "_"), form, field(default_factory=form)))
     return make_dataclass("Rewards", forms, frozen=True, kw_only=True)()
 
 
@@ -47,7 +48,7 @@ def terms_of(form: Any) -> tuple["RewardTerm", ...]:
 
     filled = {entry.name: getattr(form, entry.name) for entry in fields(form)}
     return tuple(
-        RewardTerm(name=name, reward=term.options, weight=term.weight, direct=term.direct)
+        RewardTerm(name=name.replace("_", "-"), reward=term.options, weight=term.weight, direct=term.direct)
         for name, term in filled.items()
     )
 

@@ -10,6 +10,7 @@ from typing import Self
 
 from cluster.configuration import ClusterConfig
 from cluster.errors import ConfigError, RewardError
+from cluster.placement import Placement
 from cluster.pool import Pool
 from rl.reward_mix import MixedRewards, RewardTerm, check_rewards, mix, prepare_terms
 from rl.rewards import RewardFunction, RewardSetting
@@ -131,8 +132,11 @@ class RewardPool(Rewards):
         *,
         config: RewardPoolConfig,
         cluster: ClusterConfig,
+        placement: Placement | None = None,
     ):
-        """Raises: ConfigError for terms that cannot work, before any worker is started."""
+        """`placement` is where an actor that keeps the pool must put its workers, see `cluster.pool`.
+
+        Raises: ConfigError for terms that cannot work, before any worker is started."""
         self.terms = _prepared(terms, setting)
         self.config = config
         self._pool = Pool(
@@ -142,6 +146,7 @@ class RewardPool(Rewards):
             cpus_per_member=config.cpus_per_worker,
             patience_s=config.wait_s,
             name=NAME,
+            placement=placement,
         )
         self._batches: dict[int, _Batch] = {}
         self._part_of: dict[int, tuple[int, int]] = {}

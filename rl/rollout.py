@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from cluster.configuration import ClusterConfig
+from cluster.placement import Placement
 from cluster.pool import Pool
 from cluster.process import Process
 from cluster.shared_object import SharedObject
@@ -114,6 +115,7 @@ class PooledRollouts(Rollouts):
         *,
         config: RolloutConfig,
         cluster: ClusterConfig,
+        placement: Placement | None = None,
     ):
         super().__init__(assembly, engine, drawing)
         self._parts = math.ceil(config.workers / self.process.world_size)
@@ -128,6 +130,7 @@ class PooledRollouts(Rollouts):
                 cpus_per_member=config.cpus_per_worker,
                 patience_s=config.wait_s,
                 name=NAME,
+                placement=placement,
             )
 
     @property

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
+from cluster.placement import Placement, place
 from cluster.process import Process
 from cluster.reporter import Reporter
 from data_streams.item_table import ItemTable
@@ -29,6 +31,25 @@ from trainer.job import Job
 from trainer.start import start_job
 
 
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where the workers of the pools are put; made once by the driver, so that learners may start again."""
+
+    rollout: Placement | None = None
+    reward: Placement | None = None
+
+    @staticmethod
+    def reserve(config: AlignConfig) -> "Places":
+        """Raises: ClusterError if the cluster has no room in time."""
+        return Places(
+            **{
+                name: place(pool.workers, cpus=pool.cpus_per_worker, timeout_s=config.cluster.start_timeout_s)
+                for name, pool in (("rollout", config.rollout), ("reward", config.reward))
+                if pool.workers
+            }
+        )
+
+
 def start_alignment(
     process: Process,
     config: AlignConfig,
@@ -36,6 +57,7 @@ def start_alignment(
     start_step: int,
     document: dict[str, Any],
     setting: RewardSetting,
+    places: "Places",
     reporter: Reporter,
 ) -> dict[str, Any]:
     """A learner's whole life; a collective call.
@@ -47,7 +69,7 @@ def start_alignment(
     wrap = partial(PolicyModule, objective=objective, drawing=drawing)
     job = start_job(process, policy, document, reporter, wrap=wrap)
     notes, watch = job.progress.notes, Stopwatch()
-    with _pools(config, job, drawing, setting) as (rollouts, rewards):
+    with _pools(config, job, drawing, setting, places) as (rollouts, rewards):
         alignment = Alignment(
             job=job,
             start=new_start(job.storage, process),
@@ -76,17 +98,19 @@ def _make_drawing(config: AlignConfig, policy: PretrainConfig, process: Process)
 
 @contextmanager
 def _pools(
-    config: AlignConfig, job: Job, drawing: Drawing, setting: RewardSetting
+    config: AlignConfig, job: Job, drawing: Drawing, setting: RewardSetting, places: Places
 ) -> Iterator[tuple[Rollouts, Rewards | None]]:
     """Both pools start while the other does; only rank 0 holds their queues."""
     parts = job.assembly, job.engine, drawing
     rewards: Rewards | None = None
     rollouts: Rollouts = OwnRollouts(*parts)
     if config.rollout.workers:
-        rollouts = PooledRollouts(*parts, config=config.rollout, cluster=config.cluster)
+        rollouts = PooledRollouts(
+            *parts, config=config.rollout, cluster=config.cluster, placement=places.rollout
+        )
     try:
         if job.process.rank == 0:
-            rewards = _make_rewards(config, setting)
+            rewards = _make_rewards(config, setting, places)
         yield rollouts, rewards
     finally:
         rollouts.close()
@@ -94,10 +118,12 @@ def _pools(
             rewards.close()
 
 
-def _make_rewards(config: AlignConfig, setting: RewardSetting) -> Rewards:
+def _make_rewards(config: AlignConfig, setting: RewardSetting, places: Places) -> Rewards:
     if not config.reward.workers:
         return OwnRewards(config.rewards, setting)
-    return RewardPool(config.rewards, setting, config=config.reward, cluster=config.cluster)
+    return RewardPool(
+        config.rewards, setting, config=config.reward, cluster=config.cluster, placement=places.reward
+    )
 
 
 def _reference(

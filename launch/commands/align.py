@@ -121,6 +121,7 @@ def align(config: "AlignConfig") -> int:
     from launch.jobs import align_job
     from launch.plots import write_alignment_curves
     from rl.configuration import check_alignment
+    from rl.start import Places
     from trainer.checks import check
 
     start = load_config(config.start)
@@ -135,7 +136,7 @@ def align(config: "AlignConfig") -> int:
     start_ray(config.cluster, num_cpus=math.ceil(config.num_cpus()))
     with TrainingProgress(console) as progress, stop.on_signals():
         result = run_gang(
-            *(align_job, config, start, start_step, document, setting),
+            *(align_job, config, start, start_step, document, setting, Places.reserve(config)),
             config=config.cluster,
             run_dir=config.run_dir,
             on_event=progress.on_event,

@@ -28,7 +28,7 @@ def undisturbed(start, tmp_path_factory):
 
 
 def numbers(run_dir, name):
-    return {line["step"]: line[name] for line in read_metrics(run_dir) if name in line}
+    return {line["step"]: line[name] for line in read_metrics(str(run_dir)) if name in line}
 
 
 def test_an_alignment_raises_its_reward_and_keeps_the_start_beside_the_best_step(undisturbed):

@@ -1,5 +1,6 @@
 """A policy of a few hundred weights, trained for seconds, and alignments that start from it."""
 
+import asyncio
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,12 @@ def near(groups: list[Group]) -> list[np.ndarray]:
     """How near an item is to the last one on the circle; illegal paths get 0."""
     distances = [np.abs((group.items - group.history[-1]) % NUM_ITEMS - 1) for group in groups]
     return [np.where(g.items >= 0, np.exp(-d / 8), 0.0) for g, d in zip(groups, distances, strict=True)]
+
+
+async def slowly(groups: list[Group]) -> list[np.ndarray]:
+    """The same reward for those who want to watch."""
+    await asyncio.sleep(0.25)
+    return near(groups)
 
 
 NEAR = RewardTerm(name="near", reward=PythonFunction.Config(path="tests.rl.tiny_alignment:near"))
@@ -124,12 +131,12 @@ def alignment(start: PretrainConfig, run_dir: Path, **options: Any) -> AlignConf
 def run_alignment(
     process: Process, config: AlignConfig, start: PretrainConfig, stop_after: int | None = None
 ) -> dict[str, Any]:
-    from rl.start import start_alignment
+    from rl.start import Places, start_alignment
 
     setting = reward_setting(config.rewards, data_path=config.data.path, seed=config.seed)
     reporter = StopAfter(process.rank, stop_after)
     last = CheckpointReader(Storage(f"{start.run_dir}/checkpoints"), "best").step
-    return start_alignment(process, config, start, last, {}, setting, reporter)
+    return start_alignment(process, config, start, last, {}, setting, Places(), reporter)
 
 
 def saved_state(run_dir: str | Path, step: int | str = "latest") -> dict[str, Tensor]:
