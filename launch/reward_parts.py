@@ -1,7 +1,7 @@
 """Puts the rewards of a run together: names become options, and named runs their configurations."""
 
 from collections.abc import Sequence
-from dataclasses import field, fields, make_dataclass
+from dataclasses import field, fields, is_dataclass, make_dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cluster.plugins import plugin_config
@@ -51,6 +51,26 @@ def terms_of(form: Any) -> tuple["RewardTerm", ...]:
         RewardTerm(name=name.replace("_", "-"), reward=term.options, weight=term.weight, direct=term.direct)
         for name, term in filled.items()
     )
+
+
+PATHS = ("run", "vectors")
+"""Options of rewards that name a folder or file."""
+
+
+def located(term: "RewardTerm") -> "RewardTerm":
+    """The term with its folders and files from the root on, since workers may stand in another folder."""
+    return replace(term, reward=_located(term.reward))
+
+
+def _located(options: Any) -> Any:
+    changed = {}
+    for entry in fields(options):
+        value = getattr(options, entry.name)
+        if is_dataclass(value):
+            changed[entry.name] = _located(value)
+        elif entry.name in PATHS and value:
+            changed[entry.name] = absolute(value)
+    return replace(options, **changed)
 
 
 def reward_setting(terms: Sequence["RewardTerm"], *, data_path: str, seed: int = 0) -> "RewardSetting":

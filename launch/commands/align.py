@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import CheckpointError, ConfigError
-from cluster.plugins import plugin_config
+from cluster.plugins import first_line, plugin_config, plugin_files
 from cluster.reporter import StopSignal
 from cluster.storage import Storage
 from launch.config_document import from_document, from_yaml, to_document, to_yaml
 from launch.options import parse, split_name, take_option
 from launch.progress import TrainingProgress, start_console
-from launch.reward_parts import reward_setting, reward_term, terms_form, terms_of
+from launch.reward_parts import REWARDS, located, reward_setting, reward_term, terms_form, terms_of
 from launch.run_directory import ALIGN, ALIGNMENT, absolute, load_config, prepare
 from launch.served_run import find_step
 
@@ -27,12 +27,23 @@ STOPPED = 75
 
 def run(arguments: list[str]) -> int:
     name, options = split_name(arguments)
+    if name is None and {"-h", "--help"} & set(options):
+        print(_usage())
+        return 0
     if name is None:
         raise ConfigError(
             f"grail align needs the directory of a pretrained run, or the {ALIGN} of an alignment, in front of the "
             "options; all options: grail align RUN_DIR --help"
         )
     return align(parse_config(name, options))
+
+
+def _usage() -> str:
+    lines = [f"usage: grail align RUN_DIR|{ALIGN} [options]\n"]
+    for option, package in (("objective", OBJECTIVES), ("advantage", ADVANTAGES), ("rewards", REWARDS)):
+        lines += [f"--{option}, one of{' these, or several with commas' if option == 'rewards' else ''}:"]
+        lines += [f"  {name:18}{first_line(path)}" for name, path in plugin_files(package).items()]
+    return "\n".join([*lines, "\nAll options: grail align RUN_DIR --help"])
 
 
 def parse_config(name: str, options: list[str]) -> "AlignConfig":
@@ -58,7 +69,7 @@ def parse_config(name: str, options: list[str]) -> "AlignConfig":
     shown = form(**{**values, "rewards": terms_form(default.rewards)})
     filled = parse(form, options, program=f"grail align {name}", default=shown)
     values = {entry.name: getattr(filled, entry.name) for entry in dataclasses.fields(AlignConfig)}
-    config = AlignConfig(**{**values, "rewards": terms_of(filled.rewards)})
+    config = AlignConfig(**{**values, "rewards": tuple(map(located, terms_of(filled.rewards)))})
     return dataclasses.replace(
         config,
         run_dir=absolute(config.run_dir),

@@ -47,6 +47,7 @@ async def slowly(groups: list[Group]) -> list[np.ndarray]:
 
 
 NEAR = RewardTerm(name="near", reward=PythonFunction.Config(path="tests.rl.tiny_alignment:near"))
+SLOWLY = RewardTerm(name="near", reward=PythonFunction.Config(path="tests.rl.tiny_alignment:slowly"))
 HIT = RewardTerm(name="hit", reward=Hit.Config())
 
 
