@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -47,9 +48,12 @@ def align_job(
 
 
 def evaluate_job(
-    process: Process, config: PretrainConfig, step: int, split: str, reporter: Reporter
+    process: Process, config: PretrainConfig, step: int, split: str, per_user: str | None, reporter: Reporter
 ) -> dict[str, Any]:
-    """Rank the held-out items of a split, or the exposures of a model of answers; the content of evaluation.json."""
+    """Rank the held-out items of a split, or the exposures of a model of answers; the content of evaluation.json.
+
+    Metrics by user go to the Parquet file `per_user`, where one is named.
+    """
     from launch.world_truth import load_truth
     from models.recommender import Ranker
     from trainer.evaluate import evaluate
@@ -69,8 +73,15 @@ def evaluate_job(
         split=split,
         seed=config.seed,
         utilities=truth and truth.utilities,
+        keep=per_user and partial(_write_per_user, per_user),
     )
     return dataclasses.replace(result, step=step).to_json()
+
+
+def _write_per_user(path: str, users: Any, metrics: Any) -> None:
+    import polars as pl
+
+    pl.DataFrame({"user_row": users, **metrics}).write_parquet(path)
 
 
 def show_job(

@@ -105,10 +105,10 @@ def test_a_reference_an_alarm_and_constrained_draws(start, tmp_path):
     config = alignment(
         start,
         tmp_path,
-        objective=Grpo.Config(kl_weight=0.1),
+        objective=Grpo.Config(kl_weight=0.01),
         align=AlignOptions(users_per_step=20, group_size=4, space="catalogue", stop_on=("entropy-collapse",)),
     )
-    fast = dataclasses.replace(config.train, learning_rate=0.1, epochs=6, max_gradient_norm=None)
+    fast = dataclasses.replace(config.train, learning_rate=0.02, epochs=8)
     (result,) = run_on_processes(run_alignment, 1, dataclasses.replace(config, train=fast), start)
     assert result["status"] == "halted" and result["notes"]["halted_by"] == ["entropy-collapse"]
     assert set(numbers(tmp_path, "align/hallucination").values()) == {0.0}
