@@ -2,6 +2,9 @@
 
 config.yaml        the resolved configuration; `grail pretrain config.yaml` runs it again
 plan.txt           how the tables were sharded
+align.yaml         of an alignment: its configuration; `grail align align.yaml` runs it again
+alignment.json     of an alignment: the start, the last and the best step on held-out items
+alignment.png      of an alignment: reward, held-out metric, illegal completions, entropy, where the time went
 metrics.jsonl      a line of numbers every few steps
 curves.png         pictures of them
 experts.png        how evenly the experts are used, where the model has any
@@ -24,6 +27,9 @@ from trainer.configuration import CHECKPOINTS, PretrainConfig, SearchConfig
 CONFIG = "config.yaml"
 EVALUATION = "evaluation.json"
 CURVES = "curves.png"
+ALIGN = "align.yaml"
+ALIGNMENT = "alignment.json"
+ALIGNMENT_CURVES = "alignment.png"
 EXPERTS = "experts.png"
 SEARCH_SCALING = "search_scaling.json"
 SCALING_PICTURE = "search_scaling.png"

@@ -8,14 +8,14 @@ from data_streams.batch import SequenceBatch
 from models.decoder_only import DecoderOnly
 from models.generator import Generator
 from models.genrec import GenRec
-from models.process_reward import ProcessRewardConfig
-from models.promise import Promise
 from models.layers.feedforward import FeedForwardConfig
 from models.layers.moe import MixtureConfig
 from models.layers.user_context import ContextConfig
 from models.lifelong_history import LifelongConfig
 from models.onerec import OneRec
 from models.onerec_v2 import OneRecV2
+from models.process_reward import ProcessRewardConfig
+from models.promise import Promise
 from models.semantic_ids import SemanticIds
 from models.tables import Ids, Lookup
 from models.tiger import Tiger

@@ -1,6 +1,7 @@
 """Puts a run's parts together from its configuration: data, model, tables, engine."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any, Literal
 
@@ -116,8 +117,8 @@ class Assembly:
             users_per_batch=self.config.evaluation.users_per_batch,
         )
 
-    def module(self) -> DenseModule:
-        """What the engine wraps; a collective call where experts are spread over ranks.
+    def module(self, wrap: Callable[[Recommender, torch.dtype], DenseModule] = DenseModule) -> DenseModule:
+        """What the engine wraps, `wrap(model, precision)`; a collective call where experts are spread over ranks.
 
         Raises: ConfigError if an option asks for blocks or experts and the model has none.
         """
@@ -128,7 +129,7 @@ class Assembly:
             compile_blocks(self.model)
         if self.config.train.activation_checkpointing:
             recompute_blocks(self.model)
-        return DenseModule(self.model, resolve_precision(self.config.train.precision, self.process.device))
+        return wrap(self.model, resolve_precision(self.config.train.precision, self.process.device))
 
 
 def assemble(config: PretrainConfig, process: Process, items: ItemTable | None = None) -> Assembly:
