@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, DataError
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
 from models.context_generator import ContextGenerator, ContextGeneratorConfig
@@ -36,6 +36,7 @@ from models.recommender import LossSum, StepContext
 from models.session_targets import SESSION, SessionConfig, with_sessions
 from models.tables import Rows
 
+MOST_STEPS_WITHOUT_SESSION = 50
 Size = Literal["custom", "0.015b", "0.121b", "0.935b", "2.633b"]
 
 
@@ -127,6 +128,7 @@ class OneRec(ContextGenerator):
         )
         self.apply(self.initialise)
         self.code_vectors = None
+        self.steps_without_session = 0
 
     def training_batch(self, batch: SequenceBatch, context: StepContext) -> SequenceBatch:
         config = self.config
@@ -136,6 +138,7 @@ class OneRec(ContextGenerator):
             batch = with_sessions(
                 batch, config.session, action_codes=self.session_actions, count=config.targets_per_user
             )
+            self._require_sessions(batch)
         return self._with_known(batch)
 
     def num_targets(self, batch: SequenceBatch) -> int:
@@ -158,6 +161,17 @@ class OneRec(ContextGenerator):
         chosen = self._with_known(with_newest(batch.to(torch.device("cpu")), 1)).to(lengths.device)
         context_of, sequences = self._encode(rows, chosen)
         return self.started(context_of, PromptLayout.build(sequences), lengths)
+
+    def _require_sessions(self, batch: SequenceBatch) -> None:
+        """Some batches may have none; many in a row mean that nothing is learnt."""
+        found = batch.num_users == 0 or super().num_targets(batch) > 0
+        self.steps_without_session = 0 if found else self.steps_without_session + 1
+        if self.steps_without_session >= MOST_STEPS_WITHOUT_SESSION:
+            raise DataError(
+                f"there must be sessions of at least {self.config.session.items} events that pass the filter, and "
+                f"{MOST_STEPS_WITHOUT_SESSION} batches in a row had none; lower session.items, watched-s or play-s, "
+                "raise session.gap-s, or leave session.actions out"
+            )
 
     def _targets(self, batch: SequenceBatch) -> Tensor:
         """Shapes: [N, items of a session] int64."""

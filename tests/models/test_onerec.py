@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from benchmarks.setting.flops import build_on_meta
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, DataError
 from data_streams.jagged import Jagged
 from launch.recipes import onerec
 from models.known_tokens import COUNTS, KNOWN, with_known_tokens
 from models.layers.user_context import ContextConfig
 from models.lifelong_history import LifelongConfig
-from models.onerec import OneRec, append_to_rows
+from models.onerec import MOST_STEPS_WITHOUT_SESSION, OneRec, append_to_rows
 from models.predicted_events import PREDICTED, with_newest
 from models.recommender import StepContext
 from models.session_targets import SESSION, SessionConfig, with_sessions
@@ -120,6 +120,15 @@ def test_a_session_is_predicted_code_by_code_from_what_comes_before_it():
     chosen = other.training_batch(session_batch(), context)
     two = other(lookup_ids(other, other.ids(chosen, context)), chosen, context).sum
     assert 0 < first < two < loss.sum
+
+
+def test_data_without_sessions_is_refused():
+    model = build(replace(GENERATORS["onerec"], session=SessionConfig(items=5, gap_s=100.0)))
+    batch, context = session_batch(), StepContext(step=0)
+    for _ in range(MOST_STEPS_WITHOUT_SESSION - 1):
+        model.training_batch(batch, context)
+    with pytest.raises(DataError, match="sessions of at least 5 events that pass the filter, and 50 batches"):
+        model.training_batch(batch, context)
 
 
 def test_every_target_knows_the_tokens_of_its_user_that_are_there_by_then():

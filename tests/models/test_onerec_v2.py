@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.setting.flops import build_on_meta, made_up_batch, training_flops
+from benchmarks.experiments.onerec_flops import encoder_decoder, gigaflops, lazy_decoder
+from benchmarks.setting.flops import build_on_meta
 from cluster.errors import ConfigError
 from launch.recipes import onerec_v2
 from models.layers.user_context import ContextConfig
@@ -55,8 +56,15 @@ def test_the_published_mixture_has_4b_parameters_of_which_half_a_billion_are_act
 
 @pytest.mark.parametrize("size", GIGAFLOPS)
 def test_a_step_costs_what_the_report_says(size):
-    flops = training_flops(published(size), made_up_batch([512]))
-    assert flops / 1e9 == pytest.approx(GIGAFLOPS[size], rel=0.07)
+    assert gigaflops(lazy_decoder(size), 512) == pytest.approx(GIGAFLOPS[size], rel=0.07)
+
+
+def test_at_least_the_reported_share_of_an_encoder_decoder_of_equal_size_is_saved():
+    lazy = lazy_decoder("1b")
+    other = encoder_decoder(lazy)
+    sizes = [count(build_on_meta(config, code_sizes=CODES, max_length=512)) for config in (lazy, other)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=1e-3)
+    assert gigaflops(lazy, 512) < (1 - 0.94) * gigaflops(other, 512)
 
 
 def test_keys_and_values_are_shared_between_neighbouring_blocks():
