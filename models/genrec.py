@@ -5,8 +5,8 @@ All pages of a user share one copy of the history: a page sees what lies before 
 
 Source: GenRec (JD.com, 2026), arXiv 2604.14878. RECONSTRUCTED: the history is in the order of time; no separator stands
 between the items of a page, and an end token behind the last one, which is no choice before the first; positions count
-on over the merged history; ties in the order of display, at most ten items (docs/pages.md). From scratch, where the
-paper starts from a language model.
+on over the merged history; ties in the order of display, at most ten items (docs/pages.md). From scratch or, as
+the paper does, from a language model on disk (`models.pretrained_decoder`).
 """
 
 from dataclasses import dataclass, replace
@@ -25,6 +25,7 @@ from models.layers.linear import Linear
 from models.layers.page_decoder import PageDecoder
 from models.layers.shared_prompt_attention import PromptLayout
 from models.layers.token_merger import TokenMerger
+from models.pretrained_decoder import PretrainedDecoder
 from models.recommender import LossSum, StepContext
 from models.semantic_ids import SemanticIds
 from models.tables import Ids, Rows, TableSpec
@@ -45,6 +46,9 @@ class GenRec(Generator):
         """Make one token of the codes of an item of the history."""
         separators: bool = False
         """Put a separator behind each item of the history."""
+        pretrained: str = ""
+        """Folder of a Hugging Face decoder (config.json, *.safetensors) to start from, whose own sizes then hold, without
+        dropout; left out, from scratch with those below. Needs the extra `hf`, and the folder wherever it is used."""
         width: int = 192
         """Size of the residual stream."""
         num_blocks: int = 4
@@ -63,6 +67,18 @@ class GenRec(Generator):
             """Whether batches must come with pages."""
             return self.target == "page"
 
+        def build_decoder(self, num_positions: int) -> "PageDecoder | PretrainedDecoder":
+            if self.pretrained:
+                return PretrainedDecoder(self.pretrained)
+            return PageDecoder(
+                width=self.width,
+                num_blocks=self.num_blocks,
+                num_heads=self.num_heads,
+                feedforward_width=self.feedforward_width,
+                num_positions=num_positions,
+                dropout=self.dropout,
+            )
+
         def build(self, **parts: Any) -> "GenRec":
             return GenRec(self, **parts)
 
@@ -80,24 +96,28 @@ class GenRec(Generator):
         num_levels = len(self.code_sizes)
         self.tokens_per_item = (1 if config.merge else num_levels) + config.separators
         self.register_buffer("item_codes", semantic_ids.codes, persistent=False)
-        self.decoder = PageDecoder(
-            width=config.width,
-            num_blocks=config.num_blocks,
-            num_heads=config.num_heads,
-            feedforward_width=config.feedforward_width,
-            num_positions=max_length * self.tokens_per_item + config.page_items * num_levels,
-            dropout=config.dropout,
-        )
-        self.codes = CodeEmbedding(self.code_sizes, config.width)
+        num_positions = max_length * self.tokens_per_item + config.page_items * num_levels
+        self.decoder = config.build_decoder(num_positions)
+        width = self.decoder.width
+        self.codes = CodeEmbedding(self.code_sizes, width)
         if config.merge:
-            self.merger = TokenMerger(num_levels, config.width)
+            self.merger = TokenMerger(num_levels, width)
         if config.separators:
-            self.separator = nn.Embedding(1, config.width)
-        self.heads = nn.ModuleList(Linear(config.width, size) for size in self.code_sizes)
+            self.separator = nn.Embedding(1, width)
+        self.heads = nn.ModuleList(Linear(width, size) for size in self.code_sizes)
         if config.target == "page":
-            self.end = Linear(config.width, 1)
-        self.apply(self._initialise)
-        if config.merge:
+            self.end = Linear(width, 1)
+        self._initialise_all()
+
+    def _initialise_all(self) -> None:
+        """All but what a pretrained decoder brings along."""
+        is_pretrained = bool(self.config.pretrained)
+        for part in self.children():
+            if part is not self.decoder or not is_pretrained:
+                part.apply(self._initialise)
+        if is_pretrained:
+            self.decoder.initialise_like_vocabulary(self.codes.vectors)
+        if self.config.merge:
             self.merger.initialise()
 
     def _initialise(self, module: nn.Module) -> None:
