@@ -47,8 +47,8 @@ class GenRec(Generator):
         separators: bool = False
         """Put a separator behind each item of the history."""
         pretrained: str = ""
-        """Folder of a Hugging Face decoder (config.json, *.safetensors) to start from, whose own sizes then hold, without
-        dropout; left out, from scratch with those below. Needs the extra `hf`, and the folder wherever it is used."""
+        """Folder of a Hugging Face decoder (config.json, *.safetensors) to start from, whose own sizes then hold,
+        without dropout; left out, from scratch with those below. Needs the extra `hf` and the folder in every use."""
         width: int = 192
         """Size of the residual stream."""
         num_blocks: int = 4
