@@ -58,8 +58,9 @@ class ProcessRewardConfig:
     """Dropout on what blocks add."""
     num_negatives: int = 256
     """Prefixes of the catalogue drawn per step and depth, shared by all users; all of them where there are fewer."""
-    positions: int | None = 1
-    """Positions drawn per user and step that the PRM learns at; None takes all."""
+    positions: int | None = 4
+    """Positions drawn per user and step that the PRM learns at; None takes all. With a small part of them it learns far
+    more slowly than the generator beside it, and then chooses worse than it."""
     most_rows: int = 2_000_000
     """Prefixes of one depth beyond which their rows are hashed."""
     hash_rows: int = 2**20
