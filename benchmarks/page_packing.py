@@ -29,7 +29,7 @@ WORLD: dict[Scale, WorldSource.Config] = {
     "full": WorldSource.Config(num_users=200, num_items=1_500, mean_clicks=45.0),
     "small": WorldSource.Config(num_users=20, num_items=100, num_clusters=4, mean_clicks=10.0),
 }
-USERS = {"full": 24, "small": 4}
+USERS = {"full": 8, "small": 4}
 MODEL: dict[Scale, dict[str, int]] = {
     "full": {"width": 128, "num_blocks": 4, "feedforward_width": 512},
     "small": {"width": 16, "num_blocks": 1, "feedforward_width": 32},

@@ -5,8 +5,8 @@ All pages of a user share one copy of the history: a page sees what lies before 
 
 Source: GenRec (JD.com, 2026), arXiv 2604.14878. RECONSTRUCTED: the history is in the order of time; no separator stands
 between the items of a page, and an end token behind the last one, which is no choice before the first; positions count
-on over the merged history; ties in the order of display, at most ten items (docs/pages.md). From scratch, where the
-paper starts from a language model.
+on over the merged history; ties in the order of display, at most ten items (docs/pages.md). From scratch or, as
+the paper does, from a language model on disk (`models.pretrained_decoder`).
 """
 
 from dataclasses import dataclass, replace
@@ -19,13 +19,13 @@ from cluster.errors import DataError
 from data_streams.batch import CLICKED, Pages, SequenceBatch
 from data_streams.jagged import Jagged
 from models.generator import DecodeState, Generator, next_code_loss
-from models.kernels.page_attention import PageLayout, page_attention
+from models.kernels.page_attention import PageLayout
 from models.layers.code_embedding import CodeEmbedding
-from models.layers.dropout import Dropout
 from models.layers.linear import Linear
+from models.layers.page_decoder import PageDecoder
 from models.layers.shared_prompt_attention import PromptLayout
 from models.layers.token_merger import TokenMerger
-from models.layers.transformer import FeedForward, TransformerBlock
+from models.pretrained_decoder import PretrainedDecoder
 from models.recommender import LossSum, StepContext
 from models.semantic_ids import SemanticIds
 from models.tables import Ids, Rows, TableSpec
@@ -46,6 +46,9 @@ class GenRec(Generator):
         """Make one token of the codes of an item of the history."""
         separators: bool = False
         """Put a separator behind each item of the history."""
+        pretrained: str = ""
+        """Folder of a Hugging Face decoder (config.json, *.safetensors) to start from, whose own sizes then hold,
+        without dropout; left out, from scratch with those below. Needs the extra `hf` and the folder in every use."""
         width: int = 192
         """Size of the residual stream."""
         num_blocks: int = 4
@@ -64,6 +67,18 @@ class GenRec(Generator):
             """Whether batches must come with pages."""
             return self.target == "page"
 
+        def build_decoder(self, num_positions: int) -> "PageDecoder | PretrainedDecoder":
+            if self.pretrained:
+                return PretrainedDecoder(self.pretrained)
+            return PageDecoder(
+                width=self.width,
+                num_blocks=self.num_blocks,
+                num_heads=self.num_heads,
+                feedforward_width=self.feedforward_width,
+                num_positions=num_positions,
+                dropout=self.dropout,
+            )
+
         def build(self, **parts: Any) -> "GenRec":
             return GenRec(self, **parts)
 
@@ -78,24 +93,31 @@ class GenRec(Generator):
     ):
         super().__init__()
         self.config, self.code_sizes = config, semantic_ids.code_sizes
-        num_levels, width = len(self.code_sizes), config.width
+        num_levels = len(self.code_sizes)
         self.tokens_per_item = (1 if config.merge else num_levels) + config.separators
         self.register_buffer("item_codes", semantic_ids.codes, persistent=False)
+        num_positions = max_length * self.tokens_per_item + config.page_items * num_levels
+        self.decoder = config.build_decoder(num_positions)
+        width = self.decoder.width
         self.codes = CodeEmbedding(self.code_sizes, width)
-        self.positions = nn.Embedding(
-            max_length * self.tokens_per_item + config.page_items * num_levels, width
-        )
         if config.merge:
             self.merger = TokenMerger(num_levels, width)
         if config.separators:
             self.separator = nn.Embedding(1, width)
-        self.input_dropout = Dropout(config.dropout)
-        self.decoder = PageDecoder(config)
         self.heads = nn.ModuleList(Linear(width, size) for size in self.code_sizes)
         if config.target == "page":
             self.end = Linear(width, 1)
-        self.apply(self._initialise)
-        if config.merge:
+        self._initialise_all()
+
+    def _initialise_all(self) -> None:
+        """All but what a pretrained decoder brings along."""
+        is_pretrained = bool(self.config.pretrained)
+        for part in self.children():
+            if part is not self.decoder or not is_pretrained:
+                part.apply(self._initialise)
+        if is_pretrained:
+            self.decoder.initialise_like_vocabulary(self.codes.vectors)
+        if self.config.merge:
             self.merger.initialise()
 
     def _initialise(self, module: nn.Module) -> None:
@@ -166,32 +188,31 @@ class GenRec(Generator):
         """
         pages = batch.pages
         given = paths if self.config.target == "page" else paths[:, :-1]
-        history, per_item = self._history_tokens(batch), given.shape[1]
+        (history, history_places), per_item = self._history_tokens(batch), given.shape[1]
         places = pages.history_lengths.values * self.tokens_per_item
         places = places[pages.items.row_index()] + pages.items.places() * per_item
-        offsets = torch.arange(per_item, device=places.device)
+        places = places[:, None] + torch.arange(per_item, device=places.device)
         written = Jagged(
-            values=self._embed(self.codes(given), places[:, None] + offsets).flatten(0, 1),
+            values=self.codes(given).flatten(0, 1),
             offsets=pages.items.offsets * per_item,
             max_length=pages.items.max_length * per_item,
         )
         visible = pages.history_lengths.with_values(pages.history_lengths.values * self.tokens_per_item)
-        layout = PageLayout.build(history, written, visible)
-        hidden = self.decoder(self.input_dropout(torch.cat((history.values, written.values))), layout)
+        hidden = self.decoder(
+            torch.cat((history.values, written.values)),
+            torch.cat((history_places, places.flatten())),
+            PageLayout.build(history, written, visible),
+        )
         of_history, of_pages = hidden.split((len(history.values), len(written.values)))
         return of_history, of_pages.unflatten(0, given.shape)
 
     def prefill(self, rows: Rows, batch: SequenceBatch) -> DecodeState:
-        tokens = self._history_tokens(batch)
-        layout = PromptLayout.build(tokens)
-        hidden, prompt = self.input_dropout(tokens.values), []
-        for block in self.decoder.blocks:
-            hidden, key_values = block.remember(hidden, layout)
-            prompt.append(key_values)
+        tokens, places = self._history_tokens(batch)
+        hidden, prompt = self.decoder.remember(tokens.values, places, PromptLayout.build(tokens))
         return DecodeState(
-            last_hidden=self.decoder.final_norm(hidden[tokens.offsets[1:] - 1]),
+            last_hidden=hidden[tokens.offsets[1:] - 1],
             lengths=tokens.lengths,
-            prompt=tuple(prompt),
+            prompt=prompt,
             suffix=(None,) * len(prompt),
         )
 
@@ -200,17 +221,13 @@ class GenRec(Generator):
     ) -> tuple[Tensor, DecodeState]:
         if level == 0:
             return self.heads[0](state.last_hidden)[:, None], state
-        state, suffixes = state.reorder(parents), []
+        tokens = self.codes(codes[..., None], level - 1)[..., 0, :]
         places = (state.lengths + level - 1)[:, None].expand_as(codes)
-        hidden = self._embed(self.codes(codes[..., None], level - 1)[..., 0, :], places)
-        for block, prompt, before in zip(self.decoder.blocks, state.prompt, state.suffix, strict=True):
-            hidden, suffix = block.extend(hidden, prompt, before)
-            suffixes.append(suffix)
-        scores = self.heads[level](self.decoder.final_norm(hidden).flatten(0, 1)).unflatten(0, codes.shape)
-        return scores, state.with_suffix(suffixes)
+        hidden, state = self.decoder.extend(tokens, places, state.reorder(parents))
+        return self.heads[level](hidden.flatten(0, 1)).unflatten(0, codes.shape), state
 
-    def _history_tokens(self, batch: SequenceBatch) -> Jagged:
-        """The tokens of the users' histories with their positions. Shapes: [H, D]."""
+    def _history_tokens(self, batch: SequenceBatch) -> tuple[Jagged, Tensor]:
+        """The tokens of the users' histories, and their positions. Shapes: [H, D], [H]."""
         items, per_item = batch.items, self.tokens_per_item
         tokens = self.codes(self.item_codes[items.values])
         if self.config.merge:
@@ -218,47 +235,12 @@ class GenRec(Generator):
         if self.config.separators:
             index = torch.zeros(len(tokens), 1, dtype=torch.int64, device=tokens.device)
             tokens = torch.cat((tokens, self.separator(index)), dim=1)
-        places = items.places()[:, None] * per_item + torch.arange(per_item, device=tokens.device)
-        return Jagged(
-            values=self._embed(tokens, places).flatten(0, 1),
+        history = Jagged(
+            values=tokens.flatten(0, 1),
             offsets=items.offsets * per_item,
             max_length=items.max_length * per_item,
         )
-
-    def _embed(self, tokens: Tensor, places: Tensor) -> Tensor:
-        """Shapes: tokens [..., D], places [...] -> [..., D]."""
-        return tokens * self.config.width**0.5 + self.positions(places)
-
-
-class PageDecoder(nn.Module):
-    """Blocks on top of each other and a last norm."""
-
-    def __init__(self, config: GenRec.Config):
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            PageBlock(
-                width=config.width,
-                num_heads=config.num_heads,
-                feedforward=FeedForward(config.width, config.feedforward_width),
-                dropout=config.dropout,
-            )
-            for _ in range(config.num_blocks)
-        )
-        self.final_norm = nn.LayerNorm(config.width)
-
-    def forward(self, hidden: Tensor, layout: PageLayout) -> Tensor:
-        """Shapes: [H + G, D] -> [H + G, D]."""
-        for block in self.blocks:
-            hidden = block(hidden, layout)
-        return self.final_norm(hidden)
-
-
-class PageBlock(TransformerBlock):
-    """A block over histories and the pages behind them; it remembers and extends like any other."""
-
-    def forward(self, hidden: Tensor, layout: PageLayout) -> Tensor:
-        """Shapes: [H + G, D] -> [H + G, D]."""
-        return self._finish(hidden, page_attention(*self._project(hidden), layout))
+        return history, history.places()
 
 
 def single_items(pages: Pages) -> Pages:

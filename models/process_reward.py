@@ -58,8 +58,9 @@ class ProcessRewardConfig:
     """Dropout on what blocks add."""
     num_negatives: int = 256
     """Prefixes of the catalogue drawn per step and depth, shared by all users; all of them where there are fewer."""
-    positions: int | None = 1
-    """Positions drawn per user and step that the PRM learns at; None takes all."""
+    positions: int | None = 4
+    """Positions drawn per user and step that the PRM learns at; None takes all. With a small part of them it learns far
+    more slowly than the generator beside it, and then chooses worse than it."""
     most_rows: int = 2_000_000
     """Prefixes of one depth beyond which their rows are hashed."""
     hash_rows: int = 2**20
@@ -141,11 +142,15 @@ class PathReward(nn.Module):
         """Keys and values of histories. Shapes: states [T, D], events [E] indices into them."""
         return tuple(block.attention.remember(states, layout, events) for block in self.blocks)
 
-    def score(self, tokens: Tensor, memory: Memory) -> Tensor:
-        """C prefixes for each history. Shapes: [S, C, D] -> [S, C] fp32."""
+    def score(self, tokens: Tensor, memory: Memory, queries: Tensor | None = None) -> Tensor:
+        """C prefixes for each history; the queries of the first block may be given, where prefixes repeat.
+
+        Shapes: tokens [S, C, D], queries [S, C, heads, D / heads] -> [S, C] fp32.
+        """
         hidden = tokens
         for block, of_block in zip(self.blocks, memory, strict=True):
-            hidden = block(hidden, of_block)
+            hidden = block(hidden, block.queries(hidden) if queries is None else queries, of_block)
+            queries = None
         inner = nn.functional.silu(self.hidden(hidden.flatten(0, 1)))
         return self.output(inner).float().view(hidden.shape[:2])
 
@@ -186,15 +191,19 @@ class PathReward(nn.Module):
         share = 1.0
         if self.config.positions is not None:
             share = batch.items.lengths[users] / self.config.positions
-        candidates, same = [], []
+        candidates, queries, same = [], [], []
         for depth, negatives in self.draw_negatives(context).items():
             negatives, own = negatives.to(states.device), paths[drawn, :depth]
             positive = self.tokens(own, rows, "positive")[:, None]
-            others = self.tokens(negatives, rows, "negative").expand(len(drawn), -1, -1)
-            candidates += [positive, others]
+            others = self.tokens(negatives, rows, "negative")[None]
+            for tokens in (positive, others):
+                # Negatives are the same for all, and so is what they ask first.
+                asked = self.blocks[0].queries(tokens)
+                candidates.append(tokens.expand(len(drawn), -1, -1))
+                queries.append(asked.expand(len(drawn), *asked.shape[1:]))
             sizes = self.code_sizes[:depth]
             same.append(pack(own, sizes)[:, None] == pack(negatives, sizes))
-        scores = self.score(torch.cat(candidates, dim=1), memory)
+        scores = self.score(torch.cat(candidates, dim=1), memory, torch.cat(queries, dim=1))
         by_depth = scores.split([1 + mask.shape[1] for mask in same], dim=1)
         return {
             depth: (info_nce(of_depth, mask) * share).sum()
@@ -215,9 +224,13 @@ class ScoringBlock(nn.Module):
         self.feedforward = FeedForward(width, feedforward_width)
         self.dropout = Dropout(dropout)
 
-    def forward(self, hidden: Tensor, memory: PromptKeyValues) -> Tensor:
-        """Shapes: [S, C, D] -> [S, C, D]."""
-        hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden), memory))
+    def queries(self, hidden: Tensor) -> Tensor:
+        """Shapes: [..., D] -> [..., heads, D / heads]."""
+        return self.attention.queries(self.attention_norm(hidden))
+
+    def forward(self, hidden: Tensor, queries: Tensor, memory: PromptKeyValues) -> Tensor:
+        """Shapes: hidden [S, C, D], queries [S, C, heads, D / heads] -> [S, C, D]."""
+        hidden = hidden + self.dropout(self.attention(queries, memory))
         flat = hidden.flatten(0, 1)
         return (flat + self.dropout(self.feedforward(self.feedforward_norm(flat)))).view_as(hidden)
 

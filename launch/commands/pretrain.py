@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from typing import Any
 
 from cluster.errors import ConfigError
 from cluster.plugins import first_line, load_plugin, plugin_config, plugin_files, suggestion
@@ -39,6 +40,7 @@ def parse_config(name: str, options: list[str]) -> PretrainConfig:
         config,
         run_dir=absolute(run_dir),
         init_from=config.init_from and absolute(config.init_from),
+        model=_with_absolute_folder(config.model),
         data=dataclasses.replace(
             config.data,
             path=absolute(config.data.path),
@@ -47,6 +49,11 @@ def parse_config(name: str, options: list[str]) -> PretrainConfig:
         ),
         search=absolute_lists(config.search),
     )
+
+
+def _with_absolute_folder(model: Any) -> Any:
+    pretrained = getattr(model, "pretrained", "")
+    return dataclasses.replace(model, pretrained=absolute(pretrained)) if pretrained else model
 
 
 def _columns(config: PretrainConfig) -> tuple[str, ...]:

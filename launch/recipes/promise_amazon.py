@@ -15,7 +15,7 @@ def recipe() -> PretrainConfig:
             num_blocks=2,
             num_decoder_blocks=2,
             feedforward_width=512,
-            prm=ProcessRewardConfig(num_negatives=64),
+            prm=ProcessRewardConfig(num_negatives=32),
         ),
         train=TrainConfig(
             epochs=15,

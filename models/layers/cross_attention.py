@@ -40,22 +40,21 @@ class CrossAttention(nn.Module):
             keys, values = keys[events], values[events]
         return PromptKeyValues.build(keys, values, layout)
 
-    def forward(self, hidden: Tensor, memory: PromptKeyValues) -> Tensor:
-        """W queries per history. Shapes: [B, W, D] -> [B, W, D]."""
-        flat = hidden.flatten(0, 1)
-        queries = self.query(flat).unflatten(-1, (self.num_heads, -1)).unflatten(0, hidden.shape[:2])
-        attended = shared_prompt_attention(queries, memory)
-        return self.output(attended.flatten(0, 1).flatten(1)).unflatten(0, hidden.shape[:2])
+    def queries(self, hidden: Tensor) -> Tensor:
+        """Shapes: [..., D] -> [..., heads, D / heads]."""
+        flat = self.query(hidden.flatten(0, -2)).view(hidden.shape)
+        return flat.unflatten(-1, (self.num_heads, -1))
+
+    def forward(self, queries: Tensor, memory: PromptKeyValues) -> Tensor:
+        """W queries per history. Shapes: [B, W, heads, D / heads] -> [B, W, D]."""
+        attended = shared_prompt_attention(queries, memory).flatten(2)
+        return self.output(attended.flatten(0, 1)).view(attended.shape)
 
     def up_to_each(self, hidden: Tensor, states: Tensor, layout: BucketLayout) -> Tensor:
         """W queries per event, over the history up to it. Shapes: hidden [T, W, D], states [T, D] -> [T, W, D]."""
         keys, values = self.keys_values(states)
-        queries = self.query(hidden.flatten(0, 1)).unflatten(-1, (self.num_heads, -1))
-        queries = queries.unflatten(0, hidden.shape[:2])
-        attended = [jagged_attention(own, keys, values, layout) for own in queries.unbind(1)]
-        return self.output(torch.stack(attended, dim=1).flatten(0, 1).flatten(1)).unflatten(
-            0, hidden.shape[:2]
-        )
+        attended = [jagged_attention(own, keys, values, layout) for own in self.queries(hidden).unbind(1)]
+        return self.output(torch.stack(attended, dim=1).flatten(0, 1).flatten(1)).view(hidden.shape)
 
 
 class CrossDecoderBlock(nn.Module):
@@ -91,8 +90,11 @@ class CrossDecoderBlock(nn.Module):
         suffix = SuffixKeyValues.append(before, keys, values)
         attended = suffix_attention(queries, suffix).flatten(0, 1).flatten(1)
         hidden = hidden + self.dropout(self.self_output(attended)).view_as(hidden)
-        hidden = hidden + self.dropout(self.cross_attention(self.cross_norm(hidden), memory))
+        hidden = hidden + self.dropout(self._cross(hidden, memory))
         return self._feed(hidden), suffix
+
+    def _cross(self, hidden: Tensor, memory: PromptKeyValues) -> Tensor:
+        return self.cross_attention(self.cross_attention.queries(self.cross_norm(hidden)), memory)
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Shapes: [n, D] -> 3 x [n, heads, D / heads]."""

@@ -1,0 +1,114 @@
+"""GenRec on a tiny decoder of Hugging Face, made on the spot: our attention against transformers' own."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.errors import ConfigError
+from models.genrec import GenRec
+from tests.generator_cases import MAX_LENGTH, NUM_ITEMS, semantic_ids
+from tests.models.test_genrec import loss_of, one_row_per_page, page_batch
+from tests.training_cases import make_batch
+
+WIDTH, HEADS, KEY_HEADS = 16, 4, 2
+
+
+def with_transformers():
+    return pytest.importorskip("transformers", reason="the extra `hf` is not installed")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    transformers = with_transformers()
+    config = transformers.Qwen2Config(
+        vocab_size=50,
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KEY_HEADS,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("decoder")
+    transformers.Qwen2Model(config).save_pretrained(path)
+    return str(path)
+
+
+def make_model(folder: str, **options) -> GenRec:
+    torch.manual_seed(1)
+    config = GenRec.Config(pretrained=folder, init_scale=0.3, page_items=4, **options)
+    return config.build(
+        num_items=NUM_ITEMS, max_length=MAX_LENGTH, item_feature_dim=0, semantic_ids=semantic_ids()
+    ).eval()
+
+
+def test_states_equal_those_of_transformers_on_one_sequence_per_page(folder):
+    transformers, model, batch = with_transformers(), make_model(folder), page_batch()
+    plain = transformers.AutoModel.from_pretrained(folder).eval()
+    paths = model.item_codes[batch.pages.items.values]
+    history, written = model.encode_pages(batch, paths)
+    tokens = model.merger(model.codes(model.item_codes[batch.items.values]))
+    ends = batch.pages.history_ends(batch.items).tolist()
+    users = batch.pages.history_lengths.row_index().tolist()
+    for page, (user, end) in enumerate(zip(users, ends, strict=True)):
+        first, last = batch.pages.items.offsets[page : page + 2].tolist()
+        before = tokens[int(batch.items.offsets[user]) : end]
+        sequence = torch.cat((before, model.codes(paths[first:last]).flatten(0, 1)))
+        expected = plain(inputs_embeds=sequence[None]).last_hidden_state[0]
+        torch.testing.assert_close(
+            written[first:last].flatten(0, 1), expected[len(before) :], atol=1e-4, rtol=1e-4
+        )
+        torch.testing.assert_close(history[end - 1], expected[len(before) - 1], atol=1e-4, rtol=1e-4)
+
+
+def test_packed_pages_are_one_row_per_page_and_all_weights_learn(folder):
+    model, batch = make_model(folder), page_batch()
+    packed = loss_of(model, batch)
+    torch.testing.assert_close(packed.sum, loss_of(model, one_row_per_page(batch)).sum, rtol=1e-5, atol=1e-4)
+    packed.sum.backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+
+
+def test_a_rank_without_users_takes_part(folder):
+    model, nobody = make_model(folder, target="item"), make_batch([])
+    loss = loss_of(model, nobody)
+    loss.sum.backward()
+    assert loss.sum == 0 and all(parameter.grad is not None for parameter in model.decoder.parameters())
+    assert model.path_logits({}, nobody, torch.zeros(0, 4, 3, dtype=torch.int64))[2].shape == (0, 4, 3)
+
+
+def test_decoding_step_by_step_says_what_training_says(folder):
+    model = make_model(folder, target="item")
+    sequences = [torch.tensor([5, 70, 31, 8]), torch.tensor([90, 2])]
+    batch = make_batch(sequences)
+    loss = loss_of(model, batch)
+    prefixes = [sequence[: stop + 1] for sequence in sequences for stop in range(1, len(sequence))]
+    prompts = make_batch(prefixes)
+    paths = semantic_ids().codes[torch.stack([prefix[-1] for prefix in prefixes])][:, None]
+    log_probs = model.log_probabilities({}, prompts, paths)
+    torch.testing.assert_close(loss.sum, -log_probs.sum(), rtol=1e-4, atol=1e-3)
+
+
+def test_new_tokens_begin_like_those_of_the_vocabulary(folder):
+    model = make_model(folder)
+    vectors = model.codes.vectors.weight
+    assert not any("embed_tokens" in name for name, _ in model.named_parameters())
+    torch.testing.assert_close(vectors.mean(0), model.decoder.vocabulary_mean, atol=0.3, rtol=0)
+    assert vectors.std(0).mean().item() == pytest.approx(model.decoder.vocabulary_spread, rel=0.3)
+
+
+def test_only_safetensors_are_read(tmp_path):
+    with_transformers()
+    Path(tmp_path / "config.json").write_text("{}")
+    Path(tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"config.json and \*.safetensors"):
+        make_model(str(tmp_path))
+
+
+def test_without_transformers_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ConfigError, match="install the extra"):
+        make_model("anywhere")
