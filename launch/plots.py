@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cluster.storage import Storage
-from launch.run_directory import ALIGNMENT_CURVES, CURVES, EXPERTS
+from launch.run_directory import ALIGNMENT_CURVES, CURVES, EXPERTS, SCALING_PICTURE
 from trainer.metric_log import read_metrics
 
 _FEW_POINTS = 50
@@ -91,6 +91,31 @@ def _write_experts(run_dir: str, lines: Sequence[dict]) -> None:
         axes.grid(alpha=0.3)
     entropy.legend(fontsize=7)
     _write(run_dir, EXPERTS, figure)
+
+
+def write_scaling(run_dir: str, lines: Sequence[dict]) -> str:
+    """Draw what searches find against the candidates they score and against what they compute."""
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    by_number, by_cost = figure.subplots(1, 2)
+    prefixes = sorted(name for name in lines[0] if name.startswith("hrecall"))
+    recall = next(name for name in reversed(lines[0]) if name.startswith("recall@"))
+    for kind, style in (("prm", "-"), ("plain", "--")):
+        chosen = [line for line in lines if line["kind"] == kind]
+        numbers = [line["number"] for line in chosen]
+        for color, name in enumerate(prefixes):
+            values = [line[name] for line in chosen]
+            by_number.plot(numbers, values, f"C{color}{style}o", label=f"{kind} {name}", markersize=3)
+        cost = [line["gflop_per_user"] for line in chosen]
+        by_cost.plot(cost, [line[recall] for line in chosen], f"k{style}o", label=f"{kind} {recall}")
+        by_cost.plot(
+            cost, [line[prefixes[-1]] for line in chosen], f"C3{style}o", label=f"{kind} {prefixes[-1]}"
+        )
+    by_number.set(xlabel="candidates of the PRM (K+), or width of a plain beam", xscale="log")
+    by_cost.set(xlabel="GFLOP per user", xscale="log")
+    for axes in (by_number, by_cost):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    return _write(run_dir, SCALING_PICTURE, figure)
 
 
 def expert_loads(lines: Sequence[dict]) -> list[list[float]]:

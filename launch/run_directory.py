@@ -22,7 +22,7 @@ from typing import Any
 from cluster.errors import CheckpointError, ConfigError
 from cluster.storage import Storage
 from launch.config_document import from_document, from_yaml, to_document, to_yaml
-from trainer.configuration import CHECKPOINTS, PretrainConfig
+from trainer.configuration import CHECKPOINTS, PretrainConfig, SearchConfig
 
 CONFIG = "config.yaml"
 EVALUATION = "evaluation.json"
@@ -31,6 +31,8 @@ ALIGN = "align.yaml"
 ALIGNMENT = "alignment.json"
 ALIGNMENT_CURVES = "alignment.png"
 EXPERTS = "experts.png"
+SEARCH_SCALING = "search_scaling.json"
+SCALING_PICTURE = "search_scaling.png"
 LOGS = "logs"
 
 
@@ -81,6 +83,11 @@ def parse_checkpoint(text: str) -> str | int:
     if not re.fullmatch(r"\d+", text):
         raise ConfigError(f"--checkpoint must be latest, best or the number of a step, got '{text}'")
     return int(text)
+
+
+def absolute_lists(config: SearchConfig) -> SearchConfig:
+    """The same search with its files of items named from the root on."""
+    return dataclasses.replace(config, allow=absolute(config.allow), deny=absolute(config.deny))
 
 
 def absolute(path: str) -> str:

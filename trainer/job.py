@@ -87,7 +87,8 @@ def end_epoch(job: Job) -> None:
     progress.position = None
     if progress.epoch >= config.epochs:
         progress.status = "finished"
-    if config.validate_every_steps is None and validate(job):
+    due = progress.status == "finished" or progress.epoch % config.validate_every_epochs == 0
+    if config.validate_every_steps is None and due and validate(job):
         save(job, best=True)
 
 

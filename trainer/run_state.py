@@ -136,13 +136,31 @@ def initialise_from(reader: CheckpointReader, saved_items: pl.Series, assembly: 
         assembly.items.num_items,
     )
     for piece in assembly.tables.pieces():
-        spec = assembly.tables.specs[piece.name.split("/", 1)[1]]
-        if not piece.name.startswith("table/"):
+        kind, name = piece.name.split("/", 1)
+        spec = assembly.tables.specs[name]
+        if kind != "table":
             continue
-        if spec.hash_rows:
+        if not spec.rows_are_items and piece.name not in reader.tensors:
+            logger.info("The rows of table %s are new and keep their initial values.", name)
+        elif spec.hash_rows:
             reader.read_into(piece.name, piece.start, piece.tensor)
-        else:
+        elif spec.rows_are_items:
             _copy_known_rows(reader, piece, new_rows)
+        else:
+            _require_same_paths(reader, assembly, name)
+            reader.read_into(piece.name, piece.start, piece.tensor)
+
+
+def _require_same_paths(reader: CheckpointReader, assembly: Assembly, name: str) -> None:
+    saved, own = (
+        reader.shared_state["fingerprint"]["model"]["semantic_ids"],
+        assembly.semantic_ids.fingerprint,
+    )
+    if saved != own:
+        raise CheckpointError(
+            f"the rows of table {name} belong to prefixes of the semantic IDs {saved}, and this run's are {own}; give "
+            "the table of the run it starts from"
+        )
 
 
 def _new_rows_of_saved(saved: pl.Series, current: pl.Series) -> np.ndarray:

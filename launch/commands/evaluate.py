@@ -8,7 +8,7 @@ from cluster.configuration import ClusterConfig
 from cluster.errors import ConfigError
 from cluster.storage import Storage
 from launch.progress import start_console
-from launch.run_directory import EVALUATION, absolute
+from launch.run_directory import EVALUATION, SEARCH_SCALING, absolute
 from launch.served_run import DataOptions, find_step, parse_served
 from trainer.configuration import EvaluationConfig, PretrainConfig, SearchConfig
 
@@ -32,6 +32,9 @@ class EvaluateOptions:
 
 def run(arguments: list[str]) -> int:
     config, options = parse_served("evaluate", arguments, EvaluateOptions)
+    if len(config.search.candidates) > 1:
+        compare_candidates(config, checkpoint=options.checkpoint, split=options.split)
+        return 0
     evaluate(
         config,
         checkpoint=options.checkpoint,
@@ -80,6 +83,26 @@ def evaluate(
     Console().print(render(results))
     print(f"Written to {storage.path(EVALUATION)}")
     return content
+
+
+def compare_candidates(config: PretrainConfig, *, checkpoint: str, split: str) -> None:
+    """Test-time scaling: write search_scaling.json and .png into the run directory and print a table."""
+    from rich.console import Console
+
+    from cluster.worker_group import run_gang
+    from launch.jobs import scaling_job
+    from launch.plots import write_scaling
+    from trainer.search_scaling import render_scaling
+
+    step = find_step(config, checkpoint)
+    start_console()
+    lines = run_gang(*(scaling_job, config, step, split), config=config.cluster, run_dir=config.run_dir)
+    storage = Storage(config.run_dir)
+    content = {"step": step, "split": split, "width": config.search.width, "searches": lines}
+    storage.write(SEARCH_SCALING, json.dumps(content, indent=1).encode())
+    Console().print(render_scaling(lines))
+    picture = write_scaling(config.run_dir, lines)
+    print(f"Written to {storage.path(SEARCH_SCALING)} and {picture}")
 
 
 def _baselines(config: PretrainConfig, split: str) -> dict[str, Any]:

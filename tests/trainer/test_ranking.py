@@ -196,6 +196,7 @@ def test_what_needs_a_search_is_refused_for_a_reward_model(tmp_path):
             embeddings=None,
         ),
         item_features=None,
+        semantic_ids=None,
         model=model,
         tables=UnshardedTables(model.tables(), seed=0, learning_rate=0.0, device=torch.device("cpu")),
     )
