@@ -4,6 +4,7 @@ Runs as `python -m benchmarks.peers.trl_grpo FOLDER THREADS`; see benchmarks/set
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -105,6 +106,8 @@ def _model(folder: Path, shape: dict[str, int]) -> GPT2LMHeadModel:
 
 def main(folder: Path, num_threads: int) -> None:
     torch.set_num_threads(num_threads)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)  # those of the benchmark's own process group
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         print(json.dumps({"steps": train(folder, **json.loads(line))}), file=answers, flush=True)
