@@ -14,8 +14,8 @@ from trainer.configuration import PretrainConfig
 
 if TYPE_CHECKING:
     from rl.configuration import AlignConfig
+    from rl.places import Places
     from rl.rewards import RewardSetting
-    from rl.start import Places
 
 logger = logging.getLogger(__name__)
 

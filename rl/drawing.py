@@ -32,13 +32,12 @@ class Drawing:
         precision: torch.dtype,
     ):
         """Shapes: codes [N, L] of the catalogue."""
-        self.options, self.precision = options, precision
+        self.options, self.group_size, self.precision = options, options.group_size, precision
+        self.is_free = options.space == "free"
         self.seed = purpose_seed(seed, "rollout")
         self.sampling = Sampling.Config(temperature=options.temperature).build()
         trie = PrefixTrie.build(codes.long(), code_sizes)
-        self.space: PathSpace = (
-            FreeSpace(trie.code_sizes, trie) if options.space == "free" else CatalogueSpace(trie)
-        )
+        self.space: PathSpace = FreeSpace(trie.code_sizes, trie) if self.is_free else CatalogueSpace(trie)
 
     @property
     def distribution(self) -> CodeDistribution:
@@ -51,10 +50,8 @@ class Drawing:
         device = batch.user_ids.device
         seeds = torch.from_numpy(prompts.serials).to(device) + (self.seed >> 8)
         with evaluating(model), self.autocast(device):
-            drawn = self.sampling.search(
-                model, rows, batch, self.space, k=self.options.group_size, seeds=seeds
-            )
-        assert self.options.space == "free" or bool(drawn.legal.all()), "a constrained completion is illegal"
+            drawn = self.sampling.search(model, rows, batch, self.space, k=self.group_size, seeds=seeds)
+        assert self.is_free or bool(drawn.legal.all()), "a constrained completion is illegal"
         return Completions(
             prompts=prompts,
             paths=drawn.paths.cpu().numpy(),

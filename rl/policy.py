@@ -57,7 +57,7 @@ class PolicyModule(DenseModule):
         self.objective, self.drawing = objective, drawing
 
     def loss(self, rows: Rows, batch: SequenceBatch, context: StepContext) -> LossSum:
-        given, group = batch.supervision, self.drawing.options.group_size
+        given, group = batch.supervision, self.drawing.group_size
         by_group = lambda name: given[name].values.unflatten(0, (batch.num_users, group))  # noqa: E731
         paths = by_group(PATHS)
         if self.objective.needs_positives:

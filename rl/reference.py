@@ -35,7 +35,7 @@ class Reference:
         """As completions are drawn; a collective call. Shapes: paths [B * G, L], G rows per user."""
         model, device = self.assembly.model, self.assembly.process.device
         rows = self.assembly.lookup()(model.prompt_ids(prompts))
-        by_user = paths.values.unflatten(0, (prompts.num_users, self.drawing.options.group_size)).to(device)
+        by_user = paths.values.unflatten(0, (prompts.num_users, self.drawing.group_size)).to(device)
         with evaluating(model), self.drawing.autocast(device):
             found = self.drawing.log_probabilities(model, rows, prompts.to(device), by_user)
         return paths.with_values(found.flatten(0, 1).cpu())

@@ -2,13 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from cluster.placement import Placement, place
 from cluster.process import Process
 from cluster.reporter import Reporter
 from data_streams.item_table import ItemTable
@@ -16,6 +14,7 @@ from rl.configuration import AlignConfig
 from rl.drawing import Drawing
 from rl.guards import Guards
 from rl.loop import HELD_OUT, Alignment, align
+from rl.places import Places
 from rl.policy import PolicyModule
 from rl.policy_version import new_start
 from rl.reference import Reference
@@ -31,25 +30,6 @@ from trainer.job import Job
 from trainer.start import start_job
 
 
-@dataclass(frozen=True, kw_only=True)
-class Places:
-    """Where the workers of the pools are put; made once by the driver, so that learners may start again."""
-
-    rollout: Placement | None = None
-    reward: Placement | None = None
-
-    @staticmethod
-    def reserve(config: AlignConfig) -> "Places":
-        """Raises: ClusterError if the cluster has no room in time."""
-        return Places(
-            **{
-                name: place(pool.workers, cpus=pool.cpus_per_worker, timeout_s=config.cluster.start_timeout_s)
-                for name, pool in (("rollout", config.rollout), ("reward", config.reward))
-                if pool.workers
-            }
-        )
-
-
 def start_alignment(
     process: Process,
     config: AlignConfig,
@@ -57,7 +37,7 @@ def start_alignment(
     start_step: int,
     document: dict[str, Any],
     setting: RewardSetting,
-    places: "Places",
+    places: Places,
     reporter: Reporter,
 ) -> dict[str, Any]:
     """A learner's whole life; a collective call.

@@ -132,7 +132,7 @@ def align(config: "AlignConfig") -> int:
     from launch.jobs import align_job
     from launch.plots import write_alignment_curves
     from rl.configuration import check_alignment
-    from rl.start import Places
+    from rl.places import Places
     from trainer.checks import check
 
     start = load_config(config.start)

@@ -70,3 +70,15 @@ def test_without_targets_nothing_is_attended_to_and_gradients_exist():
     assert attended.shape == (0, LEVELS, HEADS, DIM)
     attended.sum().backward()
     assert all(part.grad is not None for part in parts)
+
+
+def test_users_of_unequal_history_with_one_target_each_keep_their_own():
+    sequences = Jagged.from_lengths(torch.arange(9), torch.tensor([2, 3, 4]))
+    positions = Jagged.from_lengths(torch.full((3,), 9), torch.ones(3, dtype=torch.int64))
+    layout = ContextLayout.build(sequences, torch.zeros(9).long(), torch.full((9,), NEVER), positions)
+    generator = torch.Generator().manual_seed(1)
+    parts = [torch.randn(*shape, generator=generator) for shape in ((3, 1, 2, 4), (9, 2, 4), (9, 2, 4))]
+    sees = [[0, 1], [2, 3, 4], [5, 6, 7, 8]]
+    torch.testing.assert_close(
+        context_attention(*parts, layout), reference_context_attention(*parts, sees), atol=1e-6, rtol=1e-5
+    )

@@ -18,8 +18,9 @@ from rl.prompts import POSITIVES, to_prompts
 from rl.types import Advantages
 from tests.generator_cases import CODE_SIZES, GENERATORS, make_generator, prompt_rows, semantic_ids
 from tests.training_cases import make_batch
+from trainer.expert_balance import forget_routings
 
-GROUP = 6
+GROUP = 4
 CODES = semantic_ids().codes
 SPACES = ("free", "catalogue")
 
@@ -77,17 +78,18 @@ def make_learnt(model, drawing, prompts):
     return replace(prompts, supervision=experience(prompts, drawn, advantages, CODES))
 
 
-@pytest.mark.parametrize("objective", [GrpoSr.Config(alpha=0.3), Ecpo.Config(alpha=0.0)])
 @pytest.mark.parametrize("name", GENERATORS)
-def test_a_shared_prompt_equals_a_row_of_its_own_for_every_completion(name, objective):
-    drawing, prompts = make_drawing(), make_prompts()
+def test_a_shared_prompt_equals_a_row_of_its_own_for_every_completion(name):
+    drawing, prompts, objective = make_drawing(), make_prompts(), GrpoSr.Config(alpha=0.3)
     model, alone = make_generator(name).train(), make_generator(name).train()
     learnt = make_learnt(model, drawing, prompts)
     module = PolicyModule(model, torch.float32, objective=objective.build(), drawing=drawing)
     rows = leaves_of(prompt_rows(model, prompts))
     loss = module.loss(rows, learnt, StepContext(step=0))
     loss.sum.backward()
-    own_rows = leaves_of(prompt_rows(alone, prompts))
+    own_rows = [
+        leaves_of(prompt_rows(alone, prompts.select(user, user + 1))) for user in range(prompts.num_users)
+    ]
     expected = one_by_one(alone, drawing, objective.build(), own_rows, learnt)
     expected.backward()
     torch.testing.assert_close(loss.sum, expected, atol=1e-5, rtol=1e-5)
@@ -98,7 +100,8 @@ def test_a_shared_prompt_equals_a_row_of_its_own_for_every_completion(name, obje
         wanted = torch.zeros_like(own) if own.grad is None else own.grad
         torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-4, msg=parameter[0])
     for feature, found in rows.items():
-        torch.testing.assert_close(found.rows.grad, own_rows[feature].rows.grad, atol=1e-5, rtol=1e-4)
+        wanted = torch.cat([own[feature].rows.grad for own in own_rows])
+        torch.testing.assert_close(found.rows.grad, wanted, atol=1e-5, rtol=1e-4)
 
 
 def leaves_of(rows):
@@ -135,10 +138,21 @@ def one_by_one(model, drawing, objective, rows, learnt):
 
 
 def own_path(model, drawing, rows, learnt, user, path):
-    low, high = learnt.items.offsets[user : user + 2].tolist()
-    own = {name: LookedUp(ids=found.ids[low:high], rows=found.rows[low:high]) for name, found in rows.items()}
     batch = replace(learnt, supervision={}).select(user, user + 1)
-    return drawing.log_probabilities(model, own, batch, path[None, None])[:, 0]
+    return drawing.log_probabilities(model, rows[user], batch, path[None, None])[:, 0]
+
+
+def test_routers_count_what_a_group_shares_once():
+    drawing, prompts = make_drawing(), make_prompts()
+    model = make_generator("onerec-v2 of experts").train()
+    learnt = make_learnt(model, drawing, prompts)
+    module = PolicyModule(model, torch.float32, objective=Ecpo.Config(alpha=0.0).build(), drawing=drawing)
+    forget_routings(module.mixtures)
+    module.loss(prompt_rows(model, prompts), learnt, StepContext(step=0))
+    # What the first code is predicted from belongs to the prompt; then each completion brings a token for each code.
+    expected = prompts.num_users * (1 + (len(CODE_SIZES) - 1) * GROUP)
+    for layer in module.mixtures:
+        assert sum(routing.loads.sum() for routing in layer.routings) == expected * layer.config.top_k
 
 
 def test_rows_of_unequal_number_stand_side_by_side():

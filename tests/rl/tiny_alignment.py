@@ -20,6 +20,7 @@ from models.decoder_only import DecoderOnly
 from rl.advantages.group import GroupRelative
 from rl.configuration import AlignConfig, AlignOptions, RolloutConfig
 from rl.objectives.grpo_sr import GrpoSr
+from rl.places import Places
 from rl.reward_mix import RewardTerm
 from rl.reward_pool import RewardPoolConfig
 from rl.rewards.hit import Hit
@@ -132,7 +133,7 @@ def alignment(start: PretrainConfig, run_dir: Path, **options: Any) -> AlignConf
 def run_alignment(
     process: Process, config: AlignConfig, start: PretrainConfig, stop_after: int | None = None
 ) -> dict[str, Any]:
-    from rl.start import Places, start_alignment
+    from rl.start import start_alignment
 
     setting = reward_setting(config.rewards, data_path=config.data.path, seed=config.seed)
     reporter = StopAfter(process.rank, stop_after)
