@@ -13,11 +13,13 @@ def check(config: PretrainConfig) -> None:
             f"train.selection-metric must be one of {', '.join(cutoffs)}, mrr; got "
             f"{config.train.selection_metric}"
         )
-    if config.cluster.workers > config.data.num_streams:
-        raise ConfigError(
-            f"data.num-streams must be at least cluster.workers ({config.cluster.workers}), got "
-            f"{config.data.num_streams}; it is a property of the run, so choose it for the largest cluster"
-        )
+    for name in ("workers", "max_workers"):
+        workers = getattr(config.cluster, name)
+        if workers is not None and workers > config.data.num_streams:
+            raise ConfigError(
+                f"data.num-streams must be at least cluster.{name.replace('_', '-')} ({workers}), got "
+                f"{config.data.num_streams}; it is a property of the run, so choose it for the largest cluster"
+            )
     for name in ("model", "objective"):
         if getattr(config, name) is None:
             raise ConfigError(f"{name} must be set by the recipe, and recipe '{config.recipe}' leaves it out")

@@ -62,6 +62,7 @@ def train(job: Job) -> dict[str, Any]:
     config, progress = job.config.train, job.progress
     feed = _make_feed(job)
     total_steps = planned_steps(config, job.stream)
+    job.reporter.stepped(progress.step)
     while progress.status == "running":
         for step_input, agreement in feed.steps(progress.epoch, progress.position, progress.step):
             fraction = rate_fraction(progress.step, total_steps, config)
@@ -72,6 +73,7 @@ def train(job: Job) -> dict[str, Any]:
             job.audit.record(progress.step, progress.epoch, step_input.user_ids.tolist())
             progress.step += 1
             progress.position = step_input.position
+            job.reporter.stepped(progress.step)
             job.window.add(result)
             if progress.step % job.config.log.every_steps == 0:
                 _log(job, feed, fraction, total_steps)
@@ -134,6 +136,7 @@ def _validate(job: Job) -> bool:
     """Rank the validation items and keep account of the best step -> whether this is the best so far."""
     config, progress = job.config.train, job.progress
     started = time.perf_counter()
+    job.reporter.pause_steps()
     users = job.assembly.users("valid")
     with averaged(job.engine):
         metrics = validation_metrics(
@@ -173,6 +176,7 @@ def _save(job: Job, *, best: bool) -> None:
     started = time.perf_counter()
     save_progress(job.checkpointer, job.assembly, job.engine, job.progress, job.config_document, best=best)
     job.clock.saved(job.progress.step)
+    job.reporter.saved(job.progress.step)
     if job.metric_log:
         held = time.perf_counter() - started
         job.metric_log.write(job.progress.step, {"checkpoint/held_s": held})
@@ -180,6 +184,7 @@ def _save(job: Job, *, best: bool) -> None:
 
 def _finish(job: Job) -> dict[str, Any]:
     progress = job.progress
+    job.reporter.pause_steps()
     if job.clock.last_step != progress.step:
         _save(job, best=False)
     job.checkpointer.close()

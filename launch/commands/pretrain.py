@@ -54,6 +54,7 @@ def train(config: PretrainConfig) -> int:
 
     Raises: ConfigError or DataError before any worker is started, and whatever the workers raise.
     """
+    from cluster.elastic import allowed_worlds
     from cluster.ray_start import start_ray
     from cluster.worker_group import run_gang
     from data_streams.stream import open_data
@@ -61,6 +62,7 @@ def train(config: PretrainConfig) -> int:
     from launch.plots import write_curves
 
     check(config)
+    worlds = allowed_worlds(config.cluster)
     open_data(config.data)
     document = prepare(config)
     console, stop = start_console(), StopSignal()
@@ -72,6 +74,7 @@ def train(config: PretrainConfig) -> int:
             run_dir=config.run_dir,
             on_event=progress.on_event,
             stop=stop,
+            worlds=worlds,
         )
     curves = write_curves(config.run_dir, config.train.selection_metric)
     if result is None or result["status"] == "stopped":

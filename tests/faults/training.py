@@ -69,7 +69,7 @@ class Training:
         found = []
         for process in self.processes():
             with suppress(psutil.NoSuchProcess):
-                found += [process] if process.name().startswith("ray::_Worker") else []
+                found += [process] if process.name().startswith("ray::GangWorker") else []
         return sorted(found, key=lambda process: process.pid)
 
     def wait_for(self, happened: Callable[[], bool], timeout_s: float = 150) -> None:
