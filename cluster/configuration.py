@@ -10,9 +10,9 @@ class ClusterConfig:
     workers: int = 1
     """Training processes; tables and optimizer state are sharded over them."""
     min_workers: int | None = None
-    """Fewest processes to go on with when workers or hosts are lost; left out, as many as --cluster.workers."""
+    """Fewest processes to go on with when workers or hosts are lost; left out, as many as it starts with."""
     max_workers: int | None = None
-    """Most processes to grow to when the cluster has room; left out, as many as --cluster.workers."""
+    """Most processes to grow to when the cluster has room; left out, as many as it starts with."""
     cpus_per_worker: float = 1.0
     """Processor cores reserved for each worker; its thread count follows from it."""
     gpus_per_worker: float = 0.0

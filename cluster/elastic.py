@@ -1,16 +1,9 @@
-"""How many workers a gang may have, and how many of them the cluster has room for at the moment."""
+"""How many workers a gang may have."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-
-import ray
-from ray._private import state
+from collections.abc import Callable, Sequence
 
 from cluster.configuration import ClusterConfig
 from cluster.errors import ConfigError
-
-Bundle = Mapping[str, float]
-"""Resources of one worker, by Ray's name for them."""
 
 
 def allowed_worlds(
@@ -42,21 +35,3 @@ def allowed_worlds(
 def largest_world(worlds: Sequence[int], room: int) -> int | None:
     """The largest of the rising numbers that is at most `room`; None where even the smallest is not."""
     return max((size for size in worlds if size <= room), default=None)
-
-
-def free_room(bundle: Bundle, own: Mapping[str, int] | None = None) -> int:
-    """Workers that fit on the hosts now; `own` are those that already hold resources, by node id."""
-    # Ray 2.60 tells the free resources of each host through its private module only.
-    free = state.available_resources_per_node()
-    own = own or {}
-    return sum(_fit(resources, bundle) + own.get(node, 0) for node, resources in free.items())
-
-
-def total_room(bundle: Bundle) -> int:
-    """Workers that would fit on the hosts that are alive if nothing else ran there."""
-    return sum(_fit(node["Resources"], bundle) for node in ray.nodes() if node["Alive"])
-
-
-def _fit(resources: Mapping[str, float], bundle: Bundle) -> int:
-    # Ray counts in ten-thousandths, so a sum of fractions may fall a little short.
-    return min(math.floor(resources.get(name, 0.0) / amount + 1e-4) for name, amount in bundle.items())

@@ -4,16 +4,18 @@ The only file that makes Ray actors and placement groups.
 """
 
 import logging
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
+from ray._private import state
 from ray.exceptions import RayActorError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.elastic import free_room, largest_world, total_room
+from cluster.elastic import largest_world
 from cluster.errors import ClusterError
 from cluster.reporter import StopSignal
 
@@ -116,6 +118,24 @@ def place_largest(
         f"at least {worlds[0]} workers with {bundle} each were to be placed within {timeout_s:.0f} s, and after "
         f"{waited:.0f} s the cluster has {_free(bundle)}; lower --cluster.min-workers, or add machines"
     )
+
+
+def free_room(bundle: Mapping[str, float], own: Mapping[str, int] | None = None) -> int:
+    """Workers that fit on the hosts now; `own` are those that already hold resources, by node id."""
+    # Ray 2.60 tells the free resources of each host through its private module only.
+    free = state.available_resources_per_node()
+    own = own or {}
+    return sum(_fit(resources, bundle) + own.get(node, 0) for node, resources in free.items())
+
+
+def total_room(bundle: Mapping[str, float]) -> int:
+    """Workers that would fit on the hosts that are alive if nothing else ran there."""
+    return sum(_fit(node["Resources"], bundle) for node in ray.nodes() if node["Alive"])
+
+
+def _fit(resources: Mapping[str, float], bundle: Mapping[str, float]) -> int:
+    # Ray counts in ten-thousandths, so a sum of fractions may fall a little short.
+    return min(math.floor(resources.get(name, 0.0) / amount + 1e-4) for name, amount in bundle.items())
 
 
 def _bundle(cpus: float, gpus: float) -> dict[str, float]:

@@ -94,6 +94,8 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._event = threading.Event()
+        self.error: Exception | None = None
+        """Why the run must end at once, without saving."""
 
     @property
     def requested(self) -> bool:
@@ -101,6 +103,11 @@ class StopSignal:
 
     def request(self) -> None:
         self._event.set()
+
+    def abort(self, error: Exception) -> None:
+        """End the run at once with this error."""
+        self.error = error
+        self.request()
 
     @contextlib.contextmanager
     def on_signals(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import IOBase
@@ -48,6 +49,28 @@ class Storage:
         with self.open_write(name) as file:
             file.write(data)
 
+    def create(self, name: str, data: bytes) -> None:
+        """Write a small file that must not be there yet. Raises: FileExistsError, of two that try to one."""
+        if not self.is_local:
+            self.filesystem.pipe_file(self.path(name), data, mode="create")
+            return
+        with open(self.path(name), "xb") as file:
+            file.write(data)
+
+    def touch(self, name: str, data: bytes) -> None:
+        """Show that the writer of a file lives: by its time on a disk, which a full one takes too, else by `data`."""
+        if self.is_local:
+            os.utime(self.path(name))
+        else:
+            self.write(name, data)
+
+    def modified_ns(self, name: str) -> int | None:
+        """Time of the last change of a file on a disk; None in an object store, or where the file is gone."""
+        try:
+            return os.stat(self.path(name)).st_mtime_ns if self.is_local else None
+        except FileNotFoundError:
+            return None
+
     @contextmanager
     def open_write(self, name: str) -> Iterator[IOBase]:
         """Write a large file piece by piece; it stays only if the `with` block ends without an error."""
@@ -57,7 +80,7 @@ class Storage:
                 yield file
             return
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        temporary = f"{path}.{os.getpid()}.tmp"
+        temporary = f"{path}.{os.getpid()}-{threading.get_ident()}.tmp"
         with _removed_on_error(os.unlink, temporary), open(temporary, "wb") as file:
             yield file
             file.flush()

@@ -17,13 +17,13 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from cluster.configuration import ClusterConfig
-from cluster.elastic import free_room, largest_world
+from cluster.elastic import largest_world
 from cluster.errors import ClusterError
 from cluster.faults import COLLECTIVE, DEATH, FaultHistory, kind_of_death
 from cluster.gang_worker import Assignment, GangWorker, Seat, give_ranks
 from cluster.logs import show_worker_record, worker_log
 from cluster.packages import fingerprint, root
-from cluster.placement import Placement, death_cause, place_largest
+from cluster.placement import Placement, death_cause, free_room, place_largest
 from cluster.ray_start import start_ray
 from cluster.reporter import Event, StopSignal
 from cluster.storage import Storage
@@ -65,8 +65,8 @@ def run_gang(
     Log records of the workers are shown here, other events go to `on_event`. A SIGTERM that reaches any worker
     requests the stop. Returns None where a stop was requested and the gang had not started or had died.
 
-    Raises: the workers' own GrailError; ClusterError if there is no room, or faults come too often or always
-    at one step; RuntimeError with the worker's traceback for any other error.
+    Raises: the workers' own GrailError; the error of `stop.abort`; ClusterError if there is no room, or faults
+    come too often or always at one step; RuntimeError with the worker's traceback for any other error.
     """
     start_ray(config)
     stop, worlds = stop or StopSignal(), list(worlds or [config.workers])
@@ -84,7 +84,7 @@ def run_gang(
             except _Fault as error:
                 fault = error
             except ClusterError:
-                if stop.requested:
+                if stop.requested and stop.error is None:
                     return None
                 raise
             finally:
@@ -99,6 +99,8 @@ def run_gang(
                 "%s, %.1f s after the start; starting all %s workers again (restart %d of %d)",
                 *(fault, lasted_s, _range(worlds), history.without_gain, config.max_restarts),
             )
+    if stop.error is not None:
+        raise stop.error
     return None
 
 
@@ -179,6 +181,8 @@ class _Gang:
         while len(self._results) < self.size:
             for event in self._poll(pending):
                 self._take(event)
+            if self.stop.error is not None:
+                raise self.stop.error
             if (self.stop.requested or self.makes_room) and not self._told:
                 self._told = True
                 for actor in self.actors:

@@ -1,5 +1,6 @@
 """What can be known to fail from the options alone, before any worker is started."""
 
+from cluster.elastic import allowed_worlds
 from cluster.errors import ConfigError
 from trainer.configuration import PretrainConfig
 
@@ -7,6 +8,7 @@ from trainer.configuration import PretrainConfig
 def check(config: PretrainConfig) -> None:
     """Raises: ConfigError naming the option."""
     _at_least_one(config)
+    allowed_worlds(config.cluster)
     cutoffs = [f"{metric}@{k}" for metric in ("recall", "ndcg") for k in config.evaluation.cutoffs]
     if config.train.selection_metric not in (*cutoffs, "mrr"):
         raise ConfigError(

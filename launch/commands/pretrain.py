@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from typing import Any
 
 from cluster.errors import ConfigError
 from cluster.plugins import first_line, load_plugin, plugin_config, plugin_files, suggestion
@@ -54,35 +55,41 @@ def train(config: PretrainConfig) -> int:
 
     Raises: ConfigError or DataError before any worker is started, and whatever the workers raise.
     """
-    from cluster.elastic import allowed_worlds
-    from cluster.ray_start import start_ray
-    from cluster.worker_group import run_gang
+    from cluster.lease import Lease
     from data_streams.stream import open_data
-    from launch.jobs import pretrain_job
     from launch.plots import write_curves
 
     check(config)
-    worlds = allowed_worlds(config.cluster)
     open_data(config.data)
-    document = prepare(config)
     console, stop = start_console(), StopSignal()
-    start_ray(config.cluster)
-    with TrainingProgress(console) as progress, stop.on_signals():
-        result = run_gang(
-            *(pretrain_job, config, document),
-            config=config.cluster,
-            run_dir=config.run_dir,
-            on_event=progress.on_event,
-            stop=stop,
-            worlds=worlds,
-        )
-    curves = write_curves(config.run_dir, config.train.selection_metric)
+    with Lease(config.run_dir, stop.abort):
+        result = _run(config, prepare(config), console, stop)
+        curves = write_curves(config.run_dir, config.train.selection_metric)
     if result is None or result["status"] == "stopped":
         at = f" at step {result['step']}" if result else ""
         print(f"Stopped{at}. Go on with: grail pretrain {config.run_dir}/{CONFIG}", file=sys.stderr)
         return STOPPED
     _report(config, result, curves)
     return 0
+
+
+def _run(config: PretrainConfig, document: dict, console: Any, stop: StopSignal) -> dict | None:
+    """The result of the workers; None where they were stopped before they had one."""
+    from cluster.elastic import allowed_worlds
+    from cluster.ray_start import start_ray
+    from cluster.worker_group import run_gang
+    from launch.jobs import pretrain_job
+
+    start_ray(config.cluster)
+    with TrainingProgress(console) as progress, stop.on_signals():
+        return run_gang(
+            *(pretrain_job, config, document),
+            config=config.cluster,
+            run_dir=config.run_dir,
+            on_event=progress.on_event,
+            stop=stop,
+            worlds=allowed_worlds(config.cluster),
+        )
 
 
 def _report(config: PretrainConfig, result: dict, curves: str | None) -> None:
