@@ -21,8 +21,16 @@ class CheckpointError(GrailError):
     """A checkpoint is missing, damaged or belongs to another model; names the file and what differs."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A file of a checkpoint is missing or does not match its checksum; an older checkpoint may be intact."""
+
+
 class DivergenceError(GrailError):
     """A loss or gradient is not finite; names step, rank and the users of the batch."""
+
+
+class StorageError(GrailError, OSError):
+    """An object store did not answer, or not as it should, however often it was asked; names the address."""
 
 
 class ClusterError(GrailError):

@@ -10,52 +10,63 @@ from pathlib import Path
 
 import fsspec
 
+from cluster.errors import ConfigError
+from cluster.retries import retried
+
 
 class Storage:
     """Reads and writes whole files below one root; a file is there entirely or not at all.
 
-    Local writes go to a temporary name, are flushed to disk and renamed. Object stores put a file in one
-    step.
+    Local writes go to a temporary name, are flushed to disk and renamed. Object stores put a file in one step;
+    what the network loses on the way to them is asked for again, but for `open_write`.
+
+    Raises: StorageError where a store does not answer for long; ConfigError for an address nothing here reads.
     """
 
     def __init__(self, root: str | Path):
-        self.filesystem, self.root = fsspec.core.url_to_fs(str(root))
+        self.filesystem, self.root = _open_filesystem(str(root))
         self.is_local = "file" in _protocols(self.filesystem)
 
     def path(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}" if name else self.root
 
     def exists(self, name: str = "") -> bool:
-        return self.filesystem.exists(self.path(name))
+        return self._ask(self.filesystem.exists, name)
 
     def list(self, name: str = "") -> list[str]:
         """Names directly below `name`, sorted; empty where it does not exist."""
         if not self.exists(name):
             return []
-        entries = self.filesystem.ls(self.path(name), detail=False, refresh=True)
-        return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries)
+        entries = self._ask(self.filesystem.ls, name, detail=False, refresh=True)
+        names = (entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry != self.path(name))
+        return sorted(names)
 
     def size(self, name: str) -> int:
-        return self.filesystem.size(self.path(name))
+        return self._ask(self.filesystem.size, name)
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
         """The whole file, or the bytes start..stop (exclusive) of it."""
-        return self.filesystem.cat_file(self.path(name), start=start, end=stop)
+        return self._ask(self.filesystem.cat_file, name, start=start, end=stop)
 
     def write(self, name: str, data: bytes) -> None:
         if not self.is_local:
-            self.filesystem.pipe_file(self.path(name), data)
+            self._ask(self.filesystem.pipe_file, name, value=data)
             return
         with self.open_write(name) as file:
             file.write(data)
 
     def create(self, name: str, data: bytes) -> None:
         """Write a small file that must not be there yet. Raises: FileExistsError, of two that try to one."""
-        if not self.is_local:
-            self.filesystem.pipe_file(self.path(name), data, mode="create")
+        if self.is_local:
+            with open(self.path(name), "xb") as file:
+                file.write(data)
             return
-        with open(self.path(name), "xb") as file:
-            file.write(data)
+        try:
+            self._ask(self.filesystem.pipe_file, name, value=data, mode="create")
+        except FileExistsError:
+            # The answer to a first try may have been lost after it had done its work.
+            if self.read(name) != data:
+                raise
 
     def touch(self, name: str, data: bytes) -> None:
         """Show that the writer of a file lives: by its time on a disk, which a full one takes too, else by `data`."""
@@ -89,7 +100,7 @@ class Storage:
         _flush_directory(os.path.dirname(path))
 
     def make_directory(self, name: str = "") -> None:
-        self.filesystem.makedirs(self.path(name), exist_ok=True)
+        self._ask(self.filesystem.makedirs, name, exist_ok=True)
 
     def rename(self, source: str, target: str) -> None:
         """Move a file or directory; atomic on a local disk only."""
@@ -105,8 +116,29 @@ class Storage:
             return
         if self.is_local and os.path.isdir(self.path(name)):
             shutil.rmtree(self.path(name), ignore_errors=True)
-        else:
-            self.filesystem.rm(self.path(name), recursive=True)
+            return
+        # It may be gone already where the answer to a first try was lost.
+        with suppress(FileNotFoundError):
+            self._ask(self.filesystem.rm, name, recursive=True)
+
+    def _ask(self, operation: Callable, name: str, **options: object):
+        """Call an operation of the file system on a path; a store that does not answer is asked again."""
+        path = self.path(name)
+        if self.is_local:
+            return operation(path, **options)
+        return retried(lambda: operation(path, **options), f"{operation.__name__} of {path}")
+
+
+def _open_filesystem(root: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    try:
+        # Listings must be fresh: other processes write there too.
+        options = {"use_listings_cache": False} if "://" in root else {}
+        return fsspec.core.url_to_fs(root, **options)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            f"files at {root} cannot be reached ({error}); correct the address, or install the package it needs "
+            "(for s3:// that is s3fs, the extra `s3` of grail)"
+        ) from error
 
 
 def _protocols(filesystem: fsspec.AbstractFileSystem) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from sharding.plan import render_plan
 from trainer.assembly import Assembly, agree_on, assemble
 from trainer.audit import AuditLog, next_attempt
 from trainer.checkpoint import Checkpointer
-from trainer.checkpoint_layout import latest_step
+from trainer.checkpoint_fallback import newest_step, restore_newest
 from trainer.checkpoint_reader import CheckpointReader
 from trainer.configuration import CHECKPOINTS, PretrainConfig, TrainConfig
 from trainer.dense_engine import DenseEngine
@@ -39,14 +39,16 @@ def pretrain(
     storage = Storage(config.run_dir)
     stream = TrainStream(config.data, seed=config.seed, rank=process.rank, world_size=process.world_size)
     assembly = assemble(config, process)
-    saved_step = agree_on(_saved_step(storage), process)
+    checkpoints = Storage(storage.path(CHECKPOINTS))
+    saved_step = agree_on(newest_step(checkpoints), process)
     if saved_step < 0 and config.init_from:
         _initialise(config.init_from, assembly)
     learner, engine = make_learner(assembly)
     progress = Progress()
     if saved_step >= 0:
-        reader = CheckpointReader(Storage(storage.path(CHECKPOINTS)), saved_step)
-        progress = restore_progress(reader, assembly, engine)
+        progress = restore_newest(
+            checkpoints, saved_step, process, lambda reader: restore_progress(reader, assembly, engine)
+        )
         _reopen(progress, config.train)
     if process.rank == 0:
         _describe_run(storage, assembly, config)
@@ -105,11 +107,6 @@ def make_learner(assembly: Assembly) -> tuple[Learner, DenseEngine]:
         world_size=process.world_size,
     )
     return learner, engine
-
-
-def _saved_step(storage: Storage) -> int:
-    step = latest_step(Storage(storage.path(CHECKPOINTS)))
-    return -1 if step is None else step
 
 
 def _initialise(source: str, assembly: Assembly) -> None:
