@@ -24,11 +24,16 @@ class Storage:
     """
 
     def __init__(self, root: str | Path):
-        self.filesystem, self.root = _open_filesystem(str(root))
+        self.address = str(root)
+        self.filesystem, self.root = _open_filesystem(self.address)
         self.is_local = "file" in _protocols(self.filesystem)
 
     def path(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}" if name else self.root
+
+    def folder(self, name: str) -> "Storage":
+        """The files below a folder of this one."""
+        return Storage(f"{self.address.rstrip('/')}/{name}")
 
     def exists(self, name: str = "") -> bool:
         return self._ask(self.filesystem.exists, name)
@@ -50,7 +55,7 @@ class Storage:
 
     def write(self, name: str, data: bytes) -> None:
         if not self.is_local:
-            self._ask(self.filesystem.pipe_file, name, value=data)
+            self._ask(self.filesystem.pipe_file, name, data)
             return
         with self.open_write(name) as file:
             file.write(data)
@@ -62,7 +67,7 @@ class Storage:
                 file.write(data)
             return
         try:
-            self._ask(self.filesystem.pipe_file, name, value=data, mode="create")
+            self._ask(self.filesystem.pipe_file, name, data, mode="create")
         except FileExistsError:
             # The answer to a first try may have been lost after it had done its work.
             if self.read(name) != data:
@@ -121,12 +126,12 @@ class Storage:
         with suppress(FileNotFoundError):
             self._ask(self.filesystem.rm, name, recursive=True)
 
-    def _ask(self, operation: Callable, name: str, **options: object):
+    def _ask(self, operation: Callable, name: str, *arguments: object, **options: object):
         """Call an operation of the file system on a path; a store that does not answer is asked again."""
         path = self.path(name)
         if self.is_local:
-            return operation(path, **options)
-        return retried(lambda: operation(path, **options), f"{operation.__name__} of {path}")
+            return operation(path, *arguments, **options)
+        return retried(lambda: operation(path, *arguments, **options), f"{operation.__name__} of {path}")
 
 
 def _open_filesystem(root: str) -> tuple[fsspec.AbstractFileSystem, str]:

@@ -39,7 +39,7 @@ def pretrain(
     storage = Storage(config.run_dir)
     stream = TrainStream(config.data, seed=config.seed, rank=process.rank, world_size=process.world_size)
     assembly = assemble(config, process)
-    checkpoints = Storage(storage.path(CHECKPOINTS))
+    checkpoints = storage.folder(CHECKPOINTS)
     saved_step = agree_on(newest_step(checkpoints), process)
     if saved_step < 0 and config.init_from:
         _initialise(config.init_from, assembly)
@@ -78,7 +78,7 @@ def pretrain(
 
 def _checkpointer(storage: Storage, process: Process, attempt: str, config: TrainConfig) -> Checkpointer:
     return Checkpointer(
-        Storage(storage.path(CHECKPOINTS)),
+        storage.folder(CHECKPOINTS),
         rank=process.rank,
         world_size=process.world_size,
         attempt=attempt,
@@ -116,7 +116,7 @@ def _initialise(source: str, assembly: Assembly) -> None:
             f"--init-from needs the directory of a run with {ITEMS_NAME} and a checkpoint; {source} has none"
         )
     saved_items = pl.read_parquet(io.BytesIO(run.read(ITEMS_NAME)))["item_id"]
-    initialise_from(CheckpointReader(Storage(run.path(CHECKPOINTS)), "best"), saved_items, assembly)
+    initialise_from(CheckpointReader(run.folder(CHECKPOINTS), "best"), saved_items, assembly)
 
 
 def _reopen(progress: Progress, config: TrainConfig) -> None:
