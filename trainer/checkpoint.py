@@ -25,7 +25,8 @@ from cluster.retries import retried
 from cluster.storage import Storage
 from sharding.state import Piece
 from trainer.checkpoint_commit import SaveTarget, commit, remove_leftovers, remove_old_steps
-from trainer.checkpoint_layout import BEST, DTYPES, Block, committed_steps, count_rows, write_pointer
+from trainer.checkpoint_layout import DTYPES, Block, committed_steps, count_rows
+from trainer.checkpoint_pointers import BEST, write_pointer
 
 BLOCK_BYTES = 32 << 20
 

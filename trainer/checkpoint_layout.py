@@ -19,9 +19,9 @@ import torch
 
 from cluster.errors import CheckpointError, DamagedCheckpointError
 from cluster.storage import Storage
+from trainer.checkpoint_pointers import BEST, LATEST, read_pointer
 
 FORMAT_VERSION = 1
-LATEST, BEST = "LATEST", "BEST"
 STATE = "state.json"
 REPLACED = ".replaced"
 
@@ -90,21 +90,6 @@ def best_step(storage: Storage) -> int | None:
     """The step BEST names; None where none was marked or it is not complete."""
     named = read_pointer(storage, BEST)
     return named if named in committed_steps(storage) else None
-
-
-def read_pointer(storage: Storage, name: str) -> int | None:
-    """The step in LATEST or BEST; None where the file is missing or damaged."""
-    if not storage.exists(name):
-        return None
-    try:
-        step = json.loads(storage.read(name))["step"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return step if isinstance(step, int) else None
-
-
-def write_pointer(storage: Storage, name: str, step: int) -> None:
-    storage.write(name, json.dumps({"step": step}).encode())
 
 
 def encode_state(content: Mapping[str, Any]) -> bytes:

@@ -31,6 +31,10 @@ def check(config: PretrainConfig) -> None:
             f"data.columns must name the event columns the model reads, and {', '.join(missing)} is missing from "
             f"{config.data.columns}"
         )
+    if (prometheus := config.log.prometheus_file) is not None and not prometheus.endswith(".prom"):
+        raise ConfigError(
+            f"log.prometheus-file must end in .prom, as node_exporter wants it; got {prometheus}"
+        )
     decay = config.train.ema_decay
     if decay is not None and not 0 <= decay < 1:
         raise ConfigError(f"train.ema-decay must lie in 0..1, below 1, or be None; got {decay}")

@@ -7,6 +7,7 @@ import signal
 import pytest
 
 from launch.cli import run as grail
+from launch.run_status import report_run
 from tests.faults.training import (
     Training,
     assert_nothing_lost,
@@ -50,6 +51,8 @@ def test_a_killed_worker_is_replaced_and_the_command_finishes(data, undisturbed,
         output = training.output()
         assert f"(pid {victim.pid}) died" in output and "restart 1 of 3" in output
         assert "restart 2" not in output
+    report = report_run(str(run_dir))
+    assert (report.state, report.status.restarts, report.status.workers) == ("finished", 1, 2)
     assert "Going on from step" in (run_dir / "logs" / "rank-0.log").read_text()
     assert_nothing_lost(run_dir, undisturbed)
 

@@ -25,7 +25,7 @@ def test_help_lists_every_command_and_imports_nothing_slow():
     assert shown.returncode == 0, shown.stderr
     for command in (
         "pretrain", "evaluate", "recommend", "demo", "data build", "data inspect", "checkpoint inspect",
-        "checkpoint export",
+        "checkpoint export", "status",
     ):  # fmt: skip
         (line,) = [line for line in shown.stdout.splitlines() if line.startswith(f"  {command} ")]
         assert len(line.split()) > 4, f"{command} has no description"
