@@ -13,6 +13,7 @@ from typing import Any, Literal
 logger = logging.getLogger(__name__)
 
 _KEPT_STEPS = 200
+_ECHO_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,14 +114,22 @@ class StopSignal:
     def on_signals(self) -> Iterator[None]:
         """While inside, SIGINT and SIGTERM request a stop; a second one ends the process hard.
 
+        What ends a job often sends SIGTERM to the process and to all of its group: that counts as one.
+
         Enter after Ray has started: Ray installs a SIGTERM handler of its own.
         """
         previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        first_at: float | None = None
 
         def handle(number: int, frame: object) -> None:
-            if self.requested:
+            nonlocal first_at
+            now = time.monotonic()
+            if first_at is not None:
+                if number == signal.SIGTERM and now - first_at < _ECHO_S:
+                    return
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
+            first_at = now
             self.request()
             logger.warning("%s: saving and stopping; once more ends at once", signal.Signals(number).name)
 
