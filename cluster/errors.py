@@ -1,5 +1,7 @@
 """The errors a person meets. Each message says what was required, what was given and what to do."""
 
+import errno
+
 
 class GrailError(Exception):
     """Base of all errors raised on purpose; the command line prints these without a traceback."""
@@ -30,8 +32,29 @@ class DivergenceError(GrailError):
 
 
 class StorageError(GrailError, OSError):
-    """An object store did not answer, or not as it should, however often it was asked; names the address."""
+    """A disk is full, or an object store did not answer as it should, however often it was asked."""
 
 
 class ClusterError(GrailError):
     """Machines or workers are missing, did not start in time, or died too often."""
+
+
+class PoolGoneError(ClusterError):
+    """A pool has had no member for too long; the work can be taken up again later."""
+
+
+class RewardError(GrailError):
+    """A reward failed, or returned something that is no reward; names the reward and the user."""
+
+
+def ours(error: BaseException) -> GrailError | None:
+    """The error itself if it was raised on purpose; a full disk as such a one; None for any other."""
+    if isinstance(error, GrailError):
+        return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = error.filename or "the run directory or a temporary folder"
+        return StorageError(
+            f"{place} must have room to write, and the system says: {error.strerror}; make room, then start again "
+            "to go on from the latest checkpoint"
+        )
+    return None

@@ -2,8 +2,11 @@
 
 import logging
 import math
+import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from cluster.configuration import ClusterConfig
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, PoolGoneError
 from cluster.packages import check_same, fingerprint, root
 from cluster.placement import death_cause, place
 from cluster.ray_start import start_ray
@@ -19,24 +22,53 @@ from cluster.ray_start import start_ray
 logger = logging.getLogger(__name__)
 
 _ITEM_DEATHS = 3
+_SHORTEST_WAIT_S = 0.05
+_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
+"""Before a member is started again that died before it was ready; doubled each time."""
 
 
 class _Member:
     """An actor of a pool: builds its function once, then answers one item after another."""
 
-    def __init__(self, source: tuple[Path, str], build: Callable[..., Callable], arguments: tuple):
+    def __init__(self, source: tuple[Path, str]):
         check_same(*source)
+
+    def start(self, build: Callable[..., Callable], arguments: tuple) -> int:
+        """Returns the process id; what `build` raises is told apart from the death of the process."""
         self.work_on = build(*arguments)
+        return os.getpid()
 
     def work(self, item: Any) -> Any:
         return self.work_on(item)
+
+
+@dataclass(kw_only=True)
+class _Slot:
+    """One place of the pool and the member that holds it now."""
+
+    index: int
+    actor: Any = None
+    pid: int | None = None
+    """Process of the member once it is ready."""
+    failed_starts: int = 0
+    """Members that died before they were ready, since one was."""
+    restart_at: float | None = None
+    """When the next member is started, where the last one died while it started."""
+
+
+@dataclass(kw_only=True)
+class _Work:
+    ticket: int
+    item: Any = field(repr=False)
+    deaths: int = 0
+    """Members that have died with it."""
 
 
 class Pool:
     """Workers behind one queue: a member that dies is replaced by itself and its item given to another.
 
     `build(*arguments)` runs once in each member and returns the function of an item; it keeps no state that
-    matters, since a replaced member starts anew.
+    matters, since a replaced member starts anew. Work moves on inside `submit`, `poll` and `map` only.
 
     Example: `with Pool(build_reward, config, members=4, cluster=cluster) as pool: dict(pool.map(groups))`.
     """
@@ -49,12 +81,30 @@ class Pool:
         cluster: ClusterConfig,
         cpus_per_member: float = 1.0,
         max_deaths: int = 10,
+        patience_s: float = 60.0,
+        name: str = "pool",
     ):
+        """`max_deaths` counts those between two finished items; `patience_s` is how long the pool may be without
+        a ready member, once it had one."""
         start_ray(cluster, num_cpus=math.ceil(members * cpus_per_member))
-        self.build, self.arguments, self.max_deaths = build, arguments, max_deaths
+        self.build, self.arguments, self.name = build, arguments, name
+        self.max_deaths, self.patience_s = max_deaths, patience_s
         self.placement = place(members, cpus=cpus_per_member, timeout_s=cluster.start_timeout_s)
-        self.members = [self._member(index) for index in range(members)]
         self.deaths = 0
+        """Members that have died so far."""
+        self._deaths_in_a_row = 0
+        self._tickets = 0
+        self._queue: deque[_Work] = deque()
+        self._idle: list[_Slot] = []
+        self._busy: dict[Any, tuple[_Slot, _Work | None]] = {}
+        """What is awaited: an answer to work, or the start of a member (None)."""
+        self._failed: list[Exception] = []
+        self._gone_since: float | None = time.monotonic()
+        """Since when there is no member that is ready; None while there is one."""
+        self._limit_s, self._is_new, self._has_said = cluster.start_timeout_s, True, True
+        self.slots = [_Slot(index=index) for index in range(members)]
+        for slot in self.slots:
+            self._start(slot)
 
     def __enter__(self) -> "Pool":
         return self
@@ -62,50 +112,171 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def map(self, items: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-        """(index of the item, result) in the order of completion; at most one item per member is taken ahead.
+    @property
+    def pending(self) -> int:
+        """Items that were submitted and have not come back."""
+        return len(self._queue) + sum(work is not None for _, work in self._busy.values())
 
-        Raises: the function's own error; ClusterError if members die more often than `max_deaths`, or one
-        item kills three of them.
+    @property
+    def pids(self) -> list[int]:
+        """Processes of the members that are ready."""
+        return [slot.pid for slot in self.slots if slot.pid is not None]
+
+    def submit(self, item: Any) -> int:
+        """Queue an item; its ticket, a number that rises from 0, comes back with its result."""
+        work = _Work(ticket=self._tickets, item=item)
+        self._tickets += 1
+        self._queue.append(work)
+        self._hand_out()
+        return work.ticket
+
+    def poll(self, timeout_s: float | None = None) -> list[tuple[int, Any]]:
+        """(ticket, result) of what has come back, waiting for at least one unless the time is up or nothing is
+        pending.
+
+        Raises: the function's own error; ClusterError if members die too often or one item kills three of them;
+        PoolGoneError if there was no member for too long.
         """
-        source, again = enumerate(items), deque[tuple[int, Any]]()
-        idle, busy = list(range(len(self.members))), {}
-        item_deaths: dict[int, int] = {}
+        until = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        found: list[tuple[int, Any]] = []
+        while self.pending or self._failed:
+            if self._failed:
+                if found:
+                    return found
+                raise self._failed.pop()
+            self._start_due()
+            self._hand_out()
+            left = 0.0 if found else min(until - time.monotonic(), self._time_to_act())
+            ready = self._wait(max(left, 0.0))
+            for reference in ready:
+                found += self._take(reference)
+            self._check_not_gone()
+            if (found and not ready) or time.monotonic() >= until:
+                break
+        return found
+
+    def map(self, items: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+        """(index of the item, result) in the order of completion; one item more than there are members is taken
+        ahead. Nothing else may be pending.
+
+        Raises: as `poll`.
+        """
+        first, source = self._tickets, iter(items)
         while True:
-            while idle and (work := again.popleft() if again else next(source, None)) is not None:
-                slot = idle.pop()
-                busy[self.members[slot].work.remote(work[1])] = (slot, work)
-            if not busy:
+            while self.pending <= len(self.slots) and (item := next(source, _NOTHING)) is not _NOTHING:
+                self.submit(item)
+            if not self.pending:
                 return
-            reference = ray.wait(list(busy), num_returns=1)[0][0]
-            slot, (index, item) = busy.pop(reference)
-            try:
-                result = ray.get(reference)
-            except RayActorError as error:
-                item_deaths[index] = item_deaths.get(index, 0) + 1
-                self._replace(slot, index, item_deaths[index], error)
-                again.append((index, item))
-            except RayTaskError as error:
-                raise error.cause from error
-            else:
-                yield index, result
-            idle.append(slot)
+            yield from ((ticket - first, result) for ticket, result in self.poll())
 
     def close(self) -> None:
-        for member in self.members:
-            ray.kill(member)
+        for slot in self.slots:
+            if slot.actor is not None:
+                ray.kill(slot.actor)
         self.placement.remove()
 
-    def _member(self, index: int) -> Any:
-        return self.placement.actor(_Member, index, (root(), fingerprint()), self.build, self.arguments)
+    def _start(self, slot: _Slot) -> None:
+        slot.pid = slot.restart_at = None
+        slot.actor = self.placement.actor(_Member, slot.index, (root(), fingerprint()))
+        self._busy[slot.actor.start.remote(self.build, self.arguments)] = (slot, None)
 
-    def _replace(self, slot: int, index: int, item_deaths: int, error: RayActorError) -> None:
+    def _start_due(self) -> None:
+        now = time.monotonic()
+        for slot in self.slots:
+            if slot.restart_at is not None and now >= slot.restart_at:
+                self._start(slot)
+
+    def _hand_out(self) -> None:
+        while self._idle and self._queue:
+            slot, work = self._idle.pop(), self._queue.popleft()
+            self._busy[slot.actor.work.remote(work.item)] = (slot, work)
+
+    def _wait(self, seconds: float) -> list[Any]:
+        if not self._busy:
+            time.sleep(min(seconds, _PAUSE_S))
+            return []
+        timeout = None if seconds == math.inf else seconds
+        return ray.wait(list(self._busy), num_returns=1, timeout=timeout)[0]
+
+    def _take(self, reference: Any) -> list[tuple[int, Any]]:
+        """The result of a reference that is ready, if it is one of work."""
+        slot, work = self._busy.pop(reference)
+        try:
+            result = ray.get(reference)
+        except RayActorError as error:
+            self._bury(slot, work, error)
+            return []
+        except RayTaskError as error:
+            if work is not None:
+                self._idle.append(slot)
+            # Raised once what came back before it has been handed over.
+            self._failed.append(error.cause)
+            return []
+        self._idle.append(slot)
+        if work is None:
+            slot.pid, slot.failed_starts = result, 0
+            self._has_come_back()
+            return []
+        self._deaths_in_a_row = 0
+        return [(work.ticket, result)]
+
+    def _bury(self, slot: _Slot, work: _Work | None, error: RayActorError) -> None:
+        """Put the work of a dead member back in front of the queue, and replace the member."""
         self.deaths += 1
-        logger.warning("pool member %d died with item %d: %s; replacing it", slot, index, death_cause(error))
-        if item_deaths >= _ITEM_DEATHS or self.deaths > self.max_deaths:
+        cause, is_ready = death_cause(error), slot.pid is not None
+        slot.pid = slot.actor = None
+        if work is None:
+            logger.warning("member %d of the %s died while it started: %s", slot.index, self.name, cause)
+            pause_s = min(_PAUSE_S * 2**slot.failed_starts, _LONGEST_PAUSE_S)
+            slot.failed_starts, slot.restart_at = slot.failed_starts + 1, time.monotonic() + pause_s
+        else:
+            logger.warning(
+                "member %d of the %s died with item %d: %s; replacing it",
+                *(slot.index, self.name, work.ticket, cause),
+            )
+            work.deaths += 1
+            self._deaths_in_a_row += 1
+            self._check_deaths(work, cause, error)
+            self._queue.appendleft(work)
+            self._start(slot)
+        if is_ready and not self.pids:
+            self._gone_since, self._has_said = time.monotonic(), False
+
+    def _check_deaths(self, work: _Work, cause: str, error: RayActorError) -> None:
+        if work.deaths >= _ITEM_DEATHS or self._deaths_in_a_row > self.max_deaths:
             raise ClusterError(
-                f"pool members must outlive their items, and {self.deaths} have died, {item_deaths} of them "
-                f"with item {index}: {death_cause(error)}; look at that item and at the memory of the "
-                "machines"
+                f"{self.name} members must outlive their items, and {self.deaths} have died, {work.deaths} of them "
+                f"with item {work.ticket}: {cause}; look at that item and at the memory of the machines"
             ) from error
-        self.members[slot] = self._member(slot)
+
+    def _has_come_back(self) -> None:
+        if self._gone_since is not None and not self._is_new:
+            waited = time.monotonic() - self._gone_since
+            logger.warning("the %s has a member again after %.1f s", self.name, waited)
+        self._gone_since, self._limit_s, self._is_new = None, self.patience_s, False
+
+    def _time_to_act(self) -> float:
+        """Seconds until something is due even if no member answers."""
+        now, due = time.monotonic(), [slot.restart_at for slot in self.slots if slot.restart_at is not None]
+        if self._gone_since is not None:
+            due.append(self._gone_since + self._limit_s)
+        return max(min(due) - now, _SHORTEST_WAIT_S) if due else math.inf
+
+    def _check_not_gone(self) -> None:
+        if self._gone_since is None:
+            return
+        if not self._has_said:
+            self._has_said = True
+            logger.warning(
+                "all %d members of the %s are gone; waiting up to %.0f s for one to come back",
+                *(len(self.slots), self.name, self._limit_s),
+            )
+        if time.monotonic() - self._gone_since > self._limit_s:
+            raise PoolGoneError(
+                f"the {self.name} needs at least one of its {len(self.slots)} members, and has had none for "
+                f"{self._limit_s:.0f} s; nothing is lost: look at the machines and the log above, then start the "
+                "same command again to go on"
+            )
+
+
+_NOTHING = object()

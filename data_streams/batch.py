@@ -8,6 +8,61 @@ from torch import Tensor
 
 from data_streams.jagged import Jagged
 
+EXPOSED, CLICKED, ORDERED = 0, 1, 2
+"""How an item of a page was answered, weakest first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pages:
+    """The pages to be predicted for the users of a batch, each with its items, the strongest answers first.
+
+    Shapes: B users, P pages, E items of all pages.
+
+    Example: one user with history (5, 7, 8) and two pages: after 5 the page of 7 (clicked) and 2 (only shown), after 5
+    and 7 the page of 8 (ordered). Then items has the rows (7, 2) and (8), strengths are (1, 0, 2) and history_lengths
+    has the one row (1, 2).
+    """
+
+    items: Jagged
+    """[E] int64 item rows, a row per page: ordered, then clicked, then only exposed ones; ties as they were shown."""
+    strengths: Tensor
+    """[E] int64, ORDERED, CLICKED or EXPOSED."""
+    positions: Tensor
+    """[E] int64, place on the page, -1 where it is not known."""
+    history_lengths: Jagged
+    """[P] int64, a row per user: how many of the user's `SequenceBatch.items` come before the page; at least 1."""
+    times_s: Tensor
+    """[P] int64, when the page begins; -1 without times."""
+
+    @property
+    def num_pages(self) -> int:
+        return self.items.num_rows
+
+    def history_ends(self, sequences: Jagged) -> Tensor:
+        """Index into `sequences.values` just behind the last event each page may know. Shapes: [P] int64."""
+        return sequences.offsets[self.history_lengths.row_index()] + self.history_lengths.values
+
+    def to(self, device: torch.device) -> "Pages":
+        return Pages(
+            items=self.items.to(device),
+            strengths=self.strengths.to(device, non_blocking=True),
+            positions=self.positions.to(device, non_blocking=True),
+            history_lengths=self.history_lengths.to(device),
+            times_s=self.times_s.to(device, non_blocking=True),
+        )
+
+    def select(self, start: int, stop: int) -> "Pages":
+        """The pages of users start..stop (exclusive); host side only."""
+        low, high = (int(self.history_lengths.offsets[user]) for user in (start, stop))
+        first, last = int(self.items.offsets[low]), int(self.items.offsets[high])
+        return Pages(
+            items=_select_rows(self.items, low, high),
+            strengths=self.strengths[first:last],
+            positions=self.positions[first:last],
+            history_lengths=_select_rows(self.history_lengths, start, stop),
+            times_s=self.times_s[low:high],
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceBatch:
@@ -29,11 +84,15 @@ class SequenceBatch:
     held_out: Tensor | None = None
     """[B] int64, the item to be ranked."""
     features: Mapping[str, Tensor] = field(default_factory=dict)
-    """[T] each: event columns of `items` (timestamp_s, action, page_id, position, play_time_s, ...)."""
+    """[T] or [T, n] each: event columns of `items` (timestamp_s, action, page_id, position, play_time_s, ...)."""
     target_features: Mapping[str, Tensor] = field(default_factory=dict)
     """[T] each: the same columns of `targets`."""
     seen: Jagged | None = None
     """[S] int64, every item of the user's known past, also what lies beyond the maximum length."""
+    pages: Pages | None = None
+    """Where pages are asked for: in training those of the users' spans, in evaluation the one of `held_out`."""
+    supervision: Mapping[str, Jagged] = field(default_factory=dict)
+    """Further rows per user that the model's `training_batch` has made, of what to learn where."""
     position: Mapping[str, object] | None = None
     """Where the stream stands once this batch has been trained on (plain JSON values)."""
 
@@ -56,6 +115,8 @@ class SequenceBatch:
             features={name: move(value) for name, value in self.features.items()},
             target_features={name: move(value) for name, value in self.target_features.items()},
             seen=None if self.seen is None else self.seen.to(device),
+            pages=None if self.pages is None else self.pages.to(device),
+            supervision={name: rows.to(device) for name, rows in self.supervision.items()},
         )
 
     def select(self, start: int, stop: int) -> "SequenceBatch":
@@ -71,6 +132,8 @@ class SequenceBatch:
             features={name: value[first:last] for name, value in self.features.items()},
             target_features={name: value[first:last] for name, value in self.target_features.items()},
             seen=None if self.seen is None else _select_rows(self.seen, start, stop),
+            pages=None if self.pages is None else self.pages.select(start, stop),
+            supervision={name: _select_rows(rows, start, stop) for name, rows in self.supervision.items()},
         )
 
 

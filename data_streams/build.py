@@ -17,7 +17,6 @@ from data_streams import core_filter, partition
 from data_streams.build_config import BuildConfig, check_options
 from data_streams.catalogue import Catalogue
 from data_streams.moments import at_shares, before_the_end
-from data_streams.schema import EXPOSURE
 from data_streams.shards import Manifest
 from data_streams.sources import Source
 from data_streams.splits import SplitRule
@@ -103,7 +102,7 @@ class _Build:
             num_users=sum(part.num_users for part in gathered),
             num_items=catalogue.num_items,
             num_events=sum(part.num_events for part in gathered),
-            split=_plain(asdict(split)),
+            split=_plain(asdict(split) | self._page_actions()),
             columns=next(part.columns for part in gathered if part.num_users),
             actions=list(actions),
             train_length_counts=dict(sorted(_sum(part.train_length_counts for part in written).items())),
@@ -123,7 +122,7 @@ class _Build:
                 root=self.root,
                 num_partitions=self.num_partitions,
                 actions=self.config.sequence_actions or self.source.sequence_actions(),
-                keep_exposures=self.config.keep_exposures,
+                beside=self.config.beside,
                 on_bad_row=self.config.on_bad_row,
                 collect_items=collect_items,
             )
@@ -143,7 +142,10 @@ class _Build:
         if not config.min_item_events:
             return
         indices = range(self.num_partitions)
-        number_tasks = [core_filter.NumberTask(index=index, root=self.root) for index in indices]
+        number_tasks = [
+            core_filter.NumberTask(index=index, root=self.root, beside=self.config.beside)
+            for index in indices
+        ]
         self._run(core_filter.number_events, number_tasks, "numbering events")
         tasks = [
             core_filter.CountTask(index=index, root=self.root, min_user_events=config.min_user_events)
@@ -167,6 +169,7 @@ class _Build:
                 index=index,
                 root=self.root,
                 actions=actions,
+                beside=self.config.beside,
                 page_rule=self.source.page_rule(),
                 min_user_events=self.config.min_user_events,
                 min_item_events=self.config.min_item_events,
@@ -209,7 +212,7 @@ class _Build:
                 index=part.index,
                 root=self.root,
                 split=split,
-                exposure_code=actions.index(EXPOSURE) if EXPOSURE in actions else -1,
+                positive_codes=self._positive_codes(actions),
                 first_user=first_user,
                 chunk_users=self.config.chunk_users,
             )
@@ -217,6 +220,20 @@ class _Build:
             if part.num_users
         ]
         return self._run(partition.write_shards, tasks, "writing shards")
+
+    def _page_actions(self) -> dict[str, Any]:
+        """What a reader must know to tell the sequence from what lies beside it."""
+        return {"page_actions": self.config.page_actions} if self.config.page_actions else {}
+
+    def _positive_codes(self, actions: tuple[str, ...]) -> tuple[int, ...]:
+        wanted = self.config.split_actions or [name for name in actions if name not in self.config.beside]
+        missing = [name for name in wanted if name not in actions]
+        if missing:
+            raise ConfigError(
+                f"--split-actions must be among the actions that are kept, {', '.join(actions)}, and "
+                f"{', '.join(missing)} are not; add them to --sequence-actions"
+            )
+        return tuple(actions.index(name) for name in wanted)
 
     def _write_users(self, gathered: list[partition.Gathered]) -> None:
         """One table, written partition by partition."""

@@ -38,8 +38,13 @@ class BuildConfig:
     """Share of all events in the validation period, instead of a moment; the rest is the test."""
     sequence_actions: tuple[str, ...] = ()
     """Actions that make up a user's sequence; left out, what the source proposes, else all but exposures."""
+    split_actions: tuple[str, ...] = ()
+    """Actions that can be held out, and by which items are counted; left out, all but exposures."""
     keep_exposures: bool = False
     """Keep exposures among the events, for models that learn from what was shown and not chosen."""
+    page_actions: tuple[str, ...] = ()
+    """Actions that are kept beside the sequence, as exposures are, to tell how the items of a page were answered, such
+    as purchase after click; they are never held out."""
     min_user_events: int = 1
     """Users with fewer events are left out."""
     min_item_events: int = 0
@@ -59,6 +64,11 @@ class BuildConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """Where the tasks run."""
 
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Actions that are kept and are no part of a user's sequence."""
+        return (*((EXPOSURE,) if self.keep_exposures else ()), *self.page_actions)
+
 
 def check_options(config: BuildConfig) -> None:
     """Raises: ConfigError for options that do not fit each other."""
@@ -66,6 +76,12 @@ def check_options(config: BuildConfig) -> None:
     if EXPOSURE in config.sequence_actions:
         raise ConfigError(
             "--sequence-actions are what users chose; to keep exposures beside them say --keep-exposures"
+        )
+    both = set(config.sequence_actions) & set(config.page_actions)
+    if both:
+        raise ConfigError(
+            f"--page-actions lie beside the sequence, yet {', '.join(sorted(both))} are also among "
+            "--sequence-actions; leave them out of one of the two"
         )
     for name in ("partitions", "chunk_users", "max_events_per_user", "min_user_events", "filter_passes"):
         value = getattr(config, name)

@@ -17,9 +17,12 @@ from cluster.errors import DataError
 from cluster.storage import Storage
 from data_streams.configuration import DataConfig
 from data_streams.manifest import Manifest
+from data_streams.page_table import PageTable, concatenate
+from data_streams.ranges import gather_ranges, offsets_of
 from data_streams.shards import Chunk, read_chunk
+from data_streams.target_pages import EventReading
 from data_streams.token_budget import step_of_users, training_tokens
-from data_streams.user_block import ITEM, UserBlock, gather_ranges, offsets_of
+from data_streams.user_block import ITEM, UserBlock
 
 log = logging.getLogger(__name__)
 
@@ -64,10 +67,13 @@ class Deal:
         return Piece(chunk=chunk, start=start, stop=stop)
 
 
-def deal_epoch(manifest: Manifest, config: DataConfig, seed: int, epoch: int) -> Deal:
-    """The streams of one training epoch, nearly equal in tokens."""
+def deal_epoch(
+    manifest: Manifest, config: DataConfig, seed: int, epoch: int, history_share: float = 1.0
+) -> Deal:
+    """The streams of one training epoch, nearly equal in tokens; `history_share` as in `token_budget`."""
     num_users = np.array([record.num_users for record in manifest.chunks], dtype=np.int64)
-    weights = [record.tokens_cut_to(config.max_length) for record in manifest.chunks]
+    longest = round(config.max_length / history_share)
+    weights = [record.tokens_cut_to(longest) for record in manifest.chunks]
     order = generator(seed, "chunk order", epoch).permutation(len(manifest.chunks))
     return Deal(order, np.array(weights, dtype=np.int64), num_users, config.num_streams)
 
@@ -80,8 +86,8 @@ def generator(seed: int, purpose: str, *place: int) -> np.random.Generator:
 class ChunkReader:
     """Reads chunks of one data set; what a bad one does is `DataConfig.on_bad_shard`."""
 
-    def __init__(self, storage: Storage, manifest: Manifest, config: DataConfig):
-        self._storage, self._manifest, self._config = storage, manifest, config
+    def __init__(self, storage: Storage, manifest: Manifest, config: DataConfig, reading: EventReading):
+        self._storage, self._manifest, self._config, self._reading = storage, manifest, config, reading
         self.skipped: dict[int, int] = {}
         """Chunk index -> users lost with it."""
 
@@ -90,11 +96,19 @@ class ChunkReader:
         types = {ITEM: "int64"} | {name: self._manifest.columns[name] for name in self._config.columns}
         return {name: np.zeros(0, dtype=dtype) for name, dtype in types.items()}
 
-    def read(self, index: int) -> Chunk | None:
-        """The chunk, or None where it is bad and such chunks are skipped."""
-        record = self._manifest.chunks[index]
+    def no_pages(self, num_users: int) -> PageTable | None:
+        """What `read` gives for users without any page."""
+        return PageTable.empty(num_users) if self._reading.has_pages else None
+
+    def read(self, piece: Piece) -> tuple[Chunk, PageTable | None] | None:
+        """The histories of the users of a piece and, where they are asked for, their pages.
+
+        None where the chunk is bad and such chunks are skipped.
+        """
+        index, record = piece.chunk, self._manifest.chunks[piece.chunk]
+        columns = tuple(dict.fromkeys((*self._config.columns, *self._reading.columns)))
         try:
-            return read_chunk(self._storage, record, manifest=self._manifest, columns=self._config.columns)
+            chunk = read_chunk(self._storage, record, manifest=self._manifest, columns=columns)
         except DataError as error:
             if self._config.on_bad_shard == "fail":
                 raise
@@ -102,6 +116,8 @@ class ChunkReader:
                 self.skipped[index] = record.num_users
                 log.warning("Skipped %d users of a bad chunk: %s", record.num_users, error)
             return None
+        users = chunk.select(piece.start, piece.stop)
+        return self._reading.history(users), self._reading.pages(users)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,19 +138,22 @@ def read_group(
     reader: ChunkReader, pieces: Sequence[Piece], config: DataConfig, random: np.random.Generator
 ) -> TrainingGroup:
     """Read the chunks of a group and gather the events of its training users in shuffled order."""
-    slots, events, num_events = [], [reader.no_events()], 0
+    slots, events, tables, num_events = [], [reader.no_events()], [], 0
     for piece in pieces:
-        chunk = reader.read(piece.chunk)
-        if chunk is None:
-            slots.append(np.zeros((3, piece.num_users), dtype=np.int64))
+        read = reader.read(piece)
+        if read is None:
+            slots.append(np.zeros((4, piece.num_users), dtype=np.int64))
+            tables.append(reader.no_pages(piece.num_users))
             continue
-        slots.append(_training_spans(chunk, piece, num_events, config.max_length))
+        chunk, pages = read
+        slots.append(_training_spans(chunk, num_events, config.max_length))
+        tables.append(pages)
         events.append(event_columns(chunk, config.columns))
         num_events += chunk.num_events
     order = random.permutation(sum(piece.num_users for piece in pieces))
     shuffled = np.concatenate(slots, axis=1)[:, order]
     places = np.flatnonzero(shuffled[2])
-    user_ids, starts, tokens = shuffled[:, places]
+    user_ids, starts, tokens, skipped = shuffled[:, places]
     index = gather_ranges(starts, tokens)
     columns = {name: np.concatenate([part[name] for part in events]) for name in events[0]}
     users = UserBlock(
@@ -142,6 +161,7 @@ def read_group(
         offsets=offsets_of(tokens),
         inputs={name: column[index] for name, column in columns.items()},
         targets={name: column[index + 1] for name, column in columns.items()},
+        pages=_training_pages(tables, order[places], skipped, tokens),
     )
     return TrainingGroup(users=users, tokens=tokens, places=places)
 
@@ -151,12 +171,20 @@ def event_columns(chunk: Chunk, columns: Collection[str]) -> dict[str, np.ndarra
     return {ITEM: chunk.items.astype(np.int64)} | {name: chunk.columns[name] for name in columns}
 
 
-def _training_spans(chunk: Chunk, piece: Piece, first_event: int, max_length: int) -> np.ndarray:
-    """User row, first input and number of inputs of each user of a piece. Shapes: [3, users of the piece]."""
-    users = slice(piece.start, piece.stop)
-    tokens = training_tokens(chunk.train_end[users], max_length)
-    starts = first_event + chunk.offsets[:-1][users] + chunk.train_end[users] - 1 - tokens
-    return np.stack([chunk.users[users], starts, tokens])
+def _training_spans(chunk: Chunk, first_event: int, max_length: int) -> np.ndarray:
+    """User row, first input, number of inputs and of events before them. Shapes: [4, users of the chunk]."""
+    tokens = training_tokens(chunk.train_end, max_length)
+    skipped = chunk.train_end - 1 - tokens
+    return np.stack([chunk.users, first_event + chunk.offsets[:-1] + skipped, tokens, skipped])
+
+
+def _training_pages(
+    tables: Sequence[PageTable | None], users: np.ndarray, skipped: np.ndarray, tokens: np.ndarray
+) -> PageTable | None:
+    """Shapes: users [U] places among the users of all tables; skipped and tokens [U]."""
+    if tables[0] is None:
+        return None
+    return concatenate(tables).take(users).within(skipped, tokens)
 
 
 class CanonicalStream:

@@ -8,6 +8,8 @@ from typing import Literal
 class DataConfig:
     path: str = ""
     """Folder or address of the shards (`grail data build` makes them)."""
+    semantic_ids: str = ""
+    """Folder of the table of semantic IDs (`grail tokenize` makes it), for models that generate them."""
     max_length: int = 50
     """Most history events of a user a model sees; older ones are cut off, counted and logged."""
     tokens_per_step: int = 1024
@@ -20,5 +22,20 @@ class DataConfig:
     """Steps read ahead in the background."""
     on_bad_shard: Literal["fail", "skip"] = "fail"
     """What a damaged or missing chunk does: end the run with its name, or be counted and logged."""
+    feedback_lag_s: float = 0.0
+    """Seconds before a held-out event that its history lacks in evaluation, as where feedback comes in late."""
+    history_exposures: bool = False
+    """Let exposures, and other actions kept beside the sequence, be part of the history."""
+    pages: Literal["none", "auto", "recorded", "gap", "count"] = "none"
+    """Target pages for models that predict whole pages: recorded ones (page_id), or made up by a pause (gap) or of some
+    events each (count); auto takes the first of these that the data set allows."""
+    page_gap_s: float = 900.0
+    """Seconds between two events after which a page made up by gap ends."""
+    page_events: int = 5
+    """Events of a page made up by count, counted back from the end of the training span."""
+    page_items: int = 10
+    """Most items of a page; the least chosen ones are cut off."""
+    page_ordered: tuple[str, ...] = ("purchase", "order")
+    """Actions that stand above a click in the order of a page's items."""
     columns: tuple[str, ...] = ()
     """Event columns a model needs beside the item, such as timestamp_s or action."""

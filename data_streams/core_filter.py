@@ -13,7 +13,6 @@ import polars as pl
 
 from cluster.errors import DataError
 from cluster.storage import Storage
-from data_streams import schema
 from data_streams.partition import ITEM_INDEX, read_parquet, write_temporary
 
 KEPT = "tmp/core/kept.npy"
@@ -23,6 +22,8 @@ KEPT = "tmp/core/kept.npy"
 class NumberTask:
     index: int
     root: str
+    beside: tuple[str, ...]
+    """Actions that are no part of a user's sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class Numbered:
 
 
 def number_events(task: NumberTask) -> Numbered:
-    """Write user and item of each event of a partition as rows, without exposures and unknown items."""
+    """Write user and item of each event of a partition as rows, without unknown items and what lies beside."""
     storage = Storage(task.root)
     folder = f"tmp/events/{task.index:05d}"
     columns = ["user_id", "item_id", "action"]
@@ -43,7 +44,7 @@ def number_events(task: NumberTask) -> Numbered:
     users, items = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32)
     if batches:
         index = read_parquet(storage, ITEM_INDEX)
-        events = pl.concat(batches).filter(pl.col("action") != schema.EXPOSURE)
+        events = pl.concat(batches).filter(~pl.col("action").is_in(task.beside))
         ids = events["item_id"].cast(index.schema["item_id"], strict=False)
         events = events.with_columns(ids).join(index, on="item_id", how="inner")
         users = (events["user_id"].rank("dense") - 1).to_numpy().astype(np.int32)

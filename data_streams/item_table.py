@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from cluster.errors import DataError
+from cluster.errors import ConfigError, DataError
+from cluster.plugins import suggestion
 from cluster.storage import Storage
 from data_streams.manifest import REBUILD, Manifest
 
@@ -50,6 +51,18 @@ class ItemTable:
             train_counts=frame["train_count"].cast(pl.Int64).to_numpy(),
             embeddings=_read_embeddings(storage, manifest),
         )
+
+
+def read_item_column(path: str, name: str) -> pl.Series:
+    """One column of the item table, by item row.
+
+    Raises: ConfigError where there is none of this name; DataError as `ItemTable.load`.
+    """
+    storage = Storage(path)
+    frame = _read_items(storage, Manifest.load(storage))
+    if name not in frame.columns:
+        raise ConfigError(f"the items of {path} have no column '{name}'{suggestion(name, frame.columns)}")
+    return frame[name]
 
 
 def _read_items(storage: Storage, manifest: Manifest) -> pl.DataFrame:

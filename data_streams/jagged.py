@@ -47,6 +47,21 @@ class Jagged:
         rows = torch.arange(self.num_rows, device=self.offsets.device)
         return torch.repeat_interleave(rows, self.lengths, output_size=self.values.shape[0])
 
+    def places(self) -> Tensor:
+        """Place of each value in its row, from 0. Shapes: [T] int64."""
+        place = torch.arange(self.values.shape[0], device=self.offsets.device)
+        return place - self.offsets[self.row_index()]
+
+    def repeat_rows(self, times: int) -> "Jagged":
+        """Every row several times, one behind the other; meant for the host side.
+
+        Example: rows (3, 5), (7) twice are (3, 5), (3, 5), (7), (7).
+        """
+        lengths = self.lengths.repeat_interleave(times)
+        repeated = Jagged.from_lengths(torch.zeros(int(lengths.sum()), dtype=torch.int64), lengths)
+        starts = self.offsets[:-1].repeat_interleave(times)
+        return repeated.with_values(self.values[starts[repeated.row_index()] + repeated.places()])
+
     def to(self, device: torch.device) -> "Jagged":
         return replace(
             self,

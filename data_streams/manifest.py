@@ -8,6 +8,7 @@ from typing import Any
 
 from cluster.errors import DataError
 from cluster.storage import Storage
+from data_streams.schema import EXPOSURE
 
 SCHEMA_VERSION = 1
 KNOWN_SCHEMA_VERSIONS = (1,)
@@ -76,6 +77,11 @@ class Manifest:
         """Changes with the content or the order of the chunks."""
         text = "".join(record.sha256 for record in self.chunks) + self.catalogue_sha256
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def beside_codes(self) -> list[int]:
+        """Codes in the column `action` of what is no part of a user's sequence, such as exposures."""
+        beside = {EXPOSURE, *self.split.get("page_actions", [])}
+        return [code for code, name in enumerate(self.actions) if name in beside]
 
     def save(self, storage: Storage) -> None:
         """Write the manifest: the last act of a build, because its presence says that all is there."""

@@ -49,7 +49,8 @@ class ScatterTask:
     num_partitions: int
     actions: tuple[str, ...]
     """Actions that are kept; empty keeps all but exposures."""
-    keep_exposures: bool
+    beside: tuple[str, ...]
+    """Actions that are kept and are no part of a user's sequence."""
     on_bad_row: Literal["fail", "skip"]
     collect_items: bool
     """Whether the item vocabulary has to come from the events."""
@@ -85,8 +86,7 @@ def scatter(task: ScatterTask) -> Scattered:
 def _keep_actions(events: pl.DataFrame, task: ScatterTask, counters: Counter) -> pl.DataFrame:
     action = pl.col("action")
     keep = action.is_in(task.actions) if task.actions else action != schema.EXPOSURE
-    if task.keep_exposures:
-        keep = keep | (action == schema.EXPOSURE)
+    keep = keep | action.is_in(task.beside)
     kept = events.filter(keep)
     counters["events of other actions"] += events.height - kept.height
     return kept
@@ -139,6 +139,8 @@ class GatherTask:
     root: str
     actions: tuple[str, ...]
     """All actions of the data set; an event keeps the place of its action in this list."""
+    beside: tuple[str, ...]
+    """Those of them that are no part of a user's sequence."""
     page_rule: PageRule | None
     min_user_events: int
     min_item_events: int
@@ -236,7 +238,7 @@ def _with_item_rows(
 
 
 def _limit_lengths(events: pl.DataFrame, task: GatherTask, counters: Counter) -> pl.DataFrame:
-    positive = (pl.col("action") != schema.EXPOSURE).sum().over("user_id")
+    positive = (~pl.col("action").is_in(task.beside)).sum().over("user_id")
     kept = events.filter(positive >= task.min_user_events)
     counters[f"events of users with fewer than {task.min_user_events} events"] += events.height - kept.height
     from_the_end = pl.int_range(pl.len(), 0, -1).over("user_id")
@@ -287,8 +289,8 @@ class WriteTask:
     index: int
     root: str
     split: SplitRule
-    exposure_code: int
-    """What stands for an exposure in the column `action`; -1 where there are none."""
+    positive_codes: tuple[int, ...]
+    """Codes of the column `action` that can be held out."""
     first_user: int
     """Row of the partition's first user."""
     chunk_users: int
@@ -311,7 +313,7 @@ def write_shards(task: WriteTask) -> Written:
     users = read_parquet(storage, f"tmp/users/{task.index:05d}.parquet")
     events = read_parquet(storage, _gathered_name(task.index))
     offsets = offsets_of(users["length"])
-    positive = events["action"].to_numpy() != task.exposure_code
+    positive = np.isin(events["action"].to_numpy(), task.positive_codes)
     times = events["timestamp_s"].to_numpy() if "timestamp_s" in events.columns else None
     split = task.split.apply(offsets, positive, times)
     _count_trained(storage, task.index, events["item"], positive, offsets, split)

@@ -11,14 +11,19 @@ from cluster.errors import ConfigError, DataError
 from cluster.storage import Storage
 from data_streams import token_budget
 from data_streams.batch import SequenceBatch
-from data_streams.canonical import CanonicalStream, ChunkReader, Deal, Piece, deal_epoch, event_columns
+from data_streams.canonical import CanonicalStream, ChunkReader, Deal, deal_epoch, event_columns
 from data_streams.configuration import DataConfig
+from data_streams.item_table import ItemTable
 from data_streams.manifest import Manifest
+from data_streams.page_table import PageTable
+from data_streams.ranges import gather_ranges, offsets_of
 from data_streams.shards import Chunk
-from data_streams.user_block import ITEM, UserBlock, collate, gather_ranges, offsets_of
+from data_streams.target_pages import EventReading
+from data_streams.user_block import ITEM, UserBlock, collate
 
 log = logging.getLogger(__name__)
 
+PAGE_OPTIONS = ("pages", "page_gap_s", "page_events", "page_items", "page_ordered", "history_exposures")
 ORDER_OPTIONS = ("max_length", "tokens_per_step", "num_streams", "shuffle_chunks")
 
 Position = Mapping[str, Any]
@@ -42,7 +47,9 @@ class TrainStream:
         storage, self.manifest = open_data(config)
         self._config, self._seed = config, seed
         self._streams = range(rank, config.num_streams, world_size)
-        self._reader = ChunkReader(storage, self.manifest, config)
+        self._reading = EventReading(self.manifest, config, "train")
+        self._history_share = _history_share(self.manifest, config) if self._reading.drops_events else 1.0
+        self._reader = ChunkReader(storage, self.manifest, config, self._reading)
         self._order = _order_of(self.manifest, config, seed)
         if not self.steps_per_epoch():
             raise DataError(
@@ -50,6 +57,7 @@ class TrainStream:
                 "the shards from more events or with another split"
             )
         self._log_cut_users()
+        self._reading.log_pages()
 
     def batches(self, epoch: int, position: Position | None = None) -> Iterator[SequenceBatch]:
         """This rank's batch of each step, until all its streams have run out; other ranks may go on.
@@ -61,10 +69,15 @@ class TrainStream:
         """
         streams = self._open_streams(epoch, position)
         step = position["step"] if position else 0
+        num_pages = 0
         while any(stream.has_users() for stream in streams.values()):
             blocks = [block for stream in streams.values() for block in stream.take(step)]
             step += 1
-            yield collate(blocks or [self._no_users()], self._position(epoch, step, streams))
+            batch = collate(blocks or [self._no_users()], self._position(epoch, step, streams))
+            num_pages += 0 if batch.pages is None else batch.pages.num_pages
+            yield batch
+        if self._reading.has_pages and not num_pages and position is None and step:
+            raise _no_target_pages(self._config.path, self._reading)
         if step == 0 and self._reader.skipped:
             raise DataError(
                 f"all {len(self._reader.skipped)} chunks this worker was to read from {self._config.path} "
@@ -84,25 +97,26 @@ class TrainStream:
 
     def steps_per_epoch(self) -> int:
         """Expected steps of an epoch, equal on all ranks; a few more can come where streams are unequal."""
-        return token_budget.steps_per_epoch(self.manifest, self._config)
+        return token_budget.steps_per_epoch(self.manifest, self._config, self._history_share)
 
     @property
     def counters(self) -> dict[str, int]:
         """Users of the data set that are cut or left out, and what this rank has skipped so far."""
         lengths = self.manifest.train_length_counts
-        longest = self._config.max_length + 1
+        longest = self._config.max_length / self._history_share + 1
         return {
             "users_cut": sum(users for length, users in lengths.items() if length > longest),
             "users_empty": lengths.get(0, 0),
             "users_too_short": lengths.get(1, 0),
             "chunks_skipped": len(self._reader.skipped),
             "users_in_skipped_chunks": sum(self._reader.skipped.values()),
+            **self._reading.counters,
         }
 
     def _open_streams(self, epoch: int, position: Position | None) -> dict[int, CanonicalStream]:
         if position is not None:
             self._check_position(epoch, position)
-        deal = deal_epoch(self.manifest, self._config, self._seed, epoch)
+        deal = deal_epoch(self.manifest, self._config, self._seed, epoch, self._history_share)
         return {
             stream: CanonicalStream(
                 self._reader,
@@ -137,7 +151,13 @@ class TrainStream:
 
     def _no_users(self) -> UserBlock:
         empty, nobody = self._reader.no_events(), np.zeros(0, dtype=np.int64)
-        return UserBlock(user_ids=nobody, offsets=offsets_of(nobody), inputs=empty, targets=empty)
+        return UserBlock(
+            user_ids=nobody,
+            offsets=offsets_of(nobody),
+            inputs=empty,
+            targets=empty,
+            pages=self._reader.no_pages(0),
+        )
 
     def _log_cut_users(self) -> None:
         counters = self.counters
@@ -178,7 +198,8 @@ class EvaluationStream:
         storage, self.manifest = open_data(config)
         self._config, self._split = config, split
         self._batch_users = max(users_per_batch // world_size, 1)
-        self._reader = ChunkReader(storage, self.manifest, config)
+        self._reading = EventReading(self.manifest, config, split)
+        self._reader = ChunkReader(storage, self.manifest, config, self._reading)
         num_users = np.array([record.num_users for record in self.manifest.chunks], dtype=np.int64)
         order = np.arange(len(num_users))
         self._pieces = Deal(order, num_users, num_users, world_size).pieces(rank)
@@ -191,6 +212,7 @@ class EvaluationStream:
             "users_without_history": self._without_history,
             "chunks_skipped": len(self._reader.skipped),
             "users_in_skipped_chunks": sum(self._reader.skipped.values()),
+            **self._reading.counters,
         }
 
     def batches(self) -> Iterator[SequenceBatch]:
@@ -212,24 +234,47 @@ class EvaluationStream:
     def empty_batch(self) -> SequenceBatch:
         """A batch without users, for a rank that has evaluated all of its own."""
         nobody = np.zeros(0, dtype=np.int64)
-        return collate([self._block(self._reader.no_events(), nobody, nobody, nobody)])
+        return collate(
+            [self._block(self._reader.no_events(), nobody, nobody, nobody, nobody, self._reader.no_pages(0))]
+        )
 
     def _blocks(self) -> Iterator[UserBlock]:
         for piece in self._pieces:
-            chunk = self._reader.read(piece.chunk)
-            if chunk is not None:
-                yield self._block(event_columns(chunk, self._config.columns), *self._spans(chunk, piece))
+            read = self._reader.read(piece)
+            if read is not None:
+                chunk, pages = read
+                columns = event_columns(chunk, self._config.columns)
+                places, known, held_out = self._spans(chunk)
+                yield self._block(
+                    columns,
+                    chunk.users[places],
+                    chunk.offsets[places],
+                    known,
+                    held_out,
+                    pages and pages.take(places),
+                )
 
-    def _spans(self, chunk: Chunk, piece: Piece) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """User row, first event and number of known events of each user of the split."""
-        known = {"valid": chunk.valid_at, "test": chunk.test_at, "serve": chunk.lengths}[self._split]
-        wanted = slice(piece.start, piece.stop)
-        users, starts, known = chunk.users[wanted], chunk.offsets[:-1][wanted], known[wanted].astype(np.int64)
-        self._without_history += int((known == 0).sum())
-        return users[known > 0], starts[known > 0], known[known > 0]
+    def _spans(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Place in the chunk, number of known events and index of the held-out event of each user of the split."""
+        if self._split == "serve":
+            held_out = known = chunk.lengths.astype(np.int64)
+        else:
+            held_out = chunk.valid_at if self._split == "valid" else chunk.test_at
+            known = self._reading.known_events(chunk, held_out)
+        self._without_history += int(((known == 0) & (held_out >= 0)).sum())
+        places = np.flatnonzero(known > 0)
+        return places, known[places], chunk.offsets[places] + held_out[places]
 
-    def _block(self, columns: Mapping, users: np.ndarray, starts: np.ndarray, known: np.ndarray) -> UserBlock:
-        """Shapes: users, starts, known [U]; columns [T of the chunk]."""
+    def _block(
+        self,
+        columns: Mapping,
+        users: np.ndarray,
+        starts: np.ndarray,
+        known: np.ndarray,
+        held_out: np.ndarray,
+        pages: PageTable | None,
+    ) -> UserBlock:
+        """Shapes: users, starts, known, held_out [U]; columns [T of the chunk]."""
         lengths = np.minimum(known, self._config.max_length)
         index = gather_ranges(starts + known - lengths, lengths)
         items = columns[ITEM]
@@ -237,9 +282,10 @@ class EvaluationStream:
             user_ids=users.astype(np.int64),
             offsets=offsets_of(lengths),
             inputs={name: column[index] for name, column in columns.items()},
-            held_out=None if self._split == "serve" else items[starts + known],
+            held_out=None if self._split == "serve" else items[held_out],
             seen=items[gather_ranges(starts, known)],
             seen_offsets=offsets_of(known),
+            pages=pages and pages.within(known - lengths, lengths),
         )
 
 
@@ -265,7 +311,26 @@ def open_data(config: DataConfig) -> tuple[Storage, Manifest]:
     return storage, manifest
 
 
+def _history_share(manifest: Manifest, config: DataConfig) -> float:
+    """Share of the training events that is part of histories."""
+    events = sum(length * users for length, users in manifest.train_length_counts.items())
+    chosen = int(ItemTable.load(config.path).train_counts.sum())
+    return max(min(chosen / max(events, 1), 1.0), 1e-3)
+
+
+def _no_target_pages(path: str, reading: EventReading) -> DataError:
+    counters = reading.counters
+    return DataError(
+        f"training on pages needs pages with a chosen item and a history before them, and of the "
+        f"{counters['pages']} pages of {path} none is left ({counters['pages_without_target']} have no chosen "
+        f"item, {counters['pages_without_history']} no history); build the data with clicks or purchases on its "
+        "pages, or say --data.pages count"
+    )
+
+
 def _order_of(manifest: Manifest, config: DataConfig, seed: int) -> dict[str, Any]:
     options = asdict(config)
-    order = {f"data.{name}": options[name] for name in ORDER_OPTIONS}
+    paged = config.pages != "none" or config.history_exposures
+    names = (*ORDER_OPTIONS, *(PAGE_OPTIONS if paged else ()))
+    order = {f"data.{name}": options[name] for name in names}
     return order | {"seed": seed, "the content of data.path": manifest.fingerprint()}

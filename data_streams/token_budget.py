@@ -29,12 +29,17 @@ def step_of_users(tokens: np.ndarray, tokens_before: int, config: DataConfig) ->
     return first_token * config.num_streams // config.tokens_per_step
 
 
-def tokens_per_epoch(manifest: Manifest, max_length: int) -> int:
-    """Training inputs of all users after the cut to `max_length`."""
-    counts = manifest.train_length_counts
-    return sum(users * min(max(length - 1, 0), max_length) for length, users in counts.items())
+def tokens_per_epoch(manifest: Manifest, max_length: int, history_share: float = 1.0) -> int:
+    """Training inputs of all users after the cut to `max_length`.
+
+    The manifest counts all events; where histories hold only a share of them (exposures lie beside), the number
+    is an estimate.
+    """
+    counts, longest = manifest.train_length_counts, max_length / history_share
+    tokens = sum(users * min(max(length - 1, 0), longest) for length, users in counts.items())
+    return math.ceil(tokens * history_share)
 
 
-def steps_per_epoch(manifest: Manifest, config: DataConfig) -> int:
+def steps_per_epoch(manifest: Manifest, config: DataConfig, history_share: float = 1.0) -> int:
     """Steps of one pass over all users, for schedules; streams of unequal length can take a few more."""
-    return math.ceil(tokens_per_epoch(manifest, config.max_length) / config.tokens_per_step)
+    return math.ceil(tokens_per_epoch(manifest, config.max_length, history_share) / config.tokens_per_step)

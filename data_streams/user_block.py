@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data_streams.batch import SequenceBatch
+from data_streams.batch import Pages, SequenceBatch
 from data_streams.jagged import Jagged
+from data_streams.page_table import PageTable, concatenate
 
 ITEM = "item"
 
@@ -32,6 +33,8 @@ class UserBlock:
     """[S] int64, the items of the known past, uncut."""
     seen_offsets: np.ndarray | None = None
     """[U + 1] int64."""
+    pages: PageTable | None = None
+    """The pages to be predicted, of the same users."""
 
     @property
     def num_users(self) -> int:
@@ -54,24 +57,8 @@ class UserBlock:
             held_out=None if self.held_out is None else self.held_out[start:stop],
             seen=seen,
             seen_offsets=seen_offsets,
+            pages=None if self.pages is None else self.pages.take(np.arange(start, stop)),
         )
-
-
-def gather_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Indices of the ranges starts[i] .. starts[i] + lengths[i], one after another.
-
-    Example: starts [7, 2], lengths [2, 3] give [7, 8, 2, 3, 4].
-    """
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.repeat(starts - ends + lengths, lengths) + np.arange(total)
-
-
-def offsets_of(lengths: np.ndarray) -> np.ndarray:
-    """Shapes: [U] -> [U + 1] int64."""
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets
 
 
 def collate(blocks: Sequence[UserBlock], position: Mapping[str, object] | None = None) -> SequenceBatch:
@@ -90,7 +77,21 @@ def collate(blocks: Sequence[UserBlock], position: Mapping[str, object] | None =
         features=inputs,
         target_features=targets,
         seen=seen,
+        pages=None if first.pages is None else _pages([block.pages for block in blocks]),
         position=position,
+    )
+
+
+def _pages(tables: Sequence[PageTable]) -> Pages:
+    table = concatenate(tables)
+    entries = {name: torch.from_numpy(column.astype(np.int64)) for name, column in table.entries.items()}
+    sizes, counts = (torch.from_numpy(np.diff(part)) for part in (table.page_offsets, table.user_offsets))
+    return Pages(
+        items=Jagged.from_lengths(entries["item"], sizes),
+        strengths=entries["strength"],
+        positions=entries["position"],
+        history_lengths=Jagged.from_lengths(torch.from_numpy(table.history_lengths), counts),
+        times_s=torch.from_numpy(table.times_s),
     )
 
 

@@ -14,7 +14,9 @@ item i with a probability exactly proportional to exposure(i) * appeal(i) over t
 The events of user u depend on (seed, u) and the catalogue alone, so any range of users can be made by itself.
 """
 
-from dataclasses import dataclass, fields
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any, Literal
 
@@ -22,6 +24,7 @@ import numpy as np
 from scipy.special import expit
 
 from cluster.errors import ConfigError
+from data_streams import world_catalogue, world_history
 from data_streams.world_catalogue import Catalogue
 from data_streams.world_history import (
     FOCUS_SHARE,
@@ -36,6 +39,8 @@ from data_streams.world_history import (
     appeal,
     simulate,
 )
+
+FINGERPRINT_USERS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +125,11 @@ class World:
 
         Shapes: items [B, K] -> [B].
         """
-        states, length = self.states(user_ids, moment), items.shape[1]
+        return self.utility(self.states(user_ids, moment), items)
+
+    def utility(self, states: UserStates, items: np.ndarray) -> np.ndarray:
+        """The same for states at hand. Shapes: items [B, K] -> [B]."""
+        length = items.shape[1]
         everything = self.click_probability(states, self._all_items(len(states.focus)))
         best = np.sort(everything, axis=1)[:, -length:].sum(1)
         unclicked = self.config.num_items - (states.clicked >= 0).sum(1)
@@ -159,3 +168,22 @@ class World:
 
     def _all_items(self, num_users: int) -> np.ndarray:
         return np.broadcast_to(np.arange(self.config.num_items), (num_users, self.config.num_items))
+
+
+def world_fingerprint(config: WorldConfig | None = None) -> str:
+    """Changes with the options of a world, with any constant of its users' behaviour and with what its first users
+    do; what a report names, so that worlds are not tuned after results are known.
+    """
+    world = World(config or WorldConfig())
+    constants = {
+        f"{module.__name__}.{name}": np.asarray(value).tolist()
+        for module in (world_history, world_catalogue)
+        for name, value in sorted(vars(module).items())
+        if name.isupper() and isinstance(value, int | float | np.ndarray)
+    }
+    users = np.arange(min(FINGERPRINT_USERS, world.config.num_users))
+    events = world.histories(users).events
+    digest = hashlib.sha256(json.dumps([asdict(world.config), constants]).encode())
+    for name in ("row", "item", "page", "shown", "clicked", "carted", "purchased"):
+        digest.update(events[name].astype("<i8").tobytes())
+    return digest.hexdigest()[:16]

@@ -28,11 +28,17 @@ def pretrain_job(
 def evaluate_job(
     process: Process, config: PretrainConfig, step: int, split: str, reporter: Reporter
 ) -> dict[str, Any]:
-    """Rank the held-out items of a split; the content of evaluation.json."""
+    """Rank the held-out items of a split, or the exposures of a model of answers; the content of evaluation.json."""
+    from launch.world_truth import load_truth
+    from models.recommender import Ranker
     from trainer.evaluate import evaluate
+    from trainer.ranking import evaluate_answers
 
     assembly = _load(process, config, step)
-    users = assembly.users(split)
+    if isinstance(assembly.model, Ranker):
+        result = evaluate_answers(assembly, config, split=split)
+        return dataclasses.replace(result, step=step).to_json()
+    users, truth = assembly.users(split), load_truth(config.data.path, split)
     result = evaluate(
         assembly.search(),
         users.batches(),
@@ -41,6 +47,7 @@ def evaluate_job(
         config=config.evaluation,
         split=split,
         seed=config.seed,
+        utilities=truth and truth.utilities,
     )
     return dataclasses.replace(result, step=step).to_json()
 

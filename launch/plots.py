@@ -1,15 +1,19 @@
 """Pictures of a run: its numbers over the steps, as a PNG in the run directory."""
 
 import io
+import math
+import re
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
 from cluster.storage import Storage
-from launch.run_directory import CURVES
+from launch.run_directory import CURVES, EXPERTS
 from trainer.metric_log import read_metrics
 
 _FEW_POINTS = 50
+_EXPERTS = "train/experts"
+_LOAD = re.compile(rf"{_EXPERTS}/(\d+)/load/(\d+)")
 
 
 def write_curves(run_dir: str, selection_metric: str) -> str | None:
@@ -35,11 +39,54 @@ def write_curves(run_dir: str, selection_metric: str) -> str | None:
         if len(names) > 1:
             axes.set_yscale("log")
             axes.legend()
+    _write_experts(run_dir, lines)
+    return _write(run_dir, CURVES, figure)
+
+
+def _write_experts(run_dir: str, lines: Sequence[dict]) -> None:
+    """Draw how evenly the experts are used, by layer, where the model has any."""
+    layers = expert_loads(lines)
+    if not layers:
+        return
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    loads, entropy, imbalance = figure.subplots(1, 3)
+    most = max(map(len, layers))
+    relative = [
+        [share * len(layer) for share in layer] + [math.nan] * (most - len(layer)) for layer in layers
+    ]
+    picture = loads.imshow(relative, aspect="auto", cmap="coolwarm", vmin=0, vmax=2)
+    figure.colorbar(picture, ax=loads)
+    loads.set(title="load at the end (1 = even)", xlabel="expert", ylabel="layer", yticks=range(len(layers)))
+    for axes, title, name in (
+        (entropy, "entropy of the loads (1 = even)", "load_entropy"),
+        (imbalance, "largest rank's load (1 = even)", "rank_imbalance"),
+    ):
+        for layer in range(len(layers)):
+            axes.plot(*points(lines, f"{_EXPERTS}/{layer}/{name}"), label=f"layer {layer}")
+        axes.set(title=title, xlabel="optimizer step")
+        axes.grid(alpha=0.3)
+    entropy.legend(fontsize=7)
+    _write(run_dir, EXPERTS, figure)
+
+
+def expert_loads(lines: Sequence[dict]) -> list[list[float]]:
+    """Share of the tokens that visited each expert, by layer, where it was last reported."""
+    reported = [line for line in lines if f"{_EXPERTS}/0/load/0" in line]
+    if not reported:
+        return []
+    layers: dict[int, dict[int, float]] = {}
+    for name, value in reported[-1].items():
+        if found := _LOAD.fullmatch(name):
+            layers.setdefault(int(found[1]), {})[int(found[2])] = value
+    return [[loads[expert] for expert in sorted(loads)] for _, loads in sorted(layers.items())]
+
+
+def _write(run_dir: str, name: str, figure: Figure) -> str:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     storage = Storage(run_dir)
-    storage.write(CURVES, picture.getvalue())
-    return storage.path(CURVES)
+    storage.write(name, picture.getvalue())
+    return storage.path(name)
 
 
 def points(lines: Sequence[dict], name: str) -> tuple[list[float], list[float]]:

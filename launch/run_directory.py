@@ -4,6 +4,7 @@ config.yaml        the resolved configuration; `grail pretrain config.yaml` runs
 plan.txt           how the tables were sharded
 metrics.jsonl      a line of numbers every few steps
 curves.png         pictures of them
+experts.png        how evenly the experts are used, where the model has any
 logs/rank-N.log    everything each worker said
 audit/             the users each step's loss saw
 checkpoints/       steps, LATEST and BEST
@@ -26,6 +27,7 @@ from trainer.configuration import CHECKPOINTS, PretrainConfig
 CONFIG = "config.yaml"
 EVALUATION = "evaluation.json"
 CURVES = "curves.png"
+EXPERTS = "experts.png"
 LOGS = "logs"
 
 

@@ -10,13 +10,15 @@ from launch.options import parse, split_name
 from launch.run_directory import CHECKPOINTS, absolute, load_config, parse_checkpoint
 from trainer.configuration import PretrainConfig
 
-SECTIONS = ("data", "evaluation", "cluster")
+SECTIONS = ("data", "evaluation", "search", "cluster")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
     path: str = ""
     """Folder or address of the shards, if not the one the run was trained on."""
+    feedback_lag_s: float = 0.0
+    """Seconds before a held-out event that its history lacks, as where feedback comes in late."""
     on_bad_shard: Literal["fail", "skip"] = "fail"
     """What a damaged or missing chunk does: end the run with its name, or be counted and logged."""
 
@@ -24,7 +26,7 @@ class DataOptions:
 def parse_served(command: str, arguments: list[str], form: type) -> tuple[PretrainConfig, Any]:
     """The configuration of the run named first, with its sections overridden, and the command's own options.
 
-    `form` is a dataclass of options; its fields `data`, `evaluation` and `cluster`, where it has them, start
+    `form` is a dataclass of options; its fields `data`, `evaluation`, `search` and `cluster`, where it has them, start
     from the run's.
 
     Raises: ConfigError if no run is named; CheckpointError if there is none at that place.

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data_streams.batch import SequenceBatch
 from models.decoding.distribution import CodeDistribution, path_log_probabilities
 from models.decoding.space import FreeSpace, PathSpace
 from models.layers.shared_prompt_attention import PromptKeyValues, SuffixKeyValues
-from models.recommender import Recommender
+from models.recommender import LossSum, Recommender
 from models.tables import Ids, Rows
 
 
@@ -107,3 +108,16 @@ class Generator(Recommender):
         distribution = distribution or CodeDistribution()
         logits = self.path_logits(rows, batch, paths)
         return path_log_probabilities(logits, paths, space or FreeSpace(self.code_sizes), distribution)
+
+
+def next_code_loss(logits: Sequence[Tensor], paths: Tensor, label_smoothing: float = 0.0) -> LossSum:
+    """-log p(path), summed over the levels of each path; the part of every level is reported by itself.
+
+    Shapes: logits L x [T, K_l], paths [T, L] int64.
+    """
+    per_level = [
+        F.cross_entropy(scores.float(), codes, reduction="sum", label_smoothing=label_smoothing)
+        for scores, codes in zip(logits, paths.unbind(1), strict=True)
+    ]
+    metrics = {f"loss_level_{level}": loss.detach() for level, loss in enumerate(per_level, start=1)}
+    return LossSum(sum=torch.stack(per_level).sum(), count=paths.shape[0], metrics=metrics)

@@ -7,7 +7,6 @@ added, so that an item without any interaction has one too.
 from abc import abstractmethod
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from data_streams.batch import SequenceBatch
@@ -86,10 +85,12 @@ class ItemSequenceModel(Retriever):
 
     def encode(self, history: LookedUp, batch: SequenceBatch) -> Tensor:
         """The state after each event. Shapes: [T, D]."""
-        within = torch.arange(batch.num_tokens, device=history.rows.device)
-        within = within - batch.items.offsets[batch.items.row_index()]
+        return self.encode_events(self.embed_events(history, batch), batch)
+
+    def embed_events(self, history: LookedUp, batch: SequenceBatch) -> Tensor:
+        """What `encode_events` begins with. Shapes: [T, D]."""
         scaled = self._embed(history) * self.config.width**0.5
-        return self.encode_events(self.input_dropout(scaled + self.positions(within)), batch)
+        return self.input_dropout(scaled + self.positions(batch.items.places()))
 
     def query_ids(self, batch: SequenceBatch) -> Ids:
         return {"history": batch.items.values}

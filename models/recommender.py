@@ -24,7 +24,7 @@ class LossSum:
     count: int
     """Number of supervised targets in `sum`, known on the host."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
-    """Further detached scalars, each a sum over the same targets."""
+    """Further detached scalars or vectors, each a sum over the same targets."""
 
 
 CandidateCrossEntropy = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -74,6 +74,9 @@ class Recommender(nn.Module, ABC):
     uses_item_features: bool = False
     """Whether looked-up rows come with the frozen feature vectors of their items."""
 
+    added_parameters: tuple[str, ...] = ()
+    """Beginnings of names of weights that a run this one starts from (--init-from) may lack."""
+
     @abstractmethod
     def tables(self) -> list[TableSpec]:
         """The huge tables this model reads."""
@@ -81,6 +84,10 @@ class Recommender(nn.Module, ABC):
     def training_batch(self, batch: SequenceBatch, context: StepContext) -> SequenceBatch:
         """What of a batch is trained on, chosen on the host ahead of the step; all of it unless a model says less."""
         return batch
+
+    def num_targets(self, batch: SequenceBatch) -> int:
+        """Supervised targets of a training batch, the count of its loss; known on the host, ahead of the step."""
+        return batch.num_tokens
 
     @abstractmethod
     def ids(self, batch: SequenceBatch, context: StepContext) -> Ids:
@@ -109,3 +116,21 @@ class Retriever(Recommender):
     @abstractmethod
     def item_vectors(self, rows: LookedUp) -> Tensor:
         """What queries are multiplied with; need not be the table's row. Shapes: [N, D] fp32."""
+
+
+class Ranker(Recommender):
+    """A model that says how likely a user answers given items with each of some actions."""
+
+    actions: tuple[str, ...]
+    """Names of the A actions it knows."""
+
+    @abstractmethod
+    def candidate_ids(self, batch: SequenceBatch, candidates: Tensor) -> Ids:
+        """What `logits` looks up. Shapes: candidates [B, C], -1 for none."""
+
+    @abstractmethod
+    def logits(self, rows: Rows, batch: SequenceBatch, candidates: Tensor) -> Tensor:
+        """Log-odds of each action on items shown after the history.
+
+        Shapes: candidates [B, C], -1 for none (any number comes back for those) -> [B, C, A] fp32.
+        """

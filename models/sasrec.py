@@ -6,6 +6,7 @@ projections have no bias (that of the keys would have no effect), and no padding
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -32,19 +33,21 @@ class SASRec(ItemSequenceModel):
         super().__init__(config, **parts)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
         self.final_norm = nn.LayerNorm(config.width)
-        self.apply(self._initialise)
-
-    def _initialise(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.init_scale)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+        self.apply(partial(initialise, scale=config.init_scale))
 
     def encode_events(self, hidden: Tensor, batch: SequenceBatch) -> Tensor:
         layout = bucket_layout(batch.items)
         for block in self.blocks:
             hidden = block(hidden, layout)
         return self.final_norm(hidden)
+
+
+def initialise(module: nn.Module, scale: float) -> None:
+    """Draw the weights of a linear layer or an embedding anew; for `nn.Module.apply`."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=scale)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 
 class Block(nn.Module):
@@ -64,7 +67,11 @@ class Block(nn.Module):
 
     def forward(self, hidden: Tensor, layout: BucketLayout) -> Tensor:
         """Shapes: hidden [T, D] -> [T, D]."""
-        hidden = hidden + self.dropout(self._attend(self.attention_norm(hidden), layout))
+        attended = self._attend(self.attention_norm(hidden), layout)
+        return self.feed_forward(hidden + self.dropout(attended))
+
+    def feed_forward(self, hidden: Tensor) -> Tensor:
+        """Shapes: [T, D] -> [T, D]."""
         expanded = F.relu(self.feedforward_input(self.feedforward_norm(hidden)))
         return hidden + self.dropout(self.feedforward_output(expanded))
 

@@ -31,7 +31,9 @@ def shorten_histories(
     seed = purpose_seed(context.seed, "stochastic length", context.step)
     users = batch.user_ids.numpy()
     whole_probability = np.minimum(max_length**alpha / np.maximum(lengths, 1).astype(np.float64) ** 2, 1.0)
-    cut = (lengths > kept_length) & (_uniform(seed, users, np.zeros_like(users)) >= whole_probability)
+    cut = (lengths > kept_length) & (
+        uniform_of_events(seed, users, np.zeros_like(users)) >= whole_probability
+    )
     kept = _choose_events(seed, users, lengths, np.where(cut, kept_length, lengths))
     index = torch.from_numpy(np.flatnonzero(kept))
     row = np.repeat(np.arange(len(users)), lengths)
@@ -52,14 +54,14 @@ def _choose_events(seed: int, users: np.ndarray, lengths: np.ndarray, wanted: np
     starts = np.cumsum(lengths) - lengths
     place = np.arange(len(row)) - starts[row]
     # The largest of u^(1/weight) are a draw without replacement (Efraimidis and Spirakis, 2006).
-    keys = np.log(_uniform(seed, users[row], place + 1)) / (place + 1)
+    keys = np.log(uniform_of_events(seed, users[row], place + 1)) / (place + 1)
     order = np.lexsort((-keys, row))
     rank = np.empty(len(row), dtype=np.int64)
     rank[order] = np.arange(len(row)) - starts[row[order]]
     return rank < wanted[row]
 
 
-def _uniform(seed: int, users: np.ndarray, places: np.ndarray) -> np.ndarray:
+def uniform_of_events(seed: int, users: np.ndarray, places: np.ndarray) -> np.ndarray:
     """A random number in (0, 1) for each user and place, by the mixing function of SplitMix64."""
     mixed = np.uint64(seed & (2**64 - 1)) + users.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     mixed += places.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)

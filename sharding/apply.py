@@ -18,7 +18,7 @@ from models.tables import TableSpec
 from sharding.configuration import ShardingConfig
 from sharding.plan import TablePlacement, collections, make_plan, placements
 from sharding.state import Piece
-from sharding.tables import ADAGRAD_EPSILON, EmbeddingTables, logical_rows, physical_ids
+from sharding.tables import ADAGRAD_EPSILON, EmbeddingTables, NoTables, logical_rows, physical_ids
 
 
 class _Collections(nn.Module):
@@ -111,6 +111,15 @@ class ShardedTables(EmbeddingTables):
             for tensor in states.values():
                 found += _local_pieces(f"table_state/{_table_of(key)}", tensor)
         return found
+
+
+def spread_tables(
+    specs: Sequence[TableSpec], *, process: Process, config: ShardingConfig, seed: int, learning_rate: float
+) -> EmbeddingTables:
+    """The tables of a model over all workers; a collective call."""
+    if not specs:
+        return NoTables()
+    return ShardedTables(specs, process=process, config=config, seed=seed, learning_rate=learning_rate)
 
 
 def _table_of(key: str) -> str:

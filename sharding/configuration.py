@@ -11,3 +11,10 @@ class ShardingConfig:
     """Placement by table name, overriding what the model asks for."""
     hbm_gib_per_worker: float | None = None
     """Memory the planner may count on per worker, in GiB; None takes what the machine reports."""
+    expert_parallel: int = 1
+    """Workers that hold the experts of a layer together, each a part of them; must divide workers and experts."""
+
+    @property
+    def workers_multiple_of(self) -> int:
+        """An elastic run may go on with this many workers, or with a multiple of it."""
+        return self.expert_parallel

@@ -6,9 +6,9 @@ wherever its item and its query lie, so items with equal vectors tie exactly and
 number of ranks. (With other shapes a library takes other paths, and most scores differ in their last bit.)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,10 @@ class Found:
     scores: Tensor | None = None
     """[B, k] fp32; -inf where there is no item."""
     ranks: Tensor | None = None
-    """[B] fp32 rank of the target, 1 for the best; half a place for every other item tied with it."""
+    """[B] fp32 rank of the target, 1 for the best; half a place for every other item tied with it. Infinite where a
+    search that does not look at every item has not found it."""
+    measures: Mapping[str, Tensor] = field(default_factory=dict)
+    """[B] fp32 each: what else a search says of itself, to be averaged over users."""
 
 
 class ItemIndex:

@@ -53,6 +53,29 @@ class EmbeddingTables(ABC):
                 fill_initial_rows(piece.tensor, self.specs[name], piece.start, seed)
 
 
+class NoTables(EmbeddingTables):
+    """For a model without any huge table."""
+
+    placements = ()
+
+    def __init__(self) -> None:
+        super().__init__([])
+
+    def lookup(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {}
+
+    def update(
+        self, ids: Mapping[str, Tensor], rows: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+    ) -> None:
+        """Nothing to give back."""
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Nothing learns."""
+
+    def pieces(self) -> list[Piece]:
+        return []
+
+
 def kept_rows(spec: TableSpec) -> int:
     """Rows a table really has, which is fewer than its vocabulary where ids are hashed."""
     return spec.hash_rows or spec.num_rows

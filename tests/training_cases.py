@@ -1,7 +1,8 @@
 """A small model, made-up users, and a few steps of the real learner, for parity tests."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -11,16 +12,18 @@ from torch import Tensor
 from cluster.process import Process
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
+from models.climber_pilot import ClimberPilot
 from models.hstu import HSTU, TIME
-from models.item_sequence import ItemSequenceModel
 from models.objectives.full_softmax import FullSoftmax
 from models.objectives.gbce import GeneralisedBinaryCrossEntropy
 from models.objectives.in_batch_softmax import InBatchSoftmax
 from models.objectives.sampled_softmax import SampledSoftmax
-from models.recommender import StepContext
+from models.recommender import Recommender, StepContext
 from models.sasrec import SASRec
 from sharding.configuration import ShardingConfig
 from sharding.lookup import ItemFeatures
+from tests.generator_cases import GENERATORS, make_generator
+from tests.mixture_model import MixtureModel
 from trainer.blocks import recompute_blocks
 from trainer.configuration import TrainConfig
 from trainer.dense_module import DenseModule
@@ -28,7 +31,13 @@ from trainer.learner import Learner
 from trainer.plain_engine import PlainEngine
 from trainer.step_input import StepInput, prepare_step, split_users
 
-MODELS = {"sasrec": SASRec.Config, "hstu": HSTU.Config}
+MODELS = {
+    "sasrec": SASRec.Config,
+    "hstu": HSTU.Config,
+    "pilot": partial(ClimberPilot.Config, time_window_s=30_000.0),
+    "conditioned-pilot": partial(ClimberPilot.Config, time_window_s=30_000.0, condition_column="group"),
+    "mixture": MixtureModel.Config,
+}
 OBJECTIVES = {
     "sampled": SampledSoftmax.Config(num_negatives=16, log_q=True),
     "full": FullSoftmax.Config(temperature=0.2),
@@ -54,6 +63,9 @@ class Case:
     ema_decay: float | None = None
     dropout: float = 0.0
     activation_checkpointing: bool = False
+    expert_parallel: int = 1
+    streams: int = 6
+    favour_first_half: bool = False
 
     def train_config(self) -> TrainConfig:
         return TrainConfig(
@@ -65,10 +77,13 @@ class Case:
         )
 
 
-def make_model(case: Case) -> ItemSequenceModel:
+def make_model(case: Case) -> Recommender:
+    if case.model in GENERATORS:
+        return make_generator(case.model, SEED)
     torch.manual_seed(SEED)
     counts = {"item_counts": np.arange(NUM_ITEMS)} if OBJECTIVES[case.objective].needs_item_counts else {}
     objective = OBJECTIVES[case.objective].build(num_items=NUM_ITEMS, **counts)
+    options = {"favour_first_half": True} if case.favour_first_half else {}
     config = MODELS[case.model](
         width=16,
         num_blocks=2,
@@ -76,8 +91,12 @@ def make_model(case: Case) -> ItemSequenceModel:
         dropout=case.dropout,
         init_scale=0.1,
         item_features=case.item_features,
+        **options,
     )
-    return config.build(num_items=NUM_ITEMS, max_length=12, item_feature_dim=6, objective=objective)
+    parts = {}
+    if case.model == "conditioned-pilot":
+        parts = {"condition_table": np.arange(NUM_ITEMS, dtype=np.int32)[:, None] % 4, "num_conditions": 4}
+    return config.build(num_items=NUM_ITEMS, max_length=12, item_feature_dim=6, objective=objective, **parts)
 
 
 def make_features(case: Case) -> ItemFeatures | None:
@@ -104,26 +123,39 @@ def make_batch(sequences: Sequence[Tensor], first_user: int = 0) -> SequenceBatc
         user_ids=torch.arange(first_user, first_user + len(sequences)),
         items=Jagged.from_lengths(torch.cat([s[:-1] for s in sequences] or [empty]), lengths),
         targets=torch.cat([s[1:] for s in sequences] or [empty]),
-        features={TIME: torch.cat([s[:-1].cumsum(0) * 1000 for s in sequences] or [empty])},
+        features={TIME: torch.cat([s.cumsum(0)[:-1] * 1000 for s in sequences] or [empty])},
+        target_features={TIME: torch.cat([s.cumsum(0)[1:] * 1000 for s in sequences] or [empty])},
     )
 
 
-def prepare(case: Case, model: ItemSequenceModel, step: int, rank: int, world_size: int) -> StepInput:
+def prepare(case: Case, model: Recommender, step: int, rank: int, world_size: int) -> StepInput:
     """This rank's share of a step: streams are dealt out, c % world_size."""
     batches = [
-        make_batch(list(chain.from_iterable(make_users(step)[r::world_size]))) for r in range(world_size)
+        _numbered(make_batch(list(chain.from_iterable(make_users(step, case.streams)[r::world_size]))))
+        for r in range(world_size)
     ]
     context = StepContext(step=step, seed=SEED, rank=rank, world_size=world_size)
     prepared = prepare_step(
         model, batches[rank], context, case.micro_batches, make_features(case), torch.device("cpu")
     )
-    parts = [split_users(batch, case.micro_batches) for batch in batches]
-    return prepared.with_counts([[p[i].num_tokens for p in parts] for i in range(case.micro_batches)])
+    parts = [split_users(model.training_batch(batch, context), case.micro_batches) for batch in batches]
+    return prepared.with_counts([[model.num_targets(p[i]) for p in parts] for i in range(case.micro_batches)])
+
+
+def _numbered(batch: SequenceBatch) -> SequenceBatch:
+    """User ids that do not depend on how users are dealt to ranks."""
+    sums = torch.zeros(batch.num_users, dtype=torch.int64)
+    sums.index_add_(0, batch.items.row_index(), (batch.items.places() + 1) * batch.items.values)
+    return replace(batch, user_ids=sums)
 
 
 def make_learner(case: Case, process: Process | None) -> Learner:
     """The sharded learner on a process group, or the unsharded reference without one."""
     model = make_model(case)
+    if process is not None:
+        from sharding.experts import shard_experts
+
+        shard_experts(model, case.expert_parallel, process)
     if case.activation_checkpointing:
         recompute_blocks(model)
     module = DenseModule(model, case.precision)
@@ -133,10 +165,10 @@ def make_learner(case: Case, process: Process | None) -> Learner:
         tables = UnshardedTables(model.tables(), seed=SEED, learning_rate=0.1, device=torch.device("cpu"))
         engine = PlainEngine(module, case.train_config())
         return Learner(module, engine, tables, seed=SEED, rank=0, world_size=1)
-    from sharding.apply import ShardedTables
+    from sharding.apply import spread_tables
     from trainer.dense_engine import DenseEngine
 
-    tables = ShardedTables(
+    tables = spread_tables(
         model.tables(),
         process=process,
         config=ShardingConfig(placement={"item": case.placement}),

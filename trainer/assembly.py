@@ -1,7 +1,7 @@
 """Puts a run's parts together from its configuration: data, model, tables, engine."""
 
 import logging
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -10,15 +10,23 @@ import torch.distributed as dist
 from cluster.errors import ConfigError
 from cluster.process import Process
 from cluster.seeds import purpose_seed
+from cluster.storage import Storage
+from data_streams.item_conditions import ItemConditions
 from data_streams.item_table import ItemTable
+from data_streams.manifest import Manifest
+from data_streams.semantic_ids import SemanticIdTable
 from data_streams.stream import EvaluationStream
-from models.recommender import Recommender
+from models.generator import Generator
+from models.recommender import Ranker, Recommender
+from models.semantic_ids import SemanticIds
 from models.tables import Lookup
 from sharding.lookup import ItemFeatures, make_lookup
 from sharding.tables import EmbeddingTables
 from trainer.blocks import compile_blocks, recompute_blocks
+from trainer.conditions import conditional_search, load_conditions, model_conditions
 from trainer.configuration import PretrainConfig
 from trainer.dense_module import DenseModule, resolve_precision
+from trainer.generative_search import GenerativeSearch
 from trainer.search import RetrievalSearch, Search
 
 logger = logging.getLogger(__name__)
@@ -32,6 +40,8 @@ class Assembly:
     process: Process
     items: ItemTable
     item_features: ItemFeatures | None
+    semantic_ids: SemanticIdTable | None
+    """Of a model that generates."""
     model: Recommender
     tables: EmbeddingTables
 
@@ -39,16 +49,40 @@ class Assembly:
         """For evaluation and serving; a collective call."""
         return make_lookup(self.model.tables(), self.tables, self.item_features, self.process.device)
 
-    def search(self, precision: torch.dtype = torch.float32) -> Search:
-        """Search with the weights as they are now; a collective call."""
-        return RetrievalSearch.build(
+    def search(self, precision: torch.dtype = torch.float32, *, width: int | None = None) -> Search:
+        """Search with the weights as they are now; a collective call.
+
+        `width` is that of the beam of a model that generates, if not the configured one.
+
+        Raises: ConfigError for a model that only scores given items.
+        """
+        if isinstance(self.model, Ranker):
+            raise ConfigError(
+                f"{self.config.run_dir} holds a {type(self.model).__name__}, which scores given items and cannot find "
+                "any; recommend with a run of another recipe"
+            )
+        parts = {"device": self.process.device, "process": self.process, "precision": precision}
+        if isinstance(self.model, Generator):
+            config = self.config.search
+            if width is not None:
+                config = replace(config, width=width)
+            codes = torch.from_numpy(self.semantic_ids.codes)
+            return GenerativeSearch.build(self.model, self.lookup(), codes, config=config, **parts)
+        search = RetrievalSearch.build(
             self.model,
             self.lookup(),
             num_items=self.items.num_items,
-            device=self.process.device,
-            process=self.process,
-            precision=precision,
+            approximate=self.config.evaluation.index == "hnsw",
+            **parts,
         )
+        conditions = self.conditions()
+        return (
+            search if conditions is None else conditional_search(search, conditions, self.config.evaluation)
+        )
+
+    def conditions(self) -> ItemConditions | None:
+        """What evaluation and serving ask items to meet."""
+        return load_conditions(self.config)
 
     def users(self, split: Literal["valid", "test", "serve"]) -> EvaluationStream:
         """This rank's share of the users of a split."""
@@ -61,7 +95,13 @@ class Assembly:
         )
 
     def module(self) -> DenseModule:
-        """What the engine wraps. Raises: ConfigError if an option asks for blocks and the model has none."""
+        """What the engine wraps; a collective call where experts are spread over ranks.
+
+        Raises: ConfigError if an option asks for blocks or experts and the model has none.
+        """
+        from sharding.experts import shard_experts
+
+        shard_experts(self.model, self.config.sharding.expert_parallel, self.process)
         if self.config.train.compile:
             compile_blocks(self.model)
         if self.config.train.activation_checkpointing:
@@ -71,28 +111,58 @@ class Assembly:
 
 def assemble(config: PretrainConfig, process: Process, items: ItemTable | None = None) -> Assembly:
     """Build model and sharded tables with their initial values; a collective call."""
-    from sharding.apply import ShardedTables
+    from sharding.apply import spread_tables
 
     items = items or ItemTable.load(config.data.path)
     features = load_item_features(config, items)
+    semantic_ids = load_semantic_ids(config, items)
+    model = build_model(config, items, features, semantic_ids).to(process.device)
+    return Assembly(
+        config=config,
+        process=process,
+        items=items,
+        item_features=features,
+        semantic_ids=semantic_ids,
+        model=model,
+        tables=spread_tables(
+            model.tables(),
+            process=process,
+            config=config.sharding,
+            seed=config.seed,
+            learning_rate=config.train.table_learning_rate,
+        ),
+    )
+
+
+def load_semantic_ids(config: PretrainConfig, items: ItemTable) -> SemanticIdTable | None:
+    """The table of a model that generates; it must be of exactly this catalogue."""
+    if not getattr(config.model, "needs_semantic_ids", False):
+        return None
+    return SemanticIdTable.load(config.data.semantic_ids, items.item_ids)
+
+
+def build_model(
+    config: PretrainConfig,
+    items: ItemTable,
+    features: ItemFeatures | None,
+    semantic_ids: SemanticIdTable | None,
+) -> Recommender:
+    """The dense part with its initial weights, which depend on the configuration alone."""
     torch.manual_seed(purpose_seed(config.seed, "initial weights"))
-    counts = {"item_counts": items.train_counts} if config.objective.needs_item_counts else {}
-    objective = config.objective.build(num_items=items.num_items, **counts)
-    model = config.model.build(
+    parts: dict[str, Any] = model_conditions(config)
+    if config.objective is not None:
+        counts = {"item_counts": items.train_counts} if config.objective.needs_item_counts else {}
+        parts["objective"] = config.objective.build(num_items=items.num_items, **counts)
+    if getattr(config.model, "needs_actions", False):
+        parts["actions"] = tuple(Manifest.load(Storage(config.data.path)).actions)
+    if semantic_ids is not None:
+        codes = torch.from_numpy(semantic_ids.codes).long()
+        parts["semantic_ids"] = SemanticIds(codes=codes, code_sizes=semantic_ids.code_sizes)
+    return config.model.build(
         num_items=items.num_items,
         max_length=config.data.max_length,
         item_feature_dim=features.dim if features else 0,
-        objective=objective,
-    ).to(process.device)
-    tables = ShardedTables(
-        model.tables(),
-        process=process,
-        config=config.sharding,
-        seed=config.seed,
-        learning_rate=config.train.table_learning_rate,
-    )
-    return Assembly(
-        config=config, process=process, items=items, item_features=features, model=model, tables=tables
+        **parts,
     )
 
 
@@ -111,14 +181,16 @@ def load_item_features(config: PretrainConfig, items: ItemTable) -> ItemFeatures
     return ItemFeatures(items.embeddings)
 
 
-def describe_model(config: PretrainConfig, items: ItemTable) -> dict[str, Any]:
+def describe_model(assembly: Assembly) -> dict[str, Any]:
     """What must stay the same for a checkpoint to belong to the run."""
-    return {
+    config, table = assembly.config, assembly.semantic_ids
+    described = {
         "model": _describe(config.model),
         "objective": _describe(config.objective),
         "max_length": config.data.max_length,
-        "num_items": items.num_items,
+        "num_items": assembly.items.num_items,
     }
+    return described if table is None else {**described, "semantic_ids": table.fingerprint}
 
 
 def _describe(part: Any) -> dict[str, Any]:

@@ -15,11 +15,10 @@ from data_streams.batch import SequenceBatch
 from data_streams.configuration import DataConfig
 from data_streams.item_table import ItemTable
 from data_streams.manifest import Manifest
-from data_streams.schema import EXPOSURE
 from data_streams.shards import Chunk, read_chunk
 from data_streams.stream import EvaluationStream
 from trainer.configuration import EvaluationConfig
-from trainer.evaluate import EvaluationResult, evaluate
+from trainer.evaluate import EvaluationResult, Utilities, evaluate
 from trainer.search import Scorer, ScorerSearch
 
 RECENT_ITEMS = 5
@@ -49,20 +48,20 @@ def read_training_events(path: str) -> TrainingEvents:
     storage = Storage(path)
     manifest = Manifest.load(storage)
     columns = ("action",) if "action" in manifest.columns else ()
-    exposure = manifest.actions.index(EXPOSURE) if EXPOSURE in manifest.actions else None
+    beside = manifest.beside_codes()
     parts = [
-        _training_part(read_chunk(storage, record, manifest=manifest, columns=columns), exposure)
+        _training_part(read_chunk(storage, record, manifest=manifest, columns=columns), beside)
         for record in manifest.chunks
     ]
     users, items = (np.concatenate([part[i] for part in parts]) for i in range(2))
     return TrainingEvents(users=users, items=items, num_items=manifest.num_items)
 
 
-def _training_part(chunk: Chunk, exposure: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _training_part(chunk: Chunk, beside: list[int]) -> tuple[np.ndarray, np.ndarray]:
     user = np.repeat(np.arange(chunk.num_users), chunk.lengths)
     kept = np.arange(chunk.num_events) - chunk.offsets[user] < chunk.train_end[user]
-    if exposure is not None:
-        kept &= chunk.columns["action"] != exposure
+    if beside:
+        kept &= ~np.isin(chunk.columns["action"], beside)
     return chunk.users[user[kept]].astype(np.int64), chunk.items[kept].astype(np.int64)
 
 
@@ -106,7 +105,12 @@ def cooccurrence(events: TrainingEvents) -> Scorer:
 
 
 def evaluate_baselines(
-    data: DataConfig, config: EvaluationConfig, *, split: str, oracle: Scorer | None = None
+    data: DataConfig,
+    config: EvaluationConfig,
+    *,
+    split: str,
+    oracle: Scorer | None = None,
+    utilities: Utilities | None = None,
 ) -> dict[str, EvaluationResult]:
     """popularity, co-occurrence, transitions and (where given) the oracle, evaluated like a model."""
     events, items = read_training_events(data.path), ItemTable.load(data.path)
@@ -130,6 +134,7 @@ def evaluate_baselines(
             items=items,
             config=config,
             split=split,
+            utilities=utilities,
         )
         for name, scorer in scorers.items()
     }

@@ -8,23 +8,31 @@ from trainer.configuration import PretrainConfig
 def check(config: PretrainConfig) -> None:
     """Raises: ConfigError naming the option."""
     _at_least_one(config)
-    allowed_worlds(config.cluster)
     cutoffs = [f"{metric}@{k}" for metric in ("recall", "ndcg") for k in config.evaluation.cutoffs]
-    if config.train.selection_metric not in (*cutoffs, "mrr"):
+    metrics = getattr(config.model, "selection_metrics", (*cutoffs, "mrr"))
+    if config.train.selection_metric not in metrics:
         raise ConfigError(
-            f"train.selection-metric must be one of {', '.join(cutoffs)}, mrr; got "
-            f"{config.train.selection_metric}"
+            f"train.selection-metric must be one of {', '.join(metrics)}; got {config.train.selection_metric}"
         )
-    for name in ("workers", "max_workers"):
-        workers = getattr(config.cluster, name)
-        if workers is not None and workers > config.data.num_streams:
-            raise ConfigError(
-                f"data.num-streams must be at least cluster.{name.replace('_', '-')} ({workers}), got "
-                f"{config.data.num_streams}; it is a property of the run, so choose it for the largest cluster"
-            )
+    _check_workers(config)
     for name in ("model", "objective"):
-        if getattr(config, name) is None:
+        if getattr(config, name) is None and not getattr(config.model, "has_own_objective", False):
             raise ConfigError(f"{name} must be set by the recipe, and recipe '{config.recipe}' leaves it out")
+    if config.objective is not None and getattr(config.model, "has_own_objective", False):
+        raise ConfigError(
+            f"{type(config.model).__qualname__} has a loss of its own; leave --objective out of recipe "
+            f"'{config.recipe}'"
+        )
+    if getattr(config.model, "needs_semantic_ids", False) and not config.data.semantic_ids:
+        raise ConfigError(
+            f"{type(config.model).__qualname__.split('.')[0]} generates semantic IDs and needs --data.semantic-ids, "
+            "the folder of their table; make one with grail tokenize"
+        )
+    if getattr(config.model, "needs_exposures", False) and not config.data.history_exposures:
+        raise ConfigError(
+            f"{type(config.model).__qualname__.split('.')[0]} learns from exposures, and "
+            "needs --data.history-exposures; histories hold none otherwise"
+        )
     missing = [name for name in getattr(config.model, "event_columns", ()) if name not in config.data.columns]
     if missing:
         raise ConfigError(
@@ -40,10 +48,38 @@ def check(config: PretrainConfig) -> None:
         raise ConfigError(f"train.ema-decay must lie in 0..1, below 1, or be None; got {decay}")
 
 
+def _check_workers(config: PretrainConfig) -> None:
+    for name in ("workers", "max_workers"):
+        workers = getattr(config.cluster, name)
+        if workers is not None and workers > config.data.num_streams:
+            raise ConfigError(
+                f"data.num-streams must be at least cluster.{name.replace('_', '-')} ({workers}), got "
+                f"{config.data.num_streams}; it is a property of the run, so choose it for the largest cluster"
+            )
+    _check_experts(config)
+    allowed_worlds(config.cluster, multiple_of=config.sharding.workers_multiple_of)
+
+
+def _check_experts(config: PretrainConfig) -> None:
+    size, workers, stage = config.sharding.expert_parallel, config.cluster.workers, config.train.zero_stage
+    if workers % size:
+        raise ConfigError(
+            f"sharding.expert-parallel must divide cluster.workers, and {size} does not divide {workers}; use a "
+            f"multiple of {size} workers"
+        )
+    if size > 1 and stage not in (1, 2):
+        raise ConfigError(
+            f"train.zero-stage must be 1 or 2 where experts are spread over workers, got {stage} with "
+            f"sharding.expert-parallel {size}; use --train.zero-stage 1, or --sharding.expert-parallel 1"
+        )
+
+
 def _at_least_one(config: PretrainConfig) -> None:
     for section, names in (
         ("train", ("epochs", "micro_batches", "keep_last", "validate_every_steps", "checkpoint_every_steps")),
         ("cluster", ("workers",)),
+        ("search", ("width", "validation_width")),
+        ("sharding", ("expert_parallel",)),
         ("log", ("every_steps",)),
     ):
         for name in names:

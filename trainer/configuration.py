@@ -66,8 +66,34 @@ class EvaluationConfig:
     """Leave items of the user's known past out of the ranking."""
     users_per_batch: int = 512
     """Users ranked together by all workers."""
+    condition: Literal["none", "attention", "filter"] = "none"
+    """What a condition on the wanted items does: attention asks a model trained for it, filter takes other items out of
+    the model's list (post-filtering), none leaves all as it is."""
+    condition_column: str = ""
+    """Item column of the conditions, such as categories; left out, that of the model."""
+    conditions: tuple[str, ...] = ()
+    """The conditions; left out, the narrowest one that the held-out item meets, which only evaluation knows."""
+    filter_from: int = 10
+    """Post-filtering looks at this many times the longest list."""
+    index: Literal["exact", "hnsw"] = "exact"
+    """How items are searched: all of them, or by a graph of neighbours (faiss HNSW), which may miss some."""
     bootstrap_resamples: int = 1000
     """User resamples behind each 95 % interval."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """How a model that generates semantic IDs is asked for items; retrieval models are searched exactly."""
+
+    width: int = 50
+    """Prefixes the beam search keeps per user and depth."""
+    validation_width: int = 20
+    """The same while training."""
+    space: Literal["catalogue", "free"] = "catalogue"
+    """Walk only through paths of existing items that are not filtered, or through all paths of codes, of which
+    those of no item are then counted (hallucination rate) and left out of the lists."""
+    over: Literal["all", "allowed"] = "all"
+    """What a level's probabilities sum to one over: all codes, or those the search may take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +127,10 @@ class PretrainConfig:
     model: Any = None
     """Config of the model; its type chooses the model."""
     objective: Any = None
-    """Config of the training objective; its type chooses the objective."""
+    """Config of the training objective; its type chooses the objective. None for a model with a loss of its own."""
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     log: LogConfig = field(default_factory=LogConfig)

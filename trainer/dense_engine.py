@@ -5,18 +5,28 @@ another world size, and its public accessors gather every full tensor on every r
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import deepspeed
-import deepspeed.ops
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from cluster.process import Process
+from sharding.experts import expert_part, parameter_groups, start_deepspeed
 from sharding.state import Piece
 from trainer.configuration import TrainConfig
-from trainer.plain_engine import MOMENTS, make_optimizer, moments, named_trainable, set_adam_steps
+from trainer.plain_engine import (
+    MOMENTS,
+    make_optimizer,
+    moments,
+    named_state,
+    named_trainable,
+    set_adam_steps,
+    whole_piece,
+)
 from trainer.weight_average import make_average
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -27,13 +37,14 @@ class DenseEngine:
 
     def __init__(self, module: nn.Module, config: TrainConfig, process: Process):
         self.config = config
-        # Its shared-memory collective would be compiled for up to a minute at every start.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
-        self._shapes = {name: list(parameter.shape) for name, parameter in named_trainable(module)}
+        start_deepspeed()
+        trainable = named_trainable(module)
+        self._places = {name: _Place.of(parameter) for name, parameter in trainable}
+        self._shapes = {name: _global_shape(parameter) for name, parameter in trainable}
+        self._shapes |= {name: list(tensor.shape) for name, tensor in named_state(module)}
         self.engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=make_optimizer(module, config),
+            optimizer=make_optimizer(parameter_groups(parameter for _, parameter in trainable), config),
             config=_deepspeed_config(config),
             dist_init_required=False,
         )
@@ -70,21 +81,16 @@ class DenseEngine:
         return self._shapes
 
     def weights(self) -> list[Piece]:
-        """Flat ranges of `dense/NAME` that this rank keeps, where the optimizer updates them."""
+        """Flat ranges of `dense/NAME` that this rank keeps, where they are updated."""
         return [
-            Piece(
-                name=f"dense/{name}",
-                start=start,
-                global_shape=(self._numel(name),),
-                tensor=flat.data.view(-1)[first : first + length],
-            )
+            self._piece("dense", name, start, flat.data.view(-1)[first : first + length])
             for name, start, flat, first, length in self._fragments()
-        ]
+        ] + self._state_pieces()
 
     def put(self, weights: list[Piece]) -> None:
         """Let the module compute with other values of `weights`; a collective call.
 
-        Cost: below stage 3, one all-reduce of each parameter.
+        Cost: below stage 3, one all-reduce of each parameter over the ranks that hold it.
         """
         parts = {piece.name.split("/", 1)[1]: piece for piece in weights}
         if self.config.zero_stage == 3:
@@ -95,29 +101,42 @@ class DenseEngine:
                 part = parts[name].tensor
                 parameter.ds_tensor.data.view(-1)[: part.shape[0]].copy_(part)
                 continue
-            whole = torch.zeros(parameter.numel(), device=parameter.device)
-            if name in parts:
-                whole[parts[name].start :][: parts[name].num_rows] = parts[name].tensor
-            dist.all_reduce(whole)
-            parameter.data.copy_(whole.view(parameter.shape))
+            self._put_whole(parameter.data, self._places[name], parts.get(name))
+        for name, tensor in named_state(self.module):
+            self._put_whole(tensor, _Place(first=0, numel=tensor.numel(), group=None), parts.get(name))
+
+    def _put_whole(self, tensor: Tensor, place: "_Place", part: Piece | None) -> None:
+        whole = torch.zeros(place.numel, device=tensor.device)
+        if part is not None:
+            whole[part.start - place.first :][: part.num_rows] = part.tensor
+        dist.all_reduce(whole, group=place.group)
+        tensor.copy_(whole.view(tensor.shape))
 
     def pieces(self) -> list[Piece]:
         """Flat ranges of `dense/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME` and, if averaged, `ema/NAME` that this
         rank keeps."""
         found = []
         for name, start, flat, first, length in self._fragments():
-            total = self._numel(name)
             state = moments(self._optimizer(), flat)
             for kind, source in (("dense", flat.data), *((m, state[m]) for m in MOMENTS)):
-                part = source.view(-1)[first : first + length]
-                found.append(Piece(name=f"{kind}/{name}", start=start, global_shape=(total,), tensor=part))
-        return found + (self.average.parts if self.average else [])
+                found.append(self._piece(kind, name, start, source.view(-1)[first : first + length]))
+        return found + self._state_pieces() + (self.average.parts if self.average else [])
 
-    def _numel(self, name: str) -> int:
-        return int(torch.tensor(self._shapes[name]).prod())
+    def _piece(self, kind: str, name: str, start: int, tensor: Tensor) -> Piece:
+        """`start` counts within what this rank holds of the parameter."""
+        total = math.prod(self._shapes[name])
+        first = self._places[name].first
+        return Piece(name=f"{kind}/{name}", start=first + start, global_shape=(total,), tensor=tensor)
+
+    def _state_pieces(self) -> list[Piece]:
+        """What is not a parameter is the same on all ranks; the first one keeps it."""
+        if self.rank > 0:
+            return []
+        return [whole_piece(f"dense/{name}", tensor) for name, tensor in named_state(self.module)]
 
     def _fragments(self) -> Iterator[tuple[str, int, Tensor, int, int]]:
-        """(parameter, start within it, flat tensor of this rank, position in that, length) of what it keeps."""
+        """(parameter, start within what this rank holds of it, flat tensor of this rank, position in that, length)
+        of what it keeps."""
         if self.config.zero_stage == 0:
             return self._replicated_fragments()
         if self.config.zero_stage == 3:
@@ -136,11 +155,11 @@ class DenseEngine:
         """Stages 1 and 2: the parameters of a group lie one after another in one flat tensor cut into ranks."""
         zero, names = self.engine.optimizer, self._names()
         for group, flat in enumerate(zero.single_partition_of_fp32_groups):
-            low = self.rank * flat.numel()
+            low = dist.get_rank(zero.real_dp_process_group[group]) * flat.numel()
             high = low + flat.numel()
             parameters = zero.round_robin_bit16_groups[group]
             for parameter, offset in zip(parameters, zero.round_robin_bit16_offsets[group], strict=True):
-                first, last = max(low, offset), min(high, offset + self._numel(names[id(parameter)]))
+                first, last = max(low, offset), min(high, offset + parameter.numel())
                 if first < last:
                     yield names[id(parameter)], first - offset, flat, first - low, last - first
 
@@ -151,29 +170,56 @@ class DenseEngine:
             position = 0
             for parameter in group:
                 name, part = names[id(parameter)], parameter.partition_numel()
-                start = min(self.rank * part, self._numel(name))
-                length = min(part, self._numel(name) - start)
+                numel = self._places[name].numel
+                start = min(self.rank * part, numel)
+                length = min(part, numel - start)
                 yield name, start, flat, position, length
                 position += part
 
     def _names(self) -> dict[int, str]:
         return {id(parameter): name for name, parameter in named_trainable(self.module)}
 
-    def restore(self, read_full: Callable[[str], Tensor], steps: int) -> None:
+    def restore(self, read_rows: Callable[[str, int, int], Tensor], steps: int) -> None:
         """Bring the working parameters in line once the pieces were filled.
 
-        `read_full(name)` gives a whole flat `dense/NAME` on the host.
+        `read_rows(name, start, stop)` gives that range of a flat `dense/NAME` on the host.
         """
         self.steps = steps
         set_adam_steps(self._optimizer(), steps)
         for name, parameter in named_trainable(self.module):
-            whole = read_full(f"dense/{name}")
+            first, numel = self._places[name].first, self._places[name].numel
             if self.config.zero_stage == 3:
                 part = parameter.partition_numel()
-                own = whole[self.rank * part : (self.rank + 1) * part]
+                start, stop = (min(index * part, numel) for index in (self.rank, self.rank + 1))
+                own = read_rows(f"dense/{name}", start, stop)
                 parameter.ds_tensor.data.view(-1)[: own.shape[0]].copy_(own)
             else:
+                whole = read_rows(f"dense/{name}", first, first + numel)
                 parameter.data.copy_(whole.view(parameter.shape))
+        for name, tensor in named_state(self.module):
+            tensor.copy_(read_rows(f"dense/{name}", 0, tensor.numel()).view(tensor.shape))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Which flat range of a global tensor this rank computes with, and the ranks that do so too."""
+
+    first: int
+    numel: int
+    group: dist.ProcessGroup | None
+    """None is all ranks."""
+
+    @staticmethod
+    def of(parameter: nn.Parameter) -> "_Place":
+        part, numel = expert_part(parameter), parameter.numel()
+        if part is None:
+            return _Place(first=0, numel=numel, group=None)
+        return _Place(first=part.index * numel, numel=numel, group=part.data_group)
+
+
+def _global_shape(parameter: nn.Parameter) -> list[int]:
+    part, (first, *rest) = expert_part(parameter), parameter.shape
+    return [first if part is None else first * part.count, *rest]
 
 
 def _deepspeed_config(config: TrainConfig) -> dict:

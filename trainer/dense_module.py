@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from data_streams.batch import SequenceBatch
 from models.recommender import LossSum, Recommender, StepContext
 from models.tables import Rows
+from trainer.expert_balance import forget_routings, mixtures, with_router_losses
 
 
 class DenseModule(nn.Module):
@@ -22,11 +23,14 @@ class DenseModule(nn.Module):
         self.model = model
         self.precision = precision
         self.last: LossSum | None = None
+        self.mixtures = mixtures(model)
 
     def forward(self, rows: Rows, batch: SequenceBatch, context: StepContext, scale: float) -> Tensor:
         device = batch.user_ids.device.type
+        forget_routings(self.mixtures)
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16):
-            self.last = self.model(rows, batch, context)
+            loss = self.model(rows, batch, context)
+        self.last = with_router_losses(loss, self.mixtures, context)
         return self.last.sum * scale
 
 

@@ -1,8 +1,8 @@
 """Evaluation of a search on held-out items, and recommendations for users, by any number of workers."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,9 +25,15 @@ from trainer.metrics import (
     novelty_at,
     recall_at,
     reciprocal_rank,
+    share_met_at,
     unit_vectors,
 )
 from trainer.search import Search
+
+Batch = TypeVar("Batch")
+
+Utilities = Callable[[np.ndarray, np.ndarray, Sequence[int]], Mapping[int, np.ndarray]]
+"""(user rows [U], lists [U, K], cutoffs) -> true utility of each list at each cutoff."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,22 +68,31 @@ def evaluate(
     config: EvaluationConfig,
     split: str,
     seed: int = 0,
+    utilities: Utilities | None = None,
 ) -> EvaluationResult:
     """Rank the held-out item of every user among all items, and look at the recommended lists.
 
-    `batches` are this rank's users; ranks may have different numbers of them. A collective call, whose result
-    is the same on every rank.
+    `batches` are this rank's users; ranks may have different numbers of them. `utilities` tells the true utility of
+    lists, where the truth is known. A collective call, whose result is the same on every rank.
 
     Raises: DataError when there are no users, or one was evaluated twice.
     """
     longest = max(config.cutoffs)
-    users, ranks, lists = _rank_users(search, batches, empty_batch, config, k=longest)
+    ranked = _rank_users(search, batches, empty_batch, config, k=longest)
     outcome = None
-    if users is not None:
-        per_user = _rank_metrics(ranks, config.cutoffs) | _list_metrics(lists, config.cutoffs, items)
+    if ranked is not None:
+        lists = ranked.lists
+        per_user = _rank_metrics(ranked.ranks, config.cutoffs) | _list_metrics(lists, config.cutoffs, items)
+        met = search.met(lists, ranked.held_out)
+        if met is not None:
+            per_user |= {f"condition@{k}": share_met_at(lists, met, k) for k in config.cutoffs}
+        if utilities is not None:
+            of_lists = utilities(ranked.users, lists, config.cutoffs)
+            per_user |= {f"utility@{k}": values for k, values in of_lists.items()}
+        per_user |= ranked.measures
         coverage = {f"coverage@{k}": coverage_at(lists, k, search.num_items) for k in config.cutoffs}
         outcome = {
-            "num_users": len(users),
+            "num_users": len(ranked.users),
             "metrics": _means(per_user) | coverage,
             "intervals": bootstrap_intervals(per_user, resamples=config.bootstrap_resamples, seed=seed)
             if config.bootstrap_resamples
@@ -92,8 +107,8 @@ def validation_metrics(
     search: Search, batches: Iterable[SequenceBatch], *, empty_batch: SequenceBatch, config: EvaluationConfig
 ) -> dict[str, float]:
     """recall@k, ndcg@k and mrr alone, as needed while training. A collective call, equal on every rank."""
-    users, ranks, _ = _rank_users(search, batches, empty_batch, config, k=0)
-    means = None if users is None else _means(_rank_metrics(ranks, config.cutoffs))
+    ranked = _rank_users(search, batches, empty_batch, config, k=0)
+    means = None if ranked is None else _means(_rank_metrics(ranked.ranks, config.cutoffs))
     return broadcast_json(means, search.process)
 
 
@@ -109,7 +124,7 @@ def recommend(
 
     Empty slots are -1 with score -inf.
     """
-    for batch in _in_step(batches, empty_batch, search.process):
+    for batch in in_step(batches, empty_batch, search.process):
         items, scores = search.recommend(batch, k, filter_seen=filter_seen)
         if batch.num_users:
             yield batch.user_ids, items.cpu(), scores.cpu()
@@ -146,41 +161,61 @@ def render(results: Mapping[str, EvaluationResult]) -> Table:
     return table
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ranked:
+    """All users of a split, in ascending order of their rows. Shapes: U users, lists of K."""
+
+    users: np.ndarray
+    """[U] int64."""
+    ranks: np.ndarray
+    """[U] fp32."""
+    lists: np.ndarray
+    """[U, K] int64."""
+    held_out: np.ndarray
+    """[U] int64."""
+    measures: Mapping[str, np.ndarray]
+    """[U] fp32 each: what else the search says of itself."""
+
+
 def _rank_users(
     search: Search,
     batches: Iterable[SequenceBatch],
     empty_batch: SequenceBatch,
     config: EvaluationConfig,
     k: int,
-) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
-    """User rows in ascending order, ranks and lists of all users on rank 0; None on the other ranks."""
-    users, ranks, lists = [], [], []
-    for batch in _in_step(batches, empty_batch, search.process):
+) -> Ranked | None:
+    """What was found for all users, on rank 0; None on the other ranks."""
+    parts: list[tuple[Tensor, ...]] = []
+    measures: list[str] = []
+    for batch in in_step(batches, empty_batch, search.process):
         found = search.find(batch, k=k, rank_held_out=True, filter_seen=config.filter_seen)
-        users.append(batch.user_ids)
-        ranks.append(found.ranks)
-        lists.append(found.items if k else found.ranks.new_zeros(batch.num_users, 0, dtype=torch.int64))
-    counts = [count for (count,) in exchange_integers([sum(len(part) for part in users)], search.process)]
+        measures = list(found.measures)
+        nothing = found.ranks.new_zeros(batch.num_users, 0, dtype=torch.int64)
+        numbers = torch.stack((found.ranks, *found.measures.values()), dim=1)
+        parts.append((batch.user_ids, batch.held_out, found.items if k else nothing, numbers))
+    own_users = sum(len(part[0]) for part in parts)
+    counts = [count for (count,) in exchange_integers([own_users], search.process)]
     if not sum(counts):
         raise DataError(
             "evaluation needs users with a held-out item, and there are none; build the shards from more "
             "events or with another split"
         )
-    own = [
-        torch.cat(parts).cpu() if parts else empty
-        for parts, empty in zip((users, ranks, lists), _nobody(k), strict=True)
+    gathered = [
+        gather_on_first(torch.cat(values).cpu(), counts, search.process)
+        for values in zip(*parts, strict=True)
     ]
-    gathered = [gather_on_first(values, counts, search.process) for values in own]
     _check_each_once(gathered[0], search.process)
     if gathered[0] is None:
-        return None, None, None
+        return None
     order = gathered[0].argsort()
-    users, ranks, lists = (values[order].numpy() for values in gathered)
-    return users, ranks, lists
-
-
-def _nobody(k: int) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0, k, dtype=torch.int64)
+    users, held_out, lists, numbers = (values[order].numpy() for values in gathered)
+    return Ranked(
+        users=users,
+        ranks=numbers[:, 0],
+        lists=lists,
+        held_out=held_out,
+        measures={name: numbers[:, column] for column, name in enumerate(measures, start=1)},
+    )
 
 
 def _check_each_once(users: Tensor | None, process: Process | None) -> None:
@@ -193,9 +228,7 @@ def _check_each_once(users: Tensor | None, process: Process | None) -> None:
         )
 
 
-def _in_step(
-    batches: Iterable[SequenceBatch], empty_batch: SequenceBatch, process: Process | None
-) -> Iterator[SequenceBatch]:
+def in_step(batches: Iterable[Batch], empty_batch: Batch, process: Process | None) -> Iterator[Batch]:
     """This rank's batches, then empty ones until all ranks are through, so that collectives match."""
     iterator = iter(batches)
     while True:

@@ -104,7 +104,7 @@ class _Exchange:
 
     def __init__(self, prepared: StepInput, flags: list[int], process: Process):
         self.prepared = prepared
-        counts = [micro.batch.num_tokens for micro in prepared.micro_batches]
+        counts = [micro.num_targets for micro in prepared.micro_batches]
         own = torch.tensor(counts + flags)
         self.everyone = own.new_empty(process.world_size, len(own))
         self.work = dist.all_gather_single(

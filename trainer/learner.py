@@ -20,6 +20,7 @@ from sharding.lookup import rows_of_request
 from sharding.tables import EmbeddingTables
 from sharding.vocabulary_parallel import vocabulary_parallel_cross_entropy
 from trainer.dense_module import DenseModule, GradientCheck
+from trainer.expert_balance import balance_experts
 from trainer.step_input import MicroBatch, StepInput
 
 
@@ -30,7 +31,7 @@ class StepResult:
     loss_sum: Tensor
     """Scalar: summed loss of this rank's targets."""
     metrics: Mapping[str, Tensor]
-    """Further sums over the same targets."""
+    """Further sums over the same targets, scalars or vectors."""
     global_count: int
     """Supervised targets of all ranks."""
 
@@ -59,6 +60,7 @@ class Learner:
         self._require_finite(step, sums, gradients)
         self.tables.update(step.merged.tables, rows, gradients)
         self.engine.step(learning_rate)
+        balance_experts(self.module.mixtures)
         return StepResult(
             loss_sum=torch.stack([loss for loss, _ in sums]).sum(),
             metrics=_add_up([metrics for _, metrics in sums]),
@@ -117,4 +119,4 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 
 def _add_up(metrics: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([entry[name] for entry in metrics]).sum() for name in metrics[0]}
+    return {name: torch.stack([entry[name] for entry in metrics]).sum(0) for name in metrics[0]}

@@ -71,6 +71,11 @@ def diversity_at(lists: np.ndarray, k: int, vectors: np.ndarray | sparse.csr_mat
     return np.where(pairs > 0, 1 - twice_pairs / np.maximum(pairs, 1), 0.0)
 
 
+def share_met_at(lists: np.ndarray, met: np.ndarray, k: int) -> np.ndarray:
+    """Share of the first k items that meet the condition; 0 for an empty list. Shapes: [U, K] each -> [U]."""
+    return met[:, :k].sum(1) / np.maximum((lists[:, :k] >= 0).sum(1), 1)
+
+
 def unit_vectors(embeddings: np.ndarray) -> np.ndarray:
     """Vectors scaled to length one in fp32; zero ones stay. Shapes: [N, E] -> [N, E]."""
     vectors = np.asarray(embeddings, dtype=np.float32)

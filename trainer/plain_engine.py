@@ -1,6 +1,7 @@
 """The dense part on one process with plain torch: where DeepSpeed is not, and the reference for it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ class PlainEngine:
     def __init__(self, module: nn.Module, config: TrainConfig):
         self.module = module
         self.config = config
-        self.optimizer = make_optimizer(module, config)
+        self.optimizer = make_optimizer((parameter for _, parameter in named_trainable(module)), config)
         self.steps = 0
         self.average = make_average(config.ema_decay, self.weights())
 
@@ -41,7 +42,8 @@ class PlainEngine:
 
     def weights(self) -> list[Piece]:
         """Flat `dense/NAME` pieces, all of them on this rank."""
-        return [whole_piece(f"dense/{name}", parameter) for name, parameter in named_trainable(self.module)]
+        kept = [*named_trainable(self.module), *named_state(self.module)]
+        return [whole_piece(f"dense/{name}", tensor) for name, tensor in kept]
 
     def put(self, weights: list[Piece]) -> None:
         """Let the module compute with other values of `weights`."""
@@ -55,19 +57,21 @@ class PlainEngine:
             state = moments(self.optimizer, parameter)
             for kind, tensor in (("dense", parameter.data), *((m, state[m]) for m in MOMENTS)):
                 found.append(whole_piece(f"{kind}/{name}", tensor))
+        found += [whole_piece(f"dense/{name}", tensor) for name, tensor in named_state(self.module)]
         return found + (self.average.parts if self.average else [])
 
-    def restore(self, read_full: Callable[[str], Tensor], steps: int) -> None:
+    def restore(self, read_rows: Callable[[str, int, int], Tensor], steps: int) -> None:
         """Nothing beside the pieces needs restoring here, but for Adam's step count."""
         self.steps = steps
         set_adam_steps(self.optimizer, steps)
 
     def dense_shapes(self) -> Mapping[str, list[int]]:
-        return {name: list(parameter.shape) for name, parameter in named_trainable(self.module)}
+        kept = [*named_trainable(self.module), *named_state(self.module)]
+        return {name: list(tensor.shape) for name, tensor in kept}
 
 
-def make_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    parameters = [parameter for _, parameter in named_trainable(module)]
+def make_optimizer(parameters: Iterable[Any], config: TrainConfig) -> torch.optim.AdamW:
+    """For parameters, or groups of them."""
     return torch.optim.AdamW(
         parameters, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True
     )
@@ -79,6 +83,16 @@ def named_trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
         (name.removeprefix("module.").removeprefix("model."), parameter)
         for name, parameter in module.named_parameters()
         if parameter.requires_grad
+    ]
+
+
+def named_state(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """What a model learns without gradients: its persistent buffers, named like `named_trainable`."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return [
+        (name.removeprefix("module.").removeprefix("model."), tensor)
+        for name, tensor in module.state_dict().items()
+        if name not in parameters
     ]
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ from cluster.process import Process
 from cluster.reporter import Reporter
 from cluster.storage import Storage
 from data_streams.stream import TrainStream
+from models.recommender import Ranker
 from trainer.assembly import Assembly
 from trainer.audit import AuditLog
 from trainer.checkpoint import Checkpointer
@@ -23,6 +24,7 @@ from trainer.evaluate import validation_metrics
 from trainer.feed import Feed
 from trainer.learner import Learner, StepResult
 from trainer.metric_log import MetricLog
+from trainer.ranking import answer_metrics
 from trainer.run_state import Progress, save_progress
 from trainer.schedule import rate_fraction
 from trainer.weight_average import averaged
@@ -137,14 +139,8 @@ def _validate(job: Job) -> bool:
     config, progress = job.config.train, job.progress
     started = time.perf_counter()
     job.reporter.pause_steps()
-    users = job.assembly.users("valid")
     with averaged(job.engine):
-        metrics = validation_metrics(
-            job.assembly.search(job.learner.module.precision),
-            users.batches(),
-            empty_batch=users.empty_batch(),
-            config=job.config.evaluation,
-        )
+        metrics = _validation_metrics(job)
     value = metrics[config.selection_metric]
     improved = progress.best is None or value > progress.best
     if improved:
@@ -167,6 +163,19 @@ def _validate(job: Job) -> bool:
             progress.step, {f"validation/{name}": number for name, number in metrics.items()}
         )
     return improved
+
+
+def _validation_metrics(job: Job) -> dict[str, float]:
+    assembly = job.assembly
+    if isinstance(assembly.model, Ranker):
+        return answer_metrics(assembly, job.config.data)
+    users = assembly.users("valid")
+    return validation_metrics(
+        assembly.search(job.learner.module.precision, width=job.config.search.validation_width),
+        users.batches(),
+        empty_batch=users.empty_batch(),
+        config=job.config.evaluation,
+    )
 
 
 def _save(job: Job, *, best: bool) -> None:
@@ -233,13 +242,13 @@ class Window:
 
     def close(self, process: Process, wait_s: float) -> dict[str, float]:
         """Means over all ranks, and rates; a collective call."""
-        totals = torch.stack(list(self.sums.values())).float()
+        totals = torch.cat([value.flatten() for value in self.sums.values()]).float()
         if process.world_size > 1:
             dist.all_reduce(totals)
         seconds = time.perf_counter() - self.started
         means = {
             f"train/{name}": total / max(self.targets, 1)
-            for name, total in zip(self.sums, totals.tolist(), strict=True)
+            for name, total in zip(_element_names(self.sums), totals.tolist(), strict=True)
         }
         return means | {
             "train/targets_per_s": self.targets / seconds,
@@ -251,6 +260,12 @@ class Window:
     def restart(self, wait_s: float) -> None:
         self.__init__()
         self.wait_s = wait_s
+
+
+def _element_names(sums: Mapping[str, Tensor]) -> Iterator[str]:
+    """A vector's elements are reported as NAME/0, NAME/1 and so on."""
+    for name, value in sums.items():
+        yield from [f"{name}/{index}" for index in range(len(value))] if value.dim() else [name]
 
 
 def _log(job: Job, feed: Feed, fraction: float, total_steps: int) -> None:

@@ -2,20 +2,22 @@
 
 import logging
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import polars as pl
 
 from cluster.errors import CheckpointError
+from data_streams.semantic_ids import SemanticIdTable
 from data_streams.stream import Position, merge_positions
+from models.recommender import Recommender
 from sharding.state import Piece
-from sharding.tables import kept_rows
+from sharding.tables import EmbeddingTables, kept_rows
 from trainer.assembly import Assembly, describe_model
 from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_reader import CheckpointReader
 from trainer.fingerprint import compare_fingerprint, model_fingerprint
-from trainer.plain_engine import named_trainable
+from trainer.plain_engine import named_state, named_trainable
 from trainer.weight_average import AVERAGE, served_prefix
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ def fingerprint(assembly: Assembly, engine) -> dict[str, Any]:
     """From the model alone, not from what lies on this rank: a rank that holds no row of a table names it too."""
     shapes = {f"dense/{name}": shape for name, shape in engine.dense_shapes().items()}
     shapes |= {f"table/{spec.name}": (kept_rows(spec), spec.dim) for spec in assembly.model.tables()}
-    return model_fingerprint(shapes, describe_model(assembly.config, assembly.items))
+    return model_fingerprint(shapes, describe_model(assembly))
 
 
 def save_progress(
@@ -80,7 +82,7 @@ def restore_progress(reader: CheckpointReader, assembly: Assembly, engine) -> Pr
     for piece in [*assembly.tables.pieces(), *engine.pieces()]:
         if has_average or not piece.name.startswith(AVERAGE):
             reader.read_into(piece.name, piece.start, piece.tensor)
-    engine.restore(lambda name: _read_whole(reader, name), progress.step)
+    engine.restore(reader.read_rows, progress.step)
     if engine.average and not has_average:
         engine.average.restart(engine.weights())
     positions = [state["position"] for state in reader.rank_states if state["position"]]
@@ -94,8 +96,22 @@ def restore_progress(reader: CheckpointReader, assembly: Assembly, engine) -> Pr
     return progress
 
 
-def load_weights(reader: CheckpointReader, assembly: Assembly) -> None:
-    """Tables and dense weights for evaluation and serving, without an engine."""
+@runtime_checkable
+class Weights(Protocol):
+    """A model and its tables."""
+
+    semantic_ids: SemanticIdTable | None
+    model: Recommender
+    tables: EmbeddingTables
+
+
+def load_weights(reader: CheckpointReader, assembly: Weights) -> None:
+    """Tables and dense weights for evaluation and serving, without an engine.
+
+    Raises: CheckpointError where the model was trained with other semantic IDs.
+    """
+    if assembly.semantic_ids is not None:
+        assembly.semantic_ids.require(reader.shared_state["fingerprint"]["model"]["semantic_ids"])
     _load_dense(reader, assembly)
     for piece in assembly.tables.pieces():
         reader.read_into(piece.name, piece.start, piece.tensor)
@@ -104,11 +120,12 @@ def load_weights(reader: CheckpointReader, assembly: Assembly) -> None:
 def initialise_from(reader: CheckpointReader, saved_items: pl.Series, assembly: Assembly) -> None:
     """Take the weights, and nothing else, of another run; must precede the engine.
 
-    Items are matched by their raw ids: rows of items the other run did not have keep their initial values.
+    Items are matched by their raw ids: rows of items the other run did not have keep their initial values. So do
+    weights that the model adds to the other one's (`Recommender.added_parameters`).
 
     Raises: CheckpointError if the dense part has another shape.
     """
-    _load_dense(reader, assembly)
+    _load_dense(reader, assembly, may_lack=assembly.model.added_parameters)
     new_rows = _new_rows_of_saved(saved_items, assembly.items.item_ids)
     logger.info(
         "Weights from step %d: %d of %d items were known to it.",
@@ -145,19 +162,17 @@ def _copy_known_rows(reader: CheckpointReader, piece: Piece, new_rows: np.ndarra
             piece.tensor[targets[own] - piece.start] = rows[own].to(piece.tensor.device)
 
 
-def _load_dense(reader: CheckpointReader, assembly: Assembly) -> None:
+def _load_dense(reader: CheckpointReader, assembly: Weights, may_lack: tuple[str, ...] = ()) -> None:
     """The weights that evaluation used: their average where the run kept one."""
     prefix = served_prefix(reader.tensors)
-    for name, parameter in named_trainable(assembly.model):
+    for name, tensor in [*named_trainable(assembly.model), *named_state(assembly.model)]:
         saved = reader.shared_state["dense_shapes"].get(name)
-        if saved != list(parameter.shape):
+        if saved is None and name.startswith(may_lack):
+            logger.info("The weights of %s are new and keep their initial values.", name)
+            continue
+        if saved != list(tensor.shape):
             raise CheckpointError(
-                f"the weights of {name} must have shape {list(parameter.shape)}, the checkpoint has {saved}; "
+                f"the weights of {name} must have shape {list(tensor.shape)}, the checkpoint has {saved}; "
                 "give the model options the checkpoint was trained with"
             )
-        parameter.data.copy_(_read_whole(reader, prefix + name).view(parameter.shape))
-
-
-def _read_whole(reader: CheckpointReader, name: str):
-    (length, *_), _ = reader.tensors[name]
-    return reader.read_rows(name, 0, length)
+        tensor.data.copy_(reader.read_rows(prefix + name, 0, tensor.numel()).view(tensor.shape))

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +12,8 @@ from cluster.process import Process
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
 from models.recommender import Retriever
-from models.tables import Lookup
+from models.tables import Lookup, Rows
+from sharding.approximate_index import HnswIndex
 from sharding.item_index import Found, ItemIndex, best_of_scores, evaluating, rank_in_scores
 
 Scorer = Callable[[SequenceBatch], Tensor]
@@ -23,6 +25,13 @@ class Search(ABC):
 
     num_items: int
     process: Process | None
+
+    def met(self, lists: np.ndarray, held_out: np.ndarray) -> np.ndarray | None:
+        """Which recommended items meet the condition they were searched under; None without conditions.
+
+        Shapes: lists [U, K], held_out [U] -> [U, K].
+        """
+        return None
 
     @abstractmethod
     def find(self, batch: SequenceBatch, *, k: int, rank_held_out: bool, filter_seen: bool) -> Found:
@@ -46,7 +55,12 @@ class RetrievalSearch(Search):
     """
 
     def __init__(
-        self, model: Retriever, lookup: Lookup, index: ItemIndex, *, precision: torch.dtype = torch.float32
+        self,
+        model: Retriever,
+        lookup: Lookup,
+        index: ItemIndex | HnswIndex,
+        *,
+        precision: torch.dtype = torch.float32,
     ):
         self.model, self.lookup, self.index, self.precision = model, lookup, index, precision
         self.num_items, self.process = index.num_items, index.process
@@ -60,30 +74,46 @@ class RetrievalSearch(Search):
         device: torch.device,
         process: Process | None = None,
         precision: torch.dtype = torch.float32,
+        approximate: bool = False,
     ) -> "RetrievalSearch":
         index = ItemIndex.build(model, lookup, num_items=num_items, device=device, process=process)
+        if approximate:
+            index = HnswIndex(index)
         return RetrievalSearch(model, lookup, index, precision=precision)
 
     def find(self, batch: SequenceBatch, *, k: int, rank_held_out: bool, filter_seen: bool) -> Found:
         device = self.index.device
-        exclude = _seen(batch).to(device) if filter_seen else None
+        exclude = seen_items(batch).to(device) if filter_seen else None
         targets = batch.held_out.to(device) if rank_held_out else None
-        return self.index.find(self._queries(batch), exclude, k=k, targets=targets)
+        return self.index.find(self.queries(batch), exclude, k=k, targets=targets)
 
     def score(self, batch: SequenceBatch, candidates: Tensor) -> Tensor:
-        queries = self._queries(batch)
+        return self.score_with(self.queries(batch), candidates)
+
+    def score_with(self, queries: Tensor, candidates: Tensor) -> Tensor:
+        """Scores of given items for given queries. Shapes: [B, D], [B, C] -> [B, C] fp32."""
         with evaluating(self.model):
             ids = self.model.item_ids(candidates.clamp(min=0).flatten())
             vectors = self.model.item_vectors(self.lookup(ids)[next(iter(ids))]).float()
         scores = torch.einsum("bd,bcd->bc", queries, vectors.view(*candidates.shape, -1))
         return scores.masked_fill(candidates.to(scores.device) < 0, float("-inf"))
 
-    def _queries(self, batch: SequenceBatch) -> Tensor:
+    def queries(self, batch: SequenceBatch) -> Tensor:
+        """What item vectors are multiplied with. Shapes: [B, D] fp32."""
+        return self._ask(batch, self.model.query)
+
+    def queries_under(self, batch: SequenceBatch, wanted: Tensor) -> Tensor:
+        """The same under each of P conditions; the model must know conditions. Shapes: [B, P] -> [B, P, D]."""
+        wanted = wanted.to(self.index.device)
+        ask = lambda rows, users: self.model.conditional_queries(rows, users, wanted)  # noqa: E731
+        return self._ask(self.model.with_conditions(batch), ask)
+
+    def _ask(self, batch: SequenceBatch, ask: Callable[[Rows, SequenceBatch], Tensor]) -> Tensor:
         device = self.index.device
         is_reduced = self.precision != torch.float32
         with evaluating(self.model), torch.autocast(device.type, self.precision, enabled=is_reduced):
             rows = self.lookup(self.model.query_ids(batch))
-            return self.model.query(rows, batch.to(device)).float()
+            return ask(rows, batch.to(device)).float()
 
 
 class ScorerSearch(Search):
@@ -96,7 +126,7 @@ class ScorerSearch(Search):
 
     def find(self, batch: SequenceBatch, *, k: int, rank_held_out: bool, filter_seen: bool) -> Found:
         scores = self.scorer(batch).float()
-        exclude = _seen(batch) if filter_seen else None
+        exclude = seen_items(batch) if filter_seen else None
         ranks = rank_in_scores(scores, batch.held_out, exclude) if rank_held_out else None
         if exclude is not None:
             scores = scores.index_put((exclude.row_index(), exclude.values), torch.tensor(float("-inf")))
@@ -108,7 +138,8 @@ class ScorerSearch(Search):
         return scores.masked_fill(candidates < 0, float("-inf"))
 
 
-def _seen(batch: SequenceBatch) -> Jagged:
+def seen_items(batch: SequenceBatch) -> Jagged:
+    """Every item of the users' known past. Raises: DataError where the batch does not know it."""
     if batch.seen is None:
         raise DataError(
             "leaving out seen items needs batches that hold each user's whole known past (`seen`), and this "

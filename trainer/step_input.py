@@ -22,6 +22,8 @@ class MicroBatch:
     context: StepContext
     ids: Ids
     item_features: Mapping[str, Tensor]
+    num_targets: int
+    """Supervised targets of this rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +85,7 @@ def prepare_step(
         micro_batches.append(
             MicroBatch(
                 batch=part.to(device),
+                num_targets=model.num_targets(part),
                 context=context,
                 ids={name: values.to(device, non_blocking=True) for name, values in ids.items()},
                 item_features={

@@ -1,17 +1,15 @@
 """Every objective on one recipe for the same time: `python -m benchmarks.experiments.objectives --help`."""
 
-import json
-import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
 
+from benchmarks.setting.commands import evaluated, grail
 from benchmarks.setting.ranks import measure_on_ranks
 from benchmarks.setting.recipe import RunningRecipe, first_batches, start
 from benchmarks.setting.timing import interleave
-from cluster.errors import ClusterError
 from cluster.plugins import load_plugin, plugin_config
 from cluster.process import Process
 from cluster.storage import Storage
@@ -101,7 +99,7 @@ def _train_and_evaluate(options: Options, name: str, epochs: int) -> dict[str, f
     for option, value in OBJECTIVES[name].items():
         flag = f"--objective.{option.replace('_', '-')}"
         given.append(flag if value is True else f"{flag}={value}")
-    _grail(
+    grail(
         "pretrain",
         options.recipe,
         "--data.path",
@@ -114,15 +112,7 @@ def _train_and_evaluate(options: Options, name: str, epochs: int) -> dict[str, f
         "--train.epochs",
         str(epochs),
     )
-    _grail("evaluate", str(run_dir))
-    return json.loads((run_dir / "evaluation.json").read_text())["metrics"]
-
-
-def _grail(*arguments: str) -> None:
-    """Raises: ClusterError with what the command said."""
-    done = subprocess.run([sys.executable, "-m", "launch.cli", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise ClusterError(f"grail {' '.join(arguments)} must succeed and said: {done.stderr[-2000:]}")
+    return evaluated(run_dir)["metrics"]
 
 
 if __name__ == "__main__":

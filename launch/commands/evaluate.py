@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cluster.configuration import ClusterConfig
+from cluster.errors import ConfigError
 from cluster.storage import Storage
 from launch.progress import start_console
 from launch.run_directory import EVALUATION
 from launch.served_run import DataOptions, find_step, parse_served
-from trainer.configuration import EvaluationConfig, PretrainConfig
+from trainer.configuration import EvaluationConfig, PretrainConfig, SearchConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class EvaluateOptions:
     "known."""
     data: DataOptions = field(default_factory=DataOptions)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
@@ -42,6 +44,10 @@ def evaluate(
     from launch.jobs import evaluate_job
     from trainer.evaluate import EvaluationResult, render
 
+    if baselines and getattr(config.model, "has_own_objective", False):
+        raise ConfigError(
+            "baselines rank all items, and this run's model scores given ones; leave --baselines out"
+        )
     step = find_step(config, checkpoint)
     start_console()
     content = run_gang(*(evaluate_job, config, step, split), config=config.cluster, run_dir=config.run_dir)
@@ -61,25 +67,18 @@ def evaluate(
 
 
 def _baselines(config: PretrainConfig, split: str) -> dict[str, Any]:
-    from data_streams.manifest import Manifest
-    from trainer.baselines import evaluate_baselines
-
-    source = Manifest.load(Storage(config.data.path)).source
-    oracle = _oracle(config.data.path, source, split) if source.get("name") == "world" else None
-    return evaluate_baselines(config.data, config.evaluation, split=split, oracle=oracle)
-
-
-def _oracle(data_path: str, source: dict[str, Any], split: str) -> Any:
-    """Scores all items by the true probability that the user takes them next; known in the world only."""
     import torch
 
-    from data_streams.item_table import ItemTable
-    from data_streams.world import World
-    from launch.jobs import user_ids
+    from launch.world_truth import load_truth
+    from trainer.baselines import evaluate_baselines
 
-    world, users = World.from_source(source), user_ids(data_path).to_numpy()
-    item_ids = ItemTable.load(data_path).item_ids.to_numpy()
-    moment = {"valid": "validation", "test": "test"}[split]
-    return lambda batch: torch.from_numpy(
-        world.oracle_scores(users[batch.user_ids.numpy()], moment)[:, item_ids].astype("float32")
+    truth = load_truth(config.data.path, split)
+    if truth is None:
+        return evaluate_baselines(config.data, config.evaluation, split=split)
+    return evaluate_baselines(
+        config.data,
+        config.evaluation,
+        split=split,
+        oracle=lambda batch: torch.from_numpy(truth.oracle_scores(batch.user_ids.numpy())),
+        utilities=truth.utilities,
     )

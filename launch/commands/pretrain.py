@@ -43,7 +43,12 @@ def parse_config(name: str, options: list[str]) -> PretrainConfig:
         config,
         run_dir=absolute(run_dir),
         init_from=config.init_from and absolute(config.init_from),
-        data=dataclasses.replace(config.data, path=absolute(config.data.path), columns=_columns(config)),
+        data=dataclasses.replace(
+            config.data,
+            path=absolute(config.data.path),
+            semantic_ids=absolute(config.data.semantic_ids),
+            columns=_columns(config),
+        ),
     )
 
 
@@ -99,7 +104,7 @@ def _run(
             run_dir=config.run_dir,
             on_event=on_event,
             stop=stop,
-            worlds=allowed_worlds(config.cluster),
+            worlds=allowed_worlds(config.cluster, multiple_of=config.sharding.workers_multiple_of),
         )
     if result is not None:
         keeper.end(result["status"])

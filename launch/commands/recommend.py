@@ -1,7 +1,7 @@
 """Show or write recommendations of a run: grail recommend RUN_DIR --users 3 | --all --out FILE.parquet"""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,9 @@ from cluster.configuration import ClusterConfig
 from cluster.errors import ConfigError
 from launch.progress import start_console
 from launch.served_run import DataOptions, find_step, parse_served
-from trainer.configuration import EvaluationConfig, PretrainConfig
+from trainer.configuration import EvaluationConfig, PretrainConfig, SearchConfig
+
+CATEGORIES = "categories"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +24,14 @@ class RecommendOptions:
     """Parquet file for --all: user_id, rank, item_id, title, score."""
     k: int = 10
     """Recommendations per user."""
+    condition: tuple[str, ...] = ()
+    """Conditions on the items, as COLUMN=VALUE with a column of the item table (such as category=Shampoos); several of
+    one column are searched together. A model trained for the column is asked, the lists of others are filtered."""
     checkpoint: str = "best"
     """latest, best or the number of a step."""
     data: DataOptions = field(default_factory=DataOptions)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
@@ -37,11 +43,43 @@ def run(arguments: list[str]) -> int:
         )
     if options.k < 1 or options.users < 1:
         raise ConfigError(f"--k and --users must be at least 1, got {options.k} and {options.users}")
+    config = under_conditions(config, options.condition)
     if options.all:
         write_all(config, options.out, checkpoint=options.checkpoint, k=options.k)
     else:
         show(config, num_users=options.users, checkpoint=options.checkpoint, k=options.k)
     return 0
+
+
+def under_conditions(config: PretrainConfig, conditions: tuple[str, ...]) -> PretrainConfig:
+    """The configuration whose search looks for items that meet the conditions.
+
+    Raises: ConfigError where they are not of the form COLUMN=VALUE with one column, or no item meets one of them.
+    """
+    if not conditions:
+        # What a run was validated under needs a held-out item, and here is none.
+        named = bool(config.evaluation.conditions)
+        return config if named else replace(config, evaluation=replace(config.evaluation, condition="none"))
+    parts = [condition.partition("=") for condition in conditions]
+    columns = {CATEGORIES if column == "category" else column for column, _, _ in parts}
+    if not all(equals and value for _, equals, value in parts) or len(columns) != 1:
+        raise ConfigError(
+            f"--condition must be COLUMN=VALUE, several of them with one column, got {' '.join(conditions)}"
+        )
+    (column,) = columns
+    from data_streams.item_conditions import ItemConditions
+
+    known = ItemConditions.load(config.data.path, column)
+    for _, _, value in parts:
+        known.find(value)
+    trained = getattr(config.model, "condition_column", "") == column
+    evaluation = replace(
+        config.evaluation,
+        condition="attention" if trained else "filter",
+        condition_column=column,
+        conditions=tuple(value for _, _, value in parts),
+    )
+    return replace(config, evaluation=evaluation)
 
 
 def show(config: PretrainConfig, *, num_users: int, checkpoint: str = "best", k: int = 10) -> None:

@@ -1,7 +1,7 @@
 """Beam search: the most likely items, exact when the beam is as wide as the catalogue."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
@@ -64,13 +64,14 @@ class BeamSearch(PathSearch):
     def search_from(
         self, model: Generator, state: DecodeState, space: PathSpace, *, k: int, seeds: Tensor | None = None
     ) -> Decoded:
-        beam = None
+        beam, kept = None, []
         for level in range(len(space.code_sizes)):
             logits, state = next_logits(model, state, level, beam, space)
             beam = self._extend(beam or Step.root(state), level, logits, space)
+            kept.append(beam.nodes.masked_fill(beam.log_probs == NOTHING, -1))
             if level + 1 < len(space.code_sizes):
                 beam = beam.in_node_order()
-        return beam.decoded(space, k)
+        return replace(beam.decoded(space, k), kept=tuple(kept))
 
     def _extend(self, beam: Step, level: int, logits: Tensor, space: PathSpace) -> Step:
         """The best prefixes that are one code longer, best first."""

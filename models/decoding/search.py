@@ -26,6 +26,8 @@ class Decoded:
     """[B, k] fp32: what the slots are ordered by; -inf in empty slots only."""
     paths: Tensor
     """[B, k, L] int64; -1 in empty slots."""
+    kept: tuple[Tensor, ...] = ()
+    """By depth 1..L: [B, W] int64 nodes of the prefixes a beam kept, -1 where it had fewer; of beam search only."""
 
     @property
     def filled(self) -> Tensor:
@@ -40,6 +42,10 @@ class Decoded:
     def hallucination_rate(self) -> Tensor:
         """HaR: share of the generated paths that belong to no item. Shapes: scalar fp32."""
         return 1 - self.legal.sum() / self.filled.sum()
+
+    def hallucination_rates(self) -> Tensor:
+        """The same for each user. Shapes: [B] fp32."""
+        return 1 - self.legal.sum(1) / self.filled.sum(1).clamp(min=1)
 
     def existing(self) -> tuple[Tensor, Tensor]:
         """Items and scores without the paths of no item, the others moved up. Shapes: [B, k], [B, k]."""

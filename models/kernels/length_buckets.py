@@ -138,7 +138,7 @@ def to_tokens(blocks: list[Tensor], layout: BucketLayout) -> Tensor:
     Shapes: [users, length, ...] -> [T, ...].
     """
     cells = torch.cat([block.reshape(-1, *block.shape[2:]).flatten(1) for block in blocks])
-    tokens = _Rearrange.apply(cells, layout.cell_of_token, layout.token_of_cell, _padding_cells(layout))
+    tokens = _Rearrange.apply(cells, layout.cell_of_token, layout.token_of_cell, padding_cells(layout))
     return tokens.view(-1, *blocks[0].shape[2:])
 
 
@@ -149,7 +149,7 @@ def pair_dtype(cells: Tensor, length: int) -> torch.dtype:
     return matmul_dtype(cells)
 
 
-def _padding_cells(layout: BucketLayout) -> Tensor | None:
+def padding_cells(layout: BucketLayout) -> Tensor | None:
     """Which cells hold no token [C, 1], or None where every cell holds one."""
     num_cells = layout.token_of_cell.shape[0]
     if num_cells == layout.cell_of_token.shape[0]:

@@ -1,11 +1,14 @@
+import logging
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from cluster.configuration import ClusterConfig
-from cluster.errors import ClusterError, DataError
+from cluster.errors import ClusterError, DataError, PoolGoneError
 from cluster.pool import Pool
 from cluster.tasks import run_tasks
 
@@ -24,6 +27,17 @@ def _build_squarer(marker: str):
 
 def _build_deadly():
     return lambda item: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _build_mortal(marker: str):
+    """A member cannot live while the marker is there."""
+    if Path(marker).exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return lambda item: (time.sleep(0.3), item)[1]
+
+
+def _build_nothing():
+    raise DataError("there is nothing to build from; make some")
 
 
 def _double(number: int) -> int:
@@ -52,3 +66,41 @@ def test_tasks_give_all_results_and_pass_errors_on():
     assert sorted(run_tasks(_double, range(8), description="doubling", config=TWO)) == list(range(0, 16, 2))
     with pytest.raises(DataError, match="13 is not allowed; leave it out"):
         list(run_tasks(_double, [1, 13], description="doubling", config=TWO))
+
+
+def test_work_is_submitted_and_collected_without_waiting(tmp_path):
+    with Pool(_build_mortal, str(tmp_path / "none"), members=2, cluster=TWO) as pool:
+        tickets = [pool.submit(item) for item in "abcd"]
+        assert tickets == [0, 1, 2, 3] and pool.pending == 4
+        assert pool.poll(timeout_s=0) == []
+        collected = []
+        while pool.pending:
+            collected += pool.poll()
+        assert sorted(collected) == list(enumerate("abcd")) and pool.poll() == []
+
+
+def test_a_pool_without_any_member_waits_for_one_and_then_gives_up(tmp_path, caplog):
+    marker = tmp_path / "marker"
+    with Pool(_build_mortal, str(marker), members=2, cluster=TWO, patience_s=30, name="reward pool") as pool:
+        list(pool.map("ab"))
+        marker.touch()
+        for pid in pool.pids:
+            os.kill(pid, signal.SIGKILL)
+        threading.Timer(2, marker.unlink).start()
+        with caplog.at_level(logging.WARNING):
+            assert sorted(pool.map("cd")) == [(0, "c"), (1, "d")]
+        assert "all 2 members of the reward pool are gone; waiting up to 30 s" in caplog.text
+        assert "has a member again" in caplog.text
+        pool._limit_s = 2
+        marker.touch()
+        for pid in pool.pids:
+            os.kill(pid, signal.SIGKILL)
+        started = time.monotonic()
+        with pytest.raises(PoolGoneError, match="has had none for 2 s; nothing is lost"):
+            list(pool.map("ef"))
+        assert time.monotonic() - started < 10
+
+
+def test_what_a_member_fails_to_build_is_raised_and_not_tried_again():
+    with Pool(_build_nothing, members=1, cluster=TWO) as pool, pytest.raises(DataError, match="make some"):
+        list(pool.map([1]))

@@ -270,6 +270,30 @@ def test_evaluation_batches_are_full_but_for_the_last(path):
         assert 0 < sizes[-1] <= 25
 
 
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_late_feedback_ends_the_history_some_time_before_the_held_out_event(path, chunk, split):
+    lag_s, served = 3e8, []
+    ends = {"valid": chunk.valid_at, "test": chunk.test_at}[split]
+    stream_of = make_config(path, feedback_lag_s=lag_s)
+    for batch in evaluation_batches(stream_of, split)[0]:
+        for index, user in enumerate(batch.user_ids.tolist()):
+            times = user_events(chunk, user, "timestamp_s")
+            early = (times < times[ends[user]] - lag_s)[: ends[user]]
+            past = user_events(chunk, user)[: ends[user]][early].tolist()
+            assert row(batch.items, index) == past[-MAX_LENGTH:] and row(batch.seen, index) == past
+            assert int(batch.held_out[index]) == user_events(chunk, user)[ends[user]]
+            served.append(user)
+    assert 0 < len(served) < int((ends > 0).sum())
+
+
+def test_late_feedback_needs_times(tmp_path):
+    chunk = make_chunk([6] * 4)
+    del chunk.columns["timestamp_s"]
+    write_data_set(tmp_path, chunk)
+    with pytest.raises(ConfigError, match=r"feedback_lag_s needs events with timestamp_s, .* holds action"):
+        evaluation_batches(make_config(tmp_path, feedback_lag_s=1.0), "test")
+
+
 def test_users_whose_first_event_is_held_out_are_counted(tmp_path):
     chunk = make_chunk([2, 5])
     chunk.train_end[0], chunk.valid_at[0] = 0, 0

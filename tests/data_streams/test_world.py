@@ -11,7 +11,8 @@ from cluster.storage import Storage
 from data_streams.build import BuildConfig, build
 from data_streams.shards import Manifest
 from data_streams.sources.world import WorldSource
-from data_streams.world import World, WorldConfig
+from data_streams.world import World, WorldConfig, world_fingerprint
+from launch.world_truth import load_truth
 
 SMALL = {"num_users": 400, "num_items": 300, "num_clusters": 15, "mean_clicks": 12.0, "seed": 3}
 
@@ -167,3 +168,26 @@ def test_impossible_worlds_are_refused():
         WorldConfig(num_items=8, num_clusters=9)
     with pytest.raises(ConfigError, match="from 3 to an eighth of the items, given 6000 users, 400 clicks"):
         WorldConfig(num_items=2_400, mean_clicks=400)
+
+
+def test_the_truth_speaks_in_rows_of_the_data_set(tmp_path):
+    path = str(tmp_path / "shards")
+    build(WorldSource.Config(**SMALL), BuildConfig(out=path, ray="never"))
+    truth = load_truth(path, "test")
+    rows = np.arange(600) % 400
+    scores = truth.oracle_scores(rows[:5])
+    raw = truth.world.oracle_scores(truth.user_ids[rows[:5]], "test")
+    assert np.allclose(scores, raw[:, truth.item_ids]) and scores.shape == (5, 300)
+    lists = np.random.default_rng(0).integers(-1, 300, (600, 10))
+    found = truth.utilities(rows, lists, (5, 10))
+    items = np.where(lists >= 0, truth.item_ids[lists], -1)
+    expected = truth.world.normalised_utility(truth.user_ids[rows], items[:, :5], "test")
+    assert np.allclose(found[5], expected) and found[10].shape == (600,)
+    assert load_truth(path, "valid").moment == "validation"
+
+
+def test_the_defaults_of_the_world_are_frozen():
+    """Results of alignment are compared on it: whoever changes the world changes this line and repeats them."""
+    assert world_fingerprint() == "2c1c13fd9de3b775"
+    assert world_fingerprint(WorldConfig(seed=1)) != world_fingerprint()
+    assert world_fingerprint(WorldConfig(num_users=7_000)) != world_fingerprint()

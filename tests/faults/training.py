@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -37,8 +37,16 @@ def pretrain_line(data: str, run_dir: Path, *options: str) -> list[str]:
 class Training:
     """The job of a command line; nothing of it outlives the `with` block."""
 
-    def __init__(self, run_dir: Path, line: list[str]):
-        self.run_dir, self.line = run_dir, line
+    def __init__(
+        self,
+        run_dir: Path,
+        line: list[str],
+        *,
+        prefix: Sequence[str] = (),
+        environment: Mapping[str, str] = ENVIRONMENT,
+    ):
+        """`prefix` are the words that start a command on another host."""
+        self.run_dir, self.line, self.prefix, self.environment = run_dir, line, prefix, environment
         self.known: set[psutil.Process] = set()
 
     def __enter__(self) -> "Training":
@@ -46,8 +54,8 @@ class Training:
         self.log = self.run_dir.parent / f"{self.run_dir.name}.txt"
         with open(self.log, "w") as log:
             self.driver = subprocess.Popen(
-                [sys.executable, "-m", "launch.cli", *self.line],
-                env=ENVIRONMENT,
+                [*self.prefix, sys.executable, "-m", "launch.cli", *self.line],
+                env=self.environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

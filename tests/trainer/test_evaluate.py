@@ -17,7 +17,9 @@ from data_streams.batch import SequenceBatch
 from data_streams.item_table import ItemTable
 from data_streams.jagged import Jagged
 from models.objectives.sampled_softmax import SampledSoftmax
+from models.recommender import Recommender
 from models.sasrec import SASRec
+from models.tables import Lookup
 from sharding.configuration import ShardingConfig
 from sharding.lookup import make_lookup
 from sharding.unsharded import UnshardedTables
@@ -81,11 +83,8 @@ def own_batches(process: Process | None) -> list[SequenceBatch]:
     return [make_batch(range(*pair)) for pair in pairwise(borders)]
 
 
-def make_search(process: Process | None) -> RetrievalSearch:
-    torch.manual_seed(0)
-    objective = SampledSoftmax.Config().build(num_items=NUM_ITEMS)
-    config = SASRec.Config(width=16, num_blocks=1, dropout=0.5, init_scale=0.3)
-    model = config.build(num_items=NUM_ITEMS, max_length=MAX_LENGTH, item_feature_dim=0, objective=objective)
+def lookup_for(model: Recommender, process: Process | None) -> Lookup:
+    """Freshly initialised tables, sharded where there are processes."""
     if process is None:
         tables = UnshardedTables(model.tables(), seed=1, learning_rate=0.1, device=CPU)
     else:
@@ -94,7 +93,15 @@ def make_search(process: Process | None) -> RetrievalSearch:
         tables = ShardedTables(
             model.tables(), process=process, config=ShardingConfig(), seed=1, learning_rate=0.1
         )
-    lookup = make_lookup(model.tables(), tables, None, CPU)
+    return make_lookup(model.tables(), tables, None, CPU)
+
+
+def make_search(process: Process | None) -> RetrievalSearch:
+    torch.manual_seed(0)
+    objective = SampledSoftmax.Config().build(num_items=NUM_ITEMS)
+    config = SASRec.Config(width=16, num_blocks=1, dropout=0.5, init_scale=0.3)
+    model = config.build(num_items=NUM_ITEMS, max_length=MAX_LENGTH, item_feature_dim=0, objective=objective)
+    lookup = lookup_for(model, process)
     return RetrievalSearch.build(model, lookup, num_items=NUM_ITEMS, device=CPU, process=process)
 
 

@@ -45,6 +45,20 @@ def test_hstu_on_two_ranks_equals_the_unsharded_reference(zero_stage):
     assert_same_training(case, 2, against=case)
 
 
+@pytest.mark.parametrize(
+    ("model", "objective", "zero_stage"), [("pilot", "full", 1), ("conditioned-pilot", "in-batch", 3)]
+)
+def test_climber_pilot_on_two_ranks_equals_the_unsharded_reference(model, objective, zero_stage):
+    case = Case(model=model, objective=objective, zero_stage=zero_stage, steps=12)
+    assert_same_training(case, 2, against=case)
+
+
+@pytest.mark.parametrize(("model", "zero_stage"), [("decoder-only", 1), ("decoder-only, codes alone", 3)])
+def test_generators_on_two_ranks_equal_the_unsharded_reference(model, zero_stage):
+    case = Case(model=model, zero_stage=zero_stage, steps=12)
+    assert_same_training(case, 2, against=case)
+
+
 def test_three_ranks_with_item_features_equal_the_unsharded_reference():
     case = Case(item_features=True, placement="table_wise")
     assert_same_training(case, 3, against=case)

@@ -1,0 +1,144 @@
+"""A layer of experts against that of DeepSpeed and against a dense layer of equal FLOPs, forward and backward."""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle, product
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from benchmarks.peers.deepspeed_experts import PEER, SETTINGS, DeepSpeedExperts
+from benchmarks.setting.benchmark import Bar, Benchmark, Request, compare_rates
+from benchmarks.setting.timing import Timing, interleave
+from benchmarks.setting.wire import CountedExchange
+from cluster.process import Process
+from models.layers.feedforward import FeedForward
+from models.layers.moe import Mixture, MixtureConfig
+from sharding.experts import shard_experts, start_deepspeed
+from trainer.dense_module import resolve_precision
+from trainer.expert_balance import forget_routings
+
+BENCHMARK = Benchmark(
+    unit="tokens/s",
+    bars=(
+        Bar(key="ratio", at_least=1.5),
+        Bar(key="ratio_to_dropless", at_least=1.5),
+        Bar(key="slower_than_dense", at_most=1.2),
+        Bar(key="bytes_over_minimum", at_most=1.01),
+    ),
+    world_size=2,
+    threads_per_rank=1,
+)
+SIZES = (1, 2)
+WIDTH, HIDDEN, NUM_EXPERTS = 256, 1024, 8
+TOKENS = {"full": (2048, 16384), "small": (64,)}
+"""Of each rank."""
+ROUNDS = {"full": 4, "small": 1}
+PASSES = 2
+"""Of a round, each with other tokens, so that groups have sizes that were not met before."""
+
+
+def measure(process: Process, request: Request) -> dict[str, Any]:
+    """The headline is the case in which we gain least over DeepSpeed; `cases` has all of them and all settings."""
+    start_deepspeed()
+    torch.manual_seed(0)
+    cases = {
+        f"{tokens} tokens, top-{top_k}": _case(process, tokens, top_k, ROUNDS[request.scale])
+        for tokens, top_k in product(TOKENS[request.scale], (1, 2))
+    }
+    every = {f"{name}, ep {size}": case[size] for name, case in cases.items() for size in SIZES}
+    worst = min(every.values(), key=lambda case: case["ratio"])
+    return {
+        **{key: worst[key] for key in ("ours", "peer", "ratio", "cpu_seconds", "rounds_s")},
+        "ratio_to_dropless": min(case["ratio_to_setting"]["dropless"] for case in every.values()),
+        "slower_than_dense": max(case["slower_than_dense"] for case in every.values()),
+        "bytes_over_minimum": max(case["bytes_over_minimum"] for case in every.values()),
+        "our_precision": _name(resolve_precision("auto", process.device)),
+        "cases": every,
+    }
+
+
+def _case(process: Process, tokens: int, top_k: int, rounds: int) -> dict[int, dict[str, Any]]:
+    generator = torch.Generator().manual_seed(process.rank)
+    batches = [torch.randn(tokens, WIDTH, generator=generator) for _ in range(PASSES * (rounds + 1))]
+    precision = resolve_precision("auto", process.device)
+    layers = {size: _our_layer(top_k, size, process) for size in SIZES}
+    sides: dict[str, nn.Module] = {f"ours {size}": layer for size, layer in layers.items()}
+    sides["dense"] = FeedForward(WIDTH, HIDDEN * top_k)
+    for size, setting in product(SIZES, SETTINGS):
+        sides[f"{setting} {size}"] = _peer_layer(setting, top_k, size)
+    runs = {name: _passes(layer, batches, precision) for name, layer in sides.items()}
+    timings = interleave(process, runs, rounds=rounds)
+    return {
+        size: {
+            **_compare(timings, size, tokens * process.world_size * PASSES),
+            **_bytes(layer, batches[0], precision),
+            "pass_ms": {name: timing.best_s / PASSES * 1e3 for name, timing in timings.items()},
+        }
+        for size, layer in layers.items()
+    }
+
+
+def _compare(timings: Mapping[str, Timing], size: int, tokens: int) -> dict[str, Any]:
+    ours, dense = timings[f"ours {size}"], timings["dense"]
+    peers = {setting: timings[f"{setting} {size}"] for setting in SETTINGS}
+    return {
+        **compare_rates(tokens, ours, peers[PEER]),
+        "ratio_to_setting": {setting: peer.best_s / ours.best_s for setting, peer in peers.items()},
+        "slower_than_dense": ours.best_s / dense.best_s,
+        "peer_slower_than_dense": {setting: peer.best_s / dense.best_s for setting, peer in peers.items()},
+    }
+
+
+def _our_layer(top_k: int, size: int, process: Process) -> Mixture:
+    layer = MixtureConfig(num_experts=NUM_EXPERTS, top_k=top_k, hidden=HIDDEN).build(WIDTH)
+    # Alike in distribution to what DeepSpeed's gate begins with.
+    nn.init.kaiming_uniform_(layer.router.weight, a=5**0.5)
+    shard_experts(layer, size, process)
+    return layer
+
+
+def _peer_layer(setting: str, top_k: int, size: int) -> DeepSpeedExperts:
+    return DeepSpeedExperts(
+        setting, width=WIDTH, hidden=HIDDEN, num_experts=NUM_EXPERTS, top_k=top_k, size=size
+    )
+
+
+def _passes(layer: nn.Module, batches: Sequence[Tensor], dtype: torch.dtype) -> Callable[[], None]:
+    following = cycle(batches)
+
+    def run() -> None:
+        for _ in range(PASSES):
+            _pass(layer, next(following), dtype)
+
+    return run
+
+
+def _pass(layer: nn.Module, batch: Tensor, dtype: torch.dtype) -> None:
+    hidden = batch.clone().requires_grad_()
+    if isinstance(layer, Mixture):
+        forget_routings([layer])
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        output = layer(hidden)
+    output.float().square().sum().backward()
+    layer.zero_grad()
+
+
+def _bytes(layer: Mixture, batch: Tensor, dtype: torch.dtype) -> dict[str, float]:
+    """What this rank sends in one pass, against one row per expert chosen elsewhere, there and back, twice."""
+    with CountedExchange() as exchange:
+        _pass(layer, batch, dtype)
+    _, chosen = layer._route(batch, None)
+    parts = layer.experts.num_parts
+    elsewhere = int((chosen // (NUM_EXPERTS // parts) != dist.get_rank() % parts).sum())
+    minimum = 2 * (elsewhere + exchange.received_rows) * WIDTH * dtype.itemsize
+    return {
+        "sent_bytes": exchange.sent_bytes,
+        "minimum_bytes": minimum,
+        "bytes_over_minimum": exchange.sent_bytes / minimum if minimum else 1.0,
+    }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,252 @@
+"""A model of how users answer what they are shown: attention of the shown item to the history, a head per action.
+
+Source: Pi et al., Search-based Interest Model (SIM, 2020) and Zhou et al., Deep Interest Network (2018), of which the
+dense reward of GenRec (JD.com, 2026) is said to be one. RECONSTRUCTED: one attention over the whole history of a few
+hundred events, without SIM's search of a long one; several heads with a slope for recency in place of its time
+features; softmax with a silent key (see the kernel). The auxiliary loss (what was taken next, after the idea of the
+Deep Interest Evolution Network) ties items together that are taken after each other; without it the answers alone
+taught little but the items' general appeal within three epochs of the synthetic world.
+
+It learns from exposures: an exposed item is answered with an action if the same user did that on the same page. Only
+what the user took on earlier pages is its history. The last page of a training span is left out: the event held out by
+the split lies on it, so what is known of its answers is incomplete.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cluster.errors import ConfigError
+from cluster.seeds import purpose_seed
+from data_streams.batch import SequenceBatch
+from data_streams.jagged import Jagged
+from models.kernels.interest_attention import interest_attention
+from models.kernels.length_buckets import bucket_layout
+from models.layers.dropout import Dropout
+from models.layers.linear import Linear
+from models.recommender import LossSum, Ranker, StepContext
+from models.tables import Ids, LookedUp, Rows, TableSpec
+
+ITEM_TABLE = "item"
+EXPOSURE = "exposure"
+AUXILIARY_TEMPERATURE = 0.1
+SHOWN, KEY_NUMBER, NUM_VISIBLE, ANSWER = "shown", "key_number", "num_visible", "answer_{}"
+
+
+class RewardSim(Ranker):
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        width: int = 32
+        """Size of item vectors."""
+        num_heads: int = 4
+        """Attention heads, each with its own memory of how long ago things were."""
+        hidden: int = 64
+        """Size of the layer before the heads of the actions."""
+        dropout: float = 0.1
+        """Dropout on the input of that layer."""
+        auxiliary_weight: float = 1.0
+        """Weight of the auxiliary loss: what was taken next, among items drawn at random."""
+        num_negatives: int = 512
+        """Items drawn per step for the auxiliary loss, the same for all users and workers."""
+        init_scale: float = 0.05
+        """Standard deviation of the initial item rows."""
+        actions: tuple[str, ...] = ()
+        """Answers it predicts, the first of which makes up the history; left out, all of the data but exposures,
+        click first."""
+
+        event_columns = ("action", "page_id")
+        """Event columns it reads."""
+        needs_actions = True
+        """Whether `build` is to be given the names of the codes in the column `action`."""
+        needs_exposures = True
+        """Whether histories must hold what was only shown."""
+        has_own_objective = True
+        """Whether the loss is the model's own."""
+        selection_metrics = ("auc", "gauc")
+        """What validation can choose the best step by."""
+
+        def build(self, **parts: Any) -> "RewardSim":
+            return RewardSim(self, **parts)
+
+    def __init__(self, config: Config, *, num_items: int, actions: tuple[str, ...], **_: Any):
+        super().__init__()
+        self.config, self.num_items, self.codes = config, num_items, tuple(actions)
+        self.actions = config.actions or _clicks_first(actions)
+        _check_actions(self.actions, self.codes)
+        width = config.width
+        self.query = Linear(width, width, bias=False)
+        self.key_value = Linear(width, 2 * width, bias=False)
+        self.follow = Linear(width, width, bias=False)
+        self.recency = Recency(config.num_heads)
+        self.dropout = Dropout(config.dropout)
+        self.hidden = Linear(3 * width + config.num_heads, config.hidden)
+        self.heads = Linear(config.hidden, len(self.actions))
+        # Alike items attend to each other from the first step on; from random projections nothing personal is learned
+        # for many epochs.
+        for projection in (self.query.weight, *self.key_value.weight.chunk(2), self.follow.weight):
+            nn.init.eye_(projection)
+
+    def tables(self) -> list[TableSpec]:
+        return [
+            TableSpec(
+                name=ITEM_TABLE,
+                num_rows=self.num_items,
+                dim=self.config.width,
+                features=("event", "candidate", "taken", "next", "negative"),
+                init_scale=self.config.init_scale,
+                placement="row_wise",
+            )
+        ]
+
+    def training_batch(self, batch: SequenceBatch, context: StepContext) -> SequenceBatch:
+        """With the answers to every event, and which of the user's events it may attend to."""
+        user = batch.items.row_index().numpy()
+        action, page = (batch.features[name].numpy() for name in self.config.event_columns)
+        offsets = batch.items.offsets.numpy()
+        is_key = action == self.codes.index(self.actions[0])
+        columns = _history_columns(is_key, _page_starts(user, page), user, offsets)
+        same = _page_and_item(user, page, batch.items.values.numpy())
+        last_page = page[np.maximum(offsets[1:] - 1, 0)][user] if len(page) else page
+        columns[SHOWN] = (action == self.codes.index(EXPOSURE)) & (page != last_page)
+        for name in self.actions:
+            columns[ANSWER.format(name)] = np.isin(same, same[action == self.codes.index(name)])
+        return replace(batch, features={name: torch.from_numpy(values) for name, values in columns.items()})
+
+    def ids(self, batch: SequenceBatch, context: StepContext) -> Ids:
+        """With each key of a user as `taken`, the key after it as `next`, and items drawn from (seed, step)."""
+        items, keys = batch.items.values, torch.nonzero(batch.features[KEY_NUMBER] >= 0)[:, 0]
+        follows = torch.nonzero(batch.features[KEY_NUMBER][keys] > 0)[:, 0]
+        generator = torch.Generator().manual_seed(purpose_seed(context.seed, "auxiliary", context.step))
+        return {
+            "event": items,
+            "taken": items[keys[follows - 1]],
+            "next": items[keys[follows]],
+            "negative": torch.randint(self.num_items, (self.config.num_negatives,), generator=generator),
+        }
+
+    def forward(self, rows: Rows, batch: SequenceBatch, context: StepContext) -> LossSum:
+        features = batch.features
+        logits = self._score(rows["event"].rows, batch.items, features[KEY_NUMBER], features[NUM_VISIBLE])
+        answers = torch.stack([features[ANSWER.format(name)] for name in self.actions], dim=-1).float()
+        losses = F.binary_cross_entropy_with_logits(logits, answers, reduction="none")
+        losses = losses * features[SHOWN][:, None]
+        # The divisor is that of every model, the events; those not shown only make the sum smaller.
+        sums = dict(zip(self.actions, losses.detach().sum(0), strict=True))
+        following = self._following(rows["taken"].rows, rows["next"], rows["negative"])
+        return LossSum(
+            sum=losses.sum() + self.config.auxiliary_weight * following,
+            count=batch.num_tokens,
+            metrics={**sums, "auxiliary": following.detach()},
+        )
+
+    def _following(self, taken: Tensor, following: LookedUp, negative: LookedUp) -> Tensor:
+        """Summed cross-entropy of what was taken next among the step's negatives. Shapes: P pairs, R negatives."""
+        queries = F.normalize(self.follow(taken).float(), dim=-1) / AUXILIARY_TEMPERATURE
+        positive = (queries * F.normalize(following.rows.float(), dim=-1)).sum(-1)
+        others = queries @ F.normalize(negative.rows.float(), dim=-1).T
+        others = others.masked_fill(following.ids[:, None] == negative.ids, float("-inf"))
+        return (torch.cat((positive[:, None], others), dim=-1).logsumexp(-1) - positive).sum()
+
+    def candidate_ids(self, batch: SequenceBatch, candidates: Tensor) -> Ids:
+        return {"event": batch.items.values, "candidate": candidates.clamp(min=0).flatten()}
+
+    def logits(self, rows: Rows, batch: SequenceBatch, candidates: Tensor) -> Tensor:
+        """The history holds what the user took and no exposures; candidates see all of it."""
+        num_users, num_candidates = candidates.shape
+        lengths, offsets = batch.items.lengths, batch.items.offsets
+        user = torch.arange(num_users, device=offsets.device)
+        # Each user's candidates stand behind the history, as if they were shown now.
+        longer = Jagged(
+            values=candidates.new_zeros(batch.num_tokens + candidates.numel()),
+            offsets=offsets + num_candidates * torch.arange(num_users + 1, device=offsets.device),
+            max_length=batch.items.max_length + num_candidates,
+        )
+        row = batch.items.row_index()
+        number = torch.arange(batch.num_tokens, device=offsets.device) - offsets[row]
+        history_at = longer.offsets[row] + number
+        shown_at = (
+            longer.offsets[1:, None] - num_candidates + torch.arange(num_candidates, device=offsets.device)
+        )
+        vectors = rows["event"].rows.new_zeros(longer.values.shape[0], self.config.width)
+        vectors = vectors.index_copy(0, history_at, rows["event"].rows)
+        vectors = vectors.index_copy(0, shown_at.flatten(), rows["candidate"].rows)
+        key_number = torch.full_like(longer.values, -1).index_copy(0, history_at, number)
+        visible = torch.zeros_like(longer.values).index_copy(
+            0, shown_at.flatten(), lengths[user].repeat_interleave(num_candidates)
+        )
+        return self._score(vectors, longer, key_number, visible)[shown_at]
+
+    def _score(self, items: Tensor, sequences: Jagged, key_numbers: Tensor, num_visible: Tensor) -> Tensor:
+        """Log-odds of each action on every token. Shapes: items [T, D], numbers [T] -> [T, A] fp32."""
+        split = (self.config.num_heads, -1)
+        items = F.normalize(items.float(), dim=-1) * self.config.width**0.5
+        keys, values = self.key_value(items).unflatten(-1, (2, *split)).unbind(1)
+        queries = self.query(items).unflatten(-1, split)
+        interest = interest_attention(
+            queries,
+            keys,
+            values,
+            key_numbers,
+            num_visible,
+            self.recency(),
+            bucket_layout(sequences),
+        )
+        alike = (interest * items.unflatten(-1, split)).mean(-1)
+        interest = interest.flatten(1)
+        seen = torch.cat((items, interest, items * interest, alike), dim=-1)
+        return self.heads(F.silu(self.hidden(self.dropout(seen)))).float()
+
+
+class Recency(nn.Module):
+    """How fast each head forgets, per item taken since; starts at 1/2, 1/8, 1/32, ..."""
+
+    def __init__(self, num_heads: int):
+        super().__init__()
+        self.log_slopes = nn.Parameter(-np.log(4.0) * torch.arange(num_heads) + np.log(0.5))
+
+    def forward(self) -> Tensor:
+        return self.log_slopes.exp()
+
+
+def _clicks_first(codes: tuple[str, ...]) -> tuple[str, ...]:
+    answers = [name for name in codes if name != EXPOSURE]
+    return tuple(sorted(answers, key=lambda name: (name != "click", name)))
+
+
+def _check_actions(actions: tuple[str, ...], codes: tuple[str, ...]) -> None:
+    missing = [name for name in (EXPOSURE, *actions) if name not in codes]
+    if missing or not actions:
+        raise ConfigError(
+            "reward-sim learns from exposures and the answers to them, and the data has the actions "
+            f"{', '.join(codes)} but no {', '.join(missing) or 'answers'}; build it with --keep-exposures and "
+            "--sequence-actions for the answers"
+        )
+
+
+def _page_starts(user: np.ndarray, page: np.ndarray) -> np.ndarray:
+    """First event of each event's page, by the order in which pages begin. Shapes: [T] -> [T] int64."""
+    begins = np.ones(len(user), dtype=bool)
+    begins[1:] = (user[1:] != user[:-1]) | (page[1:] != page[:-1])
+    return np.maximum.accumulate(np.where(begins, np.arange(len(user)), 0))
+
+
+def _history_columns(
+    is_key: np.ndarray, starts: np.ndarray, user: np.ndarray, offsets: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Number of each key among those of its user, and how many lie before each event's page. Shapes: [T] each."""
+    before = np.concatenate([[0], np.cumsum(is_key)])
+    first = before[offsets[:-1]][user]
+    return {
+        KEY_NUMBER: np.where(is_key, before[:-1] - first, -1),
+        NUM_VISIBLE: before[starts] - first,
+    }
+
+
+def _page_and_item(user: np.ndarray, page: np.ndarray, item: np.ndarray) -> np.ndarray:
+    """One number for each (user, page, item). Shapes: three times [T] -> [T] int64."""
+    of_page = user * (int(page.max(initial=0)) + 1) + page
+    return of_page * (int(item.max(initial=0)) + 1) + item

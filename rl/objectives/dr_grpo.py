@@ -1,0 +1,50 @@
+"""Dr. GRPO: clipped ratios divided by one constant length; meant for advantages that are not divided by a spread.
+
+Source: Liu et al., Understanding R1-Zero-Like Training (2025), in the notation of classic.md 9.3. All items have the
+same number of codes, so what differs from GRPO is the advantage (choose `--advantage group --advantage.divide-by-std
+False`), and that the constant may be chosen.
+"""
+
+from dataclasses import dataclass
+
+from cluster.errors import ConfigError
+from models.recommender import LossSum
+from rl.objectives import PolicyInputs, PolicyObjective, clipped_terms, log_ratio, sum_of_user_means
+
+
+class DrGrpo(PolicyObjective):
+    """L = -1/(G Lmax) sum_i sum_t min(rho A, clip(rho, 1 - low, 1 + high) A)."""
+
+    has_ratio = True
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        clip_low: float = 0.2
+        """How far a ratio may fall below 1 before its gradient ends."""
+        clip_high: float = 0.2
+        """How far a ratio may rise above 1 before its gradient ends."""
+        max_length: int | None = None
+        """The constant a completion's sum is divided by; None takes the number of codes."""
+
+        def __post_init__(self) -> None:
+            is_empty = self.max_length is not None and self.max_length < 1
+            if not 0 < self.clip_low < 1 or self.clip_high <= 0 or is_empty:
+                raise ConfigError(
+                    "objective.clip-low must lie in 0..1, clip-high above 0 and max-length at least at 1, got "
+                    f"{self.clip_low}, {self.clip_high} and {self.max_length}"
+                )
+
+        def build(self) -> "DrGrpo":
+            return DrGrpo(self)
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    def __call__(self, inputs: PolicyInputs) -> LossSum:
+        config = self.config
+        ratio = log_ratio(inputs.log_probs, inputs.old_log_probs, inputs.mask).exp()
+        terms = clipped_terms(ratio, inputs.token_advantages(), config.clip_low, config.clip_high)
+        length = config.max_length or ratio.shape[-1]
+        loss = -sum_of_user_means(terms.sum(-1) / length, inputs.mask)
+        metrics = {"ratio": sum_of_user_means(ratio.detach().mean(-1), inputs.mask)}
+        return LossSum(sum=loss, count=inputs.num_users, metrics=metrics)

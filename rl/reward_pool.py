@@ -1,0 +1,194 @@
+"""The reward pool: workers that score groups, apart from learners and rollouts, and may die at any time."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from cluster.configuration import ClusterConfig
+from cluster.errors import ConfigError, RewardError
+from cluster.pool import Pool
+from rl.reward_mix import MixedRewards, RewardTerm, check_rewards, mix, prepare_terms
+from rl.rewards import RewardFunction, RewardSetting
+from rl.types import Group, Reward
+
+logger = logging.getLogger(__name__)
+
+NAME = "reward pool"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardPoolConfig:
+    workers: int = 1
+    """Processes that score completions."""
+    cpus_per_worker: float = 1.0
+    """Processor cores reserved for each; fractions share a core, for rewards that mostly wait."""
+    groups_per_call: int | None = None
+    """Users whose completions are scored together by one worker; None shares a batch out evenly."""
+    wait_s: float = 60.0
+    """How long a run waits for a reward worker when all have died; then it stops and can be resumed."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1 or (self.groups_per_call is not None and self.groups_per_call < 1):
+            raise ConfigError(
+                "reward.workers and reward.groups-per-call must be at least 1, got "
+                f"{self.workers} and {self.groups_per_call}"
+            )
+
+
+@dataclass(kw_only=True)
+class _Batch:
+    """What was submitted together and is on its way."""
+
+    num_parts: int
+    parts: dict[int, "Scored"] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """The rewards of some groups, by the names of the terms."""
+
+    rewards: Mapping[str, Sequence[Reward]]
+    seconds: Mapping[str, float]
+
+
+class RewardPool:
+    """Scores batches of groups; several may be on their way, and work is lost by no death of a worker.
+
+    Example:
+        with RewardPool(terms, setting, config=config, cluster=cluster) as pool:
+            ticket = pool.submit(completions.groups())
+            ...
+            advantages = pool.collect(ticket).advantages(estimator)
+    """
+
+    def __init__(
+        self,
+        terms: Sequence[RewardTerm],
+        setting: RewardSetting,
+        *,
+        config: RewardPoolConfig,
+        cluster: ClusterConfig,
+    ):
+        """Raises: ConfigError for terms that cannot work, before any worker is started."""
+        self.terms = prepare_terms(terms, setting)
+        self.config = config
+        for term in self.terms:
+            if constants := term.reward.to_log():
+                logger.info("Reward %s: %s", term.name, ", ".join(f"{k} {v}" for k, v in constants.items()))
+        self._pool = Pool(
+            *(build_scorer, self.terms, setting),
+            members=config.workers,
+            cluster=cluster,
+            cpus_per_member=config.cpus_per_worker,
+            patience_s=config.wait_s,
+            name=NAME,
+        )
+        self._batches: dict[int, _Batch] = {}
+        self._part_of: dict[int, tuple[int, int]] = {}
+        self._next_ticket = 0
+
+    def __enter__(self) -> "RewardPool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def deaths(self) -> int:
+        """Workers that have died so far."""
+        return self._pool.deaths
+
+    @property
+    def pids(self) -> list[int]:
+        """Processes of the workers that are ready."""
+        return self._pool.pids
+
+    def submit(self, groups: Sequence[Group]) -> int:
+        """Begin to score a batch; returns at once. Groups of a batch have equal sizes."""
+        size = self.config.groups_per_call or -(-len(groups) // self.config.workers)
+        starts = range(0, len(groups), max(size, 1))
+        ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
+        self._batches[ticket] = _Batch(num_parts=len(starts))
+        for number, start in enumerate(starts):
+            part = self._pool.submit(list(groups[start : start + size]))
+            self._part_of[part] = ticket, number
+        return ticket
+
+    def is_ready(self, ticket: int) -> bool:
+        """Whether `collect` would return at once; also moves the work on. Raises: as `collect`."""
+        self._receive(timeout_s=0)
+        return self._is_complete(ticket)
+
+    def collect(self, ticket: int) -> MixedRewards:
+        """Wait for a batch and add its rewards up; each ticket is collected once.
+
+        Raises: RewardError naming reward and user, for a reward that fails or returns no reward; PoolGoneError if
+        there was no worker for too long; ClusterError if workers keep dying.
+        """
+        while not self._is_complete(ticket):
+            self._receive(timeout_s=None)
+        batch = self._batches.pop(ticket)
+        parts = [batch.parts[number] for number in range(batch.num_parts)]
+        rewards = {
+            term.name: [reward for part in parts for reward in part.rewards[term.name]] for term in self.terms
+        }
+        seconds = {
+            f"{term.name}/seconds": sum(part.seconds[term.name] for part in parts) for term in self.terms
+        }
+        return mix(self.terms, rewards).reporting(seconds)
+
+    def close(self) -> None:
+        self._pool.close()
+
+    def _is_complete(self, ticket: int) -> bool:
+        batch = self._batches[ticket]
+        return len(batch.parts) == batch.num_parts
+
+    def _receive(self, timeout_s: float | None) -> None:
+        for part, scored in self._pool.poll(timeout_s):
+            ticket, number = self._part_of.pop(part)
+            self._batches[ticket].parts[number] = scored
+
+
+def build_scorer(terms: Sequence[RewardTerm], setting: RewardSetting) -> Callable[[Sequence[Group]], Scored]:
+    """What a worker of the pool does with some groups: all rewards at once, each checked."""
+    functions = {term.name: term.reward.build(setting) for term in terms}
+    return lambda groups: asyncio.run(_score_all(functions, groups))
+
+
+async def _score_all(functions: Mapping[str, RewardFunction], groups: Sequence[Group]) -> Scored:
+    found = await asyncio.gather(*(_score(name, function, groups) for name, function in functions.items()))
+    rewards, seconds = zip(*found, strict=True)
+    return Scored(
+        rewards=dict(zip(functions, rewards, strict=True)), seconds=dict(zip(functions, seconds, strict=True))
+    )
+
+
+async def _score(
+    name: str, function: RewardFunction, groups: Sequence[Group]
+) -> tuple[Sequence[Reward], float]:
+    started = time.perf_counter()
+    rewards = await _call(name, function, groups)
+    check_rewards(name, function, groups, rewards)
+    return rewards, time.perf_counter() - started
+
+
+async def _call(name: str, function: RewardFunction, groups: Sequence[Group]) -> Sequence[Reward]:
+    """A reward may be anyone's code and raise anything; the error names the first user it fails for."""
+    try:
+        return await function.score(groups)
+    except Exception as error:
+        if len(groups) == 1:
+            raise RewardError(
+                f"the reward {name} failed for user row {groups[0].user_row} (prompt {groups[0].serial}): "
+                f"{type(error).__name__}: {error}; mend the reward"
+            ) from error
+        for group in groups:
+            await _call(name, function, [group])
+        users = ", ".join(str(group.user_row) for group in groups)
+        raise RewardError(
+            f"the reward {name} failed for the user rows {users} together, and for none of them alone: "
+            f"{type(error).__name__}: {error}; mend the reward"
+        ) from error

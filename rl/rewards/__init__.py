@@ -1,0 +1,52 @@
+"""Rewards: one file each, stateless and scored in batches, so that any worker can score any group again."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rl.types import Group, Reward
+from trainer.configuration import PretrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSetting:
+    """What a reward may be built from; small, since it travels to every worker."""
+
+    data_path: str
+    """Folder or address of the shards whose item rows the groups speak of."""
+    seed: int = 0
+    runs: Mapping[str, PretrainConfig] = field(default_factory=dict)
+    """Configuration of every trained run that a reward names; filled in where the parts are put together."""
+
+
+class RewardFunction(ABC):
+    """Scores groups; keeps nothing between calls that matters."""
+
+    of_codes: bool = False
+    """Whether it rewards every prefix, [G, L], or whole completions, [G]."""
+
+    @abstractmethod
+    async def score(self, groups: Sequence[Group]) -> list[Reward]:
+        """One reward for each group, in their order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardOptions(ABC):
+    """The configuration of a reward."""
+
+    def run_names(self) -> tuple[str, ...]:
+        """Directories of the trained runs it needs, for `RewardSetting.runs`."""
+        return ()
+
+    def prepared(self, setting: RewardSetting) -> "RewardOptions":
+        """The same options with what is computed once, before any worker is started."""
+        return self
+
+    @abstractmethod
+    def build(self, setting: RewardSetting) -> RewardFunction:
+        """Called once in each worker."""
+
+    def to_log(self) -> dict[str, Any]:
+        """Constants that were computed and belong into the log."""
+        return {}

@@ -1,0 +1,68 @@
+"""Process rewards: a frozen process reward model (PRM) scores every prefix of every completion.
+
+The PRM is a snapshot with its own encoder, so that the policy may train on: PROMISE (Kuaishou, 2026; industrial.md 2)
+trains it. RECONSTRUCTED: its scores are the rewards as they are; step-wise advantages normalise them at each depth.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from cluster.errors import ConfigError
+from data_streams.batch import SequenceBatch
+from models.tables import Ids, Rows
+from rl.group_batch import completed_paths, history_batch
+from rl.rewards import RewardFunction, RewardOptions, RewardSetting
+from rl.types import Group, Reward
+from trainer.frozen import FrozenRun, load_frozen
+
+
+@runtime_checkable
+class PrefixScorer(Protocol):
+    """What the model of a PRM run must offer."""
+
+    def prefix_ids(self, batch: SequenceBatch, paths: Tensor) -> Ids:
+        """What `prefix_scores` looks up. Shapes: paths [B, N, L]."""
+
+    def prefix_scores(self, rows: Rows, batch: SequenceBatch, paths: Tensor) -> Tensor:
+        """How promising each prefix of each path is after the history. Shapes: paths [B, N, L] -> [B, N, L]."""
+
+
+class Process(RewardFunction):
+    of_codes = True
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RewardOptions):
+        run: str = ""
+        """Directory of the run whose model is the PRM."""
+        checkpoint: str = "best"
+        """latest, best or the number of a step."""
+
+        def run_names(self) -> tuple[str, ...]:
+            if not self.run:
+                raise ConfigError(
+                    "the process reward needs a trained PRM: give its run directory with --...run"
+                )
+            return (self.run,)
+
+        def build(self, setting: RewardSetting) -> "Process":
+            return Process(load_frozen(setting.runs[self.run], self.checkpoint))
+
+    def __init__(self, frozen: FrozenRun):
+        if not isinstance(frozen.model, PrefixScorer):
+            raise ConfigError(
+                f"{frozen.config.run_dir} holds a {type(frozen.model).__name__}, which does not score prefixes; a "
+                "process reward needs a model with `prefix_ids` and `prefix_scores`"
+            )
+        self.frozen = frozen
+
+    @torch.no_grad()
+    async def score(self, groups: Sequence[Group]) -> list[Reward]:
+        data, paths = self.frozen.config.data, completed_paths(groups)
+        batch = history_batch(groups, max_length=data.max_length, columns=data.columns)
+        rows = self.frozen.lookup(self.frozen.model.prefix_ids(batch, paths))
+        scores = self.frozen.model.prefix_scores(rows, batch, paths)
+        return [Reward.of(values) for values in scores.float().numpy()]

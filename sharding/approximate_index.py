@@ -1,0 +1,87 @@
+"""Approximate search for the best items of a user: a graph of neighbours (HNSW) over each rank's own items.
+
+For catalogues too large to score all of it at each request. The graph is searched for a few items more than are wanted,
+since seen ones are taken out afterwards.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_streams.jagged import Jagged
+from sharding.collectives import exchange_integers, gather_rows, own_rows
+from sharding.item_index import Found, ItemIndex, best_of_scores
+
+NEIGHBOURS = 32
+SEARCH_BREADTH = 256
+
+
+class HnswIndex:
+    """Answers as an `ItemIndex`, but may miss items; every method is a collective over all ranks."""
+
+    def __init__(self, exact: ItemIndex):
+        import faiss
+
+        self.num_items, self.process, self.device = exact.num_items, exact.process, exact.device
+        self.start, self.rank, self.world_size = exact.start, exact.rank, exact.world_size
+        self.num_own = exact.stop - exact.start
+        self.graph = faiss.IndexHNSWFlat(exact.dim, NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
+        self.graph.hnsw.efSearch = SEARCH_BREADTH
+        vectors = exact.blocks.flatten(0, 1)[: self.num_own].cpu().numpy()
+        if self.num_own:
+            self.graph.add(np.ascontiguousarray(vectors))
+
+    @torch.no_grad()
+    def find(
+        self, queries: Tensor, exclude: Jagged | None = None, *, k: int = 0, targets: Tensor | None = None
+    ) -> Found:
+        """As `ItemIndex.find`; a target that was not found comes behind all items."""
+        longest = 0 if exclude is None else exclude.max_length
+        sizes = exchange_integers([queries.shape[0], longest], self.process)
+        counts, wide = [size[0] for size in sizes], max(k, SEARCH_BREADTH) + max(size[1] for size in sizes)
+        every_query = gather_rows(queries.float(), counts).cpu().numpy()
+        items, scores = self._search_own(every_query, min(wide, self.num_items))
+        items, scores = self._join(items, scores, counts)
+        ranks = None
+        if exclude is not None:
+            scores = _without(items, scores, exclude)
+        if targets is not None:
+            at = (items == targets[:, None]).to(torch.int64)
+            own = scores.gather(1, at.argmax(1, keepdim=True))
+            ranks = torch.where(at.any(1), 1 + (scores > own).sum(1), self.num_items).float()
+        place, best = best_of_scores(scores, k) if k else (None, None)
+        if place is not None:
+            place = items.gather(1, place.clamp(min=0)).masked_fill(place < 0, -1)
+        return Found(items=place, scores=best, ranks=ranks)
+
+    def _search_own(self, queries: np.ndarray, wide: int) -> tuple[Tensor, Tensor]:
+        """Shapes: [Q, D] -> items and scores [Q, wide]; -1 and -inf where the graph found fewer."""
+        if not self.num_own or not len(queries):
+            missing = torch.full((len(queries), wide), -1)
+            return missing, missing.float() * float("inf")
+        scores, items = self.graph.search(queries, wide)
+        found = torch.from_numpy(items)
+        items = torch.where(found < 0, -1, found + self.start)
+        return items, torch.from_numpy(scores).masked_fill(found < 0, float("-inf"))
+
+    def _join(self, items: Tensor, scores: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+        """What all ranks have found for this rank's queries. Shapes: [Q, wide] -> [B, ranks * wide]."""
+        if self.world_size == 1:
+            return items.to(self.device), scores.to(self.device)
+        rows = [items.shape[0]] * self.world_size
+        joined = [
+            gather_rows(part.to(self.device), rows)
+            .unflatten(0, (self.world_size, -1))
+            .transpose(0, 1)
+            .flatten(1)
+            for part in (items, scores)
+        ]
+        return tuple(own_rows(part, counts, self.rank) for part in joined)
+
+
+def _without(items: Tensor, scores: Tensor, exclude: Jagged) -> Tensor:
+    """Take excluded items out. Shapes: [B, n] each -> [B, n]."""
+    rows = torch.arange(items.shape[0], device=items.device)[:, None]
+    span = int(max(items.max(), exclude.values.max())) + 2 if items.numel() and exclude.values.numel() else 1
+    out = torch.isin(rows * span + items, exclude.row_index() * span + exclude.values)
+    return scores.masked_fill(out, float("-inf"))

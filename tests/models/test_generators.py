@@ -1,0 +1,68 @@
+"""What holds for every model that generates: decoding says what training said."""
+
+import pytest
+import torch
+
+from models.decoding.beam_search import BeamSearch
+from models.decoding.space import CatalogueSpace
+from models.decoding.trie import PrefixTrie
+from models.recommender import StepContext
+from tests.generator_cases import (
+    GENERATORS,
+    NUM_ITEMS,
+    lookup_ids,
+    make_generator,
+    prompt_rows,
+    semantic_ids,
+)
+from tests.training_cases import make_batch
+
+everyone = pytest.mark.parametrize("name", GENERATORS)
+
+
+def histories(seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(NUM_ITEMS, (length,), generator=generator) for length in (4, 13, 2, 7)]
+
+
+@everyone
+def test_the_training_loss_is_that_of_teacher_forcing_after_every_position(name):
+    model = make_generator(name).eval()
+    codes, sequences = semantic_ids().codes, histories()
+    batch = make_batch(sequences)
+    loss = model(lookup_ids(model, model.ids(batch, StepContext(step=0))), batch, StepContext(step=0))
+    prefixes = [sequence[: stop + 1] for sequence in sequences for stop in range(1, len(sequence))]
+    prompts = make_batch(prefixes)
+    paths = codes[torch.stack([prefix[-1] for prefix in prefixes])][:, None]
+    log_probs = model.log_probabilities(prompt_rows(model, prompts), prompts, paths)
+    assert loss.count == len(prefixes)
+    torch.testing.assert_close(loss.sum, -log_probs.sum(), rtol=1e-5, atol=1e-3)
+    levels = torch.stack([loss.metrics[f"loss_level_{level}"] for level in (1, 2, 3)])
+    torch.testing.assert_close(levels, -log_probs.sum((0, 1)), rtol=1e-5, atol=1e-3)
+
+
+@everyone
+def test_a_beam_as_wide_as_the_catalogue_ranks_all_items_by_their_probability(name):
+    model = make_generator(name).eval()
+    ids, batch = semantic_ids(), make_batch(histories())
+    trie = PrefixTrie.build(ids.codes, ids.code_sizes)
+    rows = prompt_rows(model, batch)
+    search = BeamSearch.Config(width=NUM_ITEMS).build()
+    found = search.search(model, rows, batch, CatalogueSpace(trie), k=NUM_ITEMS)
+    every_path = ids.codes.expand(batch.num_users, -1, -1)
+    with torch.no_grad():
+        scores = model.log_probabilities(rows, batch, every_path).sum(-1)
+    assert torch.equal(found.items.sort(dim=1).values, torch.arange(NUM_ITEMS).expand_as(found.items))
+    torch.testing.assert_close(found.log_probs, scores.gather(1, found.items), rtol=1e-4, atol=1e-4)
+    assert (found.log_probs.diff(dim=1) <= 0).all()
+
+
+@everyone
+def test_a_batch_without_users_has_a_loss_with_gradients(name):
+    model = make_generator(name)
+    batch = make_batch([])
+    context = StepContext(step=0)
+    loss = model(lookup_ids(model, model.ids(batch, context)), batch, context)
+    assert loss.count == 0 and loss.sum == 0
+    loss.sum.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

@@ -1,0 +1,21 @@
+"""Small groups for the tests of rewards."""
+
+import numpy as np
+
+from rl.types import Group
+
+
+def group(
+    items, *, positives=(), history=(1, 2, 3), log_probs=None, serial=0, user=7, levels=2, **features
+) -> Group:
+    items = np.array(items, dtype=np.int64)
+    return Group(
+        serial=serial,
+        user_row=user,
+        history=np.array(history, dtype=np.int64),
+        positives=np.array(positives, dtype=np.int64),
+        paths=np.arange(len(items) * levels, dtype=np.int64).reshape(len(items), levels),
+        items=items,
+        log_probs=np.zeros(len(items), dtype=np.float32) if log_probs is None else np.array(log_probs),
+        **features,
+    )

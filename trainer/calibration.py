@@ -1,0 +1,81 @@
+"""Platt scaling: log-odds of a ranking model, stretched and shifted until they are probabilities of held-out data."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from scipy.special import expit
+from torch import Tensor
+
+from cluster.errors import DataError
+from cluster.storage import Storage
+
+CALIBRATION = "calibration.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """p = sigm(scale * logit + shift) for each action."""
+
+    scales: tuple[float, ...]
+    shifts: tuple[float, ...]
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Shapes: [..., A] -> [..., A]."""
+        return (logits * torch.tensor(self.scales) + torch.tensor(self.shifts)).sigmoid()
+
+    def save(self, run_dir: str, actions: Sequence[str]) -> None:
+        rows = zip(actions, self.scales, self.shifts, strict=True)
+        document = {action: {"scale": scale, "shift": shift} for action, scale, shift in rows}
+        Storage(run_dir).write(CALIBRATION, json.dumps(document, indent=1).encode())
+
+    @staticmethod
+    def load(run_dir: str, actions: Sequence[str]) -> "Calibration":
+        """Raises: DataError where the run was not calibrated, or for other actions."""
+        storage = Storage(run_dir)
+        try:
+            document = json.loads(storage.read(CALIBRATION))
+        except FileNotFoundError as error:
+            raise DataError(
+                f"the ranking model of {run_dir} must be calibrated before its scores are used, and there is no "
+                f"{CALIBRATION}; run `grail evaluate {run_dir}`"
+            ) from error
+        if list(document) != list(actions):
+            raise DataError(
+                f"{storage.path(CALIBRATION)} must be about the actions {', '.join(actions)}, and is about "
+                f"{', '.join(document)}; run `grail evaluate {run_dir}` again"
+            )
+        return Calibration(
+            scales=tuple(entry["scale"] for entry in document.values()),
+            shifts=tuple(entry["shift"] for entry in document.values()),
+        )
+
+
+def fit_calibration(logits: np.ndarray, labels: np.ndarray) -> Calibration:
+    """The most likely scale and shift of each action; unchanged where one class is missing.
+
+    Source: Platt, Probabilistic Outputs for Support Vector Machines (1999), without his prior.
+
+    Shapes: logits, labels [n, A].
+    """
+    fitted = [_fit(logits[:, action], labels[:, action]) for action in range(logits.shape[1])]
+    scales, shifts = zip(*fitted, strict=True)
+    return Calibration(scales=scales, shifts=shifts)
+
+
+def _fit(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    labels = labels.astype(np.float64)
+    if labels.min(initial=1) == labels.max(initial=0) or not len(labels):
+        return 1.0, 0.0
+
+    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        scaled = parameters[0] * logits + parameters[1]
+        error = expit(scaled) - labels
+        value = (np.logaddexp(0, scaled) - labels * scaled).mean()
+        return value, np.array([(error * logits).mean(), error.mean()])
+
+    scale, shift = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B").x
+    return float(scale), float(shift)
