@@ -2,14 +2,20 @@
 
 import dataclasses
 import logging
+from functools import partial
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.process import Process
 from cluster.reporter import Reporter
 from cluster.storage import Storage
-from launch.run_directory import CHECKPOINTS
+from launch.run_directory import CHECKPOINTS, load_config
 from trainer.configuration import PretrainConfig
+
+if TYPE_CHECKING:
+    from rl.configuration import AlignConfig
+    from rl.rewards import RewardSetting
+    from rl.start import Places
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +31,29 @@ def pretrain_job(
     return pretrain(process, config, document, reporter)
 
 
-def evaluate_job(
-    process: Process, config: PretrainConfig, step: int, split: str, reporter: Reporter
+def align_job(
+    process: Process,
+    config: "AlignConfig",
+    start: PretrainConfig,
+    start_step: int,
+    document: dict[str, Any],
+    setting: "RewardSetting",
+    places: "Places",
+    reporter: Reporter,
 ) -> dict[str, Any]:
-    """Rank the held-out items of a split, or the exposures of a model of answers; the content of evaluation.json."""
+    """Align to the end or to a stop; see rl.start.start_alignment."""
+    from rl.start import start_alignment
+
+    return start_alignment(process, config, start, start_step, document, setting, places, reporter)
+
+
+def evaluate_job(
+    process: Process, config: PretrainConfig, step: int, split: str, per_user: str | None, reporter: Reporter
+) -> dict[str, Any]:
+    """Rank the held-out items of a split, or the exposures of a model of answers; the content of evaluation.json.
+
+    Metrics by user go to the Parquet file `per_user`, where one is named.
+    """
     from launch.world_truth import load_truth
     from models.recommender import Ranker
     from trainer.evaluate import evaluate
@@ -40,7 +65,7 @@ def evaluate_job(
         return dataclasses.replace(result, step=step).to_json()
     users, truth = assembly.users(split), load_truth(config.data.path, split)
     result = evaluate(
-        assembly.search(),
+        _search(assembly),
         users.batches(),
         empty_batch=users.empty_batch(),
         items=assembly.items,
@@ -48,8 +73,25 @@ def evaluate_job(
         split=split,
         seed=config.seed,
         utilities=truth and truth.utilities,
+        keep=per_user and partial(_write_per_user, per_user),
     )
     return dataclasses.replace(result, step=step).to_json()
+
+
+def scaling_job(
+    process: Process, config: PretrainConfig, step: int, split: str, reporter: Reporter
+) -> list[dict[str, Any]]:
+    """Searches steered by a PRM with more and more candidates, and plain beams; see trainer.search_scaling."""
+    from trainer.search_scaling import compare_searches
+
+    assembly = _load(process, config, step)
+    return compare_searches(assembly, prm=_prm(assembly), split=split)
+
+
+def _write_per_user(path: str, users: Any, metrics: Any) -> None:
+    import polars as pl
+
+    pl.DataFrame({"user_row": users, **metrics}).write_parquet(path)
 
 
 def show_job(
@@ -63,7 +105,7 @@ def show_job(
     batches = _first_users(users.batches(), num_users) if process.rank == 0 else []
     titles, ids, shown = assembly.items.titles, user_ids(config.data.path), []
     found = recommend(
-        assembly.search(),
+        _search(assembly),
         batches,
         k=k,
         empty_batch=users.empty_batch(),
@@ -98,7 +140,7 @@ def write_job(
     assembly = _load(process, config, step)
     users = assembly.users("serve")
     found = recommend(
-        assembly.search(),
+        _search(assembly),
         users.batches(),
         k=k,
         empty_batch=users.empty_batch(),
@@ -142,6 +184,22 @@ def _load(process: Process, config: PretrainConfig, step: int) -> Any:
     assembly.model.eval()
     logger.info("Weights of step %d from %s", step, config.run_dir)
     return assembly
+
+
+def _search(assembly: Any) -> Any:
+    """The configured search; a collective call."""
+    return assembly.search(prm=_prm(assembly))
+
+
+def _prm(assembly: Any) -> Any:
+    """Model and tables of the run whose PRM steers the search, if not the model's own; a collective call."""
+    from launch.served_run import find_step
+
+    run = assembly.config.search.prm_run
+    if not run:
+        return None
+    config = load_config(run)
+    return _load(assembly.process, config, find_step(config, "best"))
 
 
 def _first_users(batches: Any, num_users: int) -> list[Any]:

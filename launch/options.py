@@ -1,5 +1,6 @@
 """Command-line options of a command: the fields of a dataclass, by tyro."""
 
+import re
 from typing import Any
 
 import tyro
@@ -8,11 +9,17 @@ import tyro
 def parse(form: type, arguments: list[str], *, program: str, default: Any = None) -> Any:
     """Fill a dataclass from dotted options; the strings under its fields are the help.
 
-    An unknown option ends the process with exit code 2 and the nearest valid name.
+    Lists of numbers may be written with commas: `50,100` is `50 100`. An unknown option ends the process with exit
+    code 2 and the nearest valid name.
     """
+    arguments = [part for argument in arguments for part in _numbers(argument)]
     if default is None:
         return tyro.cli(form, args=arguments, prog=program)
     return tyro.cli(form, args=arguments, prog=program, default=default)
+
+
+def _numbers(argument: str) -> list[str]:
+    return argument.split(",") if re.fullmatch(r"\d+(,\d+)+", argument) else [argument]
 
 
 def split_name(arguments: list[str]) -> tuple[str | None, list[str]]:

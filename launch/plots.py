@@ -3,12 +3,13 @@
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cluster.storage import Storage
-from launch.run_directory import CURVES, EXPERTS
+from launch.run_directory import ALIGNMENT_CURVES, CURVES, EXPERTS, SCALING_PICTURE
 from trainer.metric_log import read_metrics
 
 _FEW_POINTS = 50
@@ -28,7 +29,33 @@ def write_curves(run_dir: str, selection_metric: str) -> str | None:
         ("supervised targets per second", ["train/targets_per_s"]),
     ]
     figure = Figure(figsize=(10, 6.5), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+    places = list(figure.subplots(2, 2).flat)
+    _draw(places, panels, lines)
+    places[2].set_yscale("log")
+    _write_experts(run_dir, lines)
+    return _write(run_dir, CURVES, figure)
+
+
+def write_alignment_curves(run_dir: str, selection_metric: str) -> str | None:
+    """Draw what an alignment did to rewards and users; returns the file, None without numbers."""
+    lines = read_metrics(run_dir)
+    if not lines:
+        return None
+    panels = [
+        ("reward", ["align/reward"]),
+        (f"validation {selection_metric}", [f"validation/{selection_metric}"]),
+        ("illegal completions", ["align/hallucination"]),
+        ("entropy of completions", ["align/entropy"]),
+        ("distance to the stamped log-probability", ["train/log_prob_difference"]),
+        ("share of the time", [f"time/{part}_share" for part in ("rollout", "reward", "update", "transfer")]),
+    ]
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    _draw(figure.subplots(2, 3).flat, panels, lines)
+    return _write(run_dir, ALIGNMENT_CURVES, figure)
+
+
+def _draw(places: Iterable[Axes], panels: Sequence[tuple[str, Sequence[str]]], lines: Sequence[dict]) -> None:
+    for axes, (title, names) in zip(places, panels, strict=True):
         for name in names:
             steps, values = points(lines, name)
             marker = "o" if len(steps) < _FEW_POINTS else None
@@ -37,10 +64,7 @@ def write_curves(run_dir: str, selection_metric: str) -> str | None:
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)
         if len(names) > 1:
-            axes.set_yscale("log")
             axes.legend()
-    _write_experts(run_dir, lines)
-    return _write(run_dir, CURVES, figure)
 
 
 def _write_experts(run_dir: str, lines: Sequence[dict]) -> None:
@@ -67,6 +91,31 @@ def _write_experts(run_dir: str, lines: Sequence[dict]) -> None:
         axes.grid(alpha=0.3)
     entropy.legend(fontsize=7)
     _write(run_dir, EXPERTS, figure)
+
+
+def write_scaling(run_dir: str, lines: Sequence[dict]) -> str:
+    """Draw what searches find against the candidates they score and against what they compute."""
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    by_number, by_cost = figure.subplots(1, 2)
+    prefixes = sorted(name for name in lines[0] if name.startswith("hrecall"))
+    recall = next(name for name in reversed(lines[0]) if name.startswith("recall@"))
+    for kind, style in (("prm", "-"), ("plain", "--")):
+        chosen = [line for line in lines if line["kind"] == kind]
+        numbers = [line["number"] for line in chosen]
+        for color, name in enumerate(prefixes):
+            values = [line[name] for line in chosen]
+            by_number.plot(numbers, values, f"C{color}{style}o", label=f"{kind} {name}", markersize=3)
+        cost = [line["gflop_per_user"] for line in chosen]
+        by_cost.plot(cost, [line[recall] for line in chosen], f"k{style}o", label=f"{kind} {recall}")
+        by_cost.plot(
+            cost, [line[prefixes[-1]] for line in chosen], f"C3{style}o", label=f"{kind} {prefixes[-1]}"
+        )
+    by_number.set(xlabel="candidates of the PRM (K+), or width of a plain beam", xscale="log")
+    by_cost.set(xlabel="GFLOP per user", xscale="log")
+    for axes in (by_number, by_cost):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    return _write(run_dir, SCALING_PICTURE, figure)
 
 
 def expert_loads(lines: Sequence[dict]) -> list[list[float]]:

@@ -75,21 +75,15 @@ class ShardedTables(EmbeddingTables):
         self.initialise(seed)
 
     def lookup(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        by_dim: dict[str, list[TableSpec]] = {}
-        for name in ids:
-            by_dim.setdefault(f"dim{self.specs[name].dim}", []).append(self.specs[name])
-        features = {key: self._keyed(specs, ids) for key, specs in by_dim.items()}
+        nothing = torch.zeros(0, dtype=torch.int64, device=self.device)
+        features = {}
+        for dim in {self.specs[name].dim for name in ids}:
+            # TorchRec fixes the order of the tables at its first call, so none may be left out of a later one.
+            specs = [spec for spec in self.specs.values() if spec.dim == dim]
+            values = [physical_ids(spec, ids.get(spec.name, nothing)) for spec in specs]
+            features[f"dim{dim}"] = _keyed(specs, values, self.device)
         rows = self.module(features)
         return {name: logical_rows(self.specs[name], rows[name]) for name in ids}
-
-    def _keyed(self, specs: list[TableSpec], ids: Mapping[str, Tensor]) -> KeyedJaggedTensor:
-        """All ids of a step as one keyed tensor with a single jagged row per table."""
-        values = [physical_ids(spec, ids[spec.name]) for spec in specs]
-        return KeyedJaggedTensor(
-            keys=[spec.name for spec in specs],
-            values=torch.cat(values),
-            lengths=torch.tensor([value.shape[0] for value in values], device=self.device),
-        )
 
     def update(
         self, ids: Mapping[str, Tensor], rows: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
@@ -120,6 +114,15 @@ def spread_tables(
     if not specs:
         return NoTables()
     return ShardedTables(specs, process=process, config=config, seed=seed, learning_rate=learning_rate)
+
+
+def _keyed(specs: list[TableSpec], values: list[Tensor], device: torch.device) -> KeyedJaggedTensor:
+    """All ids of a step as one keyed tensor with a single jagged row per table."""
+    return KeyedJaggedTensor(
+        keys=[spec.name for spec in specs],
+        values=torch.cat(values),
+        lengths=torch.tensor([value.shape[0] for value in values], device=device),
+    )
 
 
 def _table_of(key: str) -> str:

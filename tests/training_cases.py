@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cluster.process import Process
-from data_streams.batch import SequenceBatch
+from data_streams.batch import CLICKED, EXPOSED, ORDERED, Pages, SequenceBatch
 from data_streams.jagged import Jagged
 from models.climber_pilot import ClimberPilot
 from models.hstu import HSTU, TIME
@@ -22,7 +22,7 @@ from models.recommender import Recommender, StepContext
 from models.sasrec import SASRec
 from sharding.configuration import ShardingConfig
 from sharding.lookup import ItemFeatures
-from tests.generator_cases import GENERATORS, make_generator
+from tests.generator_cases import GENERATORS, PAGE_WISE, make_generator
 from tests.mixture_model import MixtureModel
 from trainer.blocks import recompute_blocks
 from trainer.configuration import TrainConfig
@@ -78,7 +78,7 @@ class Case:
 
 
 def make_model(case: Case) -> Recommender:
-    if case.model in GENERATORS:
+    if case.model in {**GENERATORS, **PAGE_WISE}:
         return make_generator(case.model, SEED)
     torch.manual_seed(SEED)
     counts = {"item_counts": np.arange(NUM_ITEMS)} if OBJECTIVES[case.objective].needs_item_counts else {}
@@ -134,12 +134,32 @@ def prepare(case: Case, model: Recommender, step: int, rank: int, world_size: in
         _numbered(make_batch(list(chain.from_iterable(make_users(step, case.streams)[r::world_size]))))
         for r in range(world_size)
     ]
+    if case.model in PAGE_WISE:
+        batches = [with_pages(batch) for batch in batches]
     context = StepContext(step=step, seed=SEED, rank=rank, world_size=world_size)
     prepared = prepare_step(
         model, batches[rank], context, case.micro_batches, make_features(case), torch.device("cpu")
     )
     parts = [split_users(model.training_batch(batch, context), case.micro_batches) for batch in batches]
     return prepared.with_counts([[model.num_targets(p[i]) for p in parts] for i in range(case.micro_batches)])
+
+
+def with_pages(batch: SequenceBatch) -> SequenceBatch:
+    """After every third event of a user, the next three as a page: one ordered, one clicked, one only shown."""
+    begins = (batch.items.places() % 3 == 0) & (
+        batch.items.places() + 2 < batch.items.lengths[batch.items.row_index()]
+    )
+    first, users = begins.nonzero()[:, 0], batch.items.row_index()[begins]
+    per_user = torch.zeros_like(batch.items.lengths).index_add_(0, users, torch.ones_like(users))
+    items = batch.targets[first[:, None] + torch.arange(3)].flatten()
+    pages = Pages(
+        items=Jagged.from_lengths(items, torch.full_like(first, 3)),
+        strengths=torch.tensor([ORDERED, CLICKED, EXPOSED]).repeat(len(first)),
+        positions=torch.full_like(items, -1),
+        history_lengths=Jagged.from_lengths(batch.items.places()[begins] + 1, per_user),
+        times_s=torch.full_like(first, -1),
+    )
+    return replace(batch, pages=pages)
 
 
 def _numbered(batch: SequenceBatch) -> SequenceBatch:

@@ -1,6 +1,7 @@
 """Puts a run's parts together from its configuration: data, model, tables, engine."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any, Literal
 
@@ -26,7 +27,8 @@ from trainer.blocks import compile_blocks, recompute_blocks
 from trainer.conditions import conditional_search, load_conditions, model_conditions
 from trainer.configuration import PretrainConfig
 from trainer.dense_module import DenseModule, resolve_precision
-from trainer.generative_search import GenerativeSearch
+from trainer.generative_search import GenerativeSearch, PrefixReward, check_prm
+from trainer.item_lists import allowed_rows
 from trainer.search import RetrievalSearch, Search
 
 logger = logging.getLogger(__name__)
@@ -49,24 +51,38 @@ class Assembly:
         """For evaluation and serving; a collective call."""
         return make_lookup(self.model.tables(), self.tables, self.item_features, self.process.device)
 
-    def search(self, precision: torch.dtype = torch.float32, *, width: int | None = None) -> Search:
+    def search(
+        self,
+        precision: torch.dtype = torch.float32,
+        *,
+        width: int | None = None,
+        prm: "Assembly | None" = None,
+        recall_among: int | None = None,
+    ) -> Search:
         """Search with the weights as they are now; a collective call.
 
-        `width` is that of the beam of a model that generates, if not the configured one.
+        Of a model that generates, `width` is that of the beam, if not the configured one, `prm` has the process reward
+        model that steers it, if not its own, and `recall_among` is how many prefixes HRecall looks at.
 
-        Raises: ConfigError for a model that only scores given items.
+        Raises: ConfigError for a model that only scores given items, or a PRM that does not fit.
         """
         if isinstance(self.model, Ranker):
             raise ConfigError(
                 f"{self.config.run_dir} holds a {type(self.model).__name__}, which scores given items and cannot find "
                 "any; recommend with a run of another recipe"
             )
-        parts = {"device": self.process.device, "process": self.process, "precision": precision}
+        parts = {
+            "device": self.process.device,
+            "process": self.process,
+            "precision": precision,
+            "allowed": allowed_rows(self.config.search, self.items),
+        }
         if isinstance(self.model, Generator):
             config = self.config.search
             if width is not None:
-                config = replace(config, width=width)
+                config = replace(config, width=width, candidates=())
             codes = torch.from_numpy(self.semantic_ids.codes)
+            parts |= {"reward": self._prefix_reward(prm), "recall_among": recall_among}
             return GenerativeSearch.build(self.model, self.lookup(), codes, config=config, **parts)
         search = RetrievalSearch.build(
             self.model,
@@ -79,6 +95,13 @@ class Assembly:
         return (
             search if conditions is None else conditional_search(search, conditions, self.config.evaluation)
         )
+
+    def _prefix_reward(self, prm: "Assembly | None") -> PrefixReward | None:
+        if not self.config.search.prm:
+            return None
+        source = prm or self
+        check_prm(source, self)
+        return PrefixReward(model=source.model, lookup=source.lookup())
 
     def conditions(self) -> ItemConditions | None:
         """What evaluation and serving ask items to meet."""
@@ -94,8 +117,8 @@ class Assembly:
             users_per_batch=self.config.evaluation.users_per_batch,
         )
 
-    def module(self) -> DenseModule:
-        """What the engine wraps; a collective call where experts are spread over ranks.
+    def module(self, wrap: Callable[[Recommender, torch.dtype], DenseModule] = DenseModule) -> DenseModule:
+        """What the engine wraps, `wrap(model, precision)`; a collective call where experts are spread over ranks.
 
         Raises: ConfigError if an option asks for blocks or experts and the model has none.
         """
@@ -106,7 +129,7 @@ class Assembly:
             compile_blocks(self.model)
         if self.config.train.activation_checkpointing:
             recompute_blocks(self.model)
-        return DenseModule(self.model, resolve_precision(self.config.train.precision, self.process.device))
+        return wrap(self.model, resolve_precision(self.config.train.precision, self.process.device))
 
 
 def assemble(config: PretrainConfig, process: Process, items: ItemTable | None = None) -> Assembly:

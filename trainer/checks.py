@@ -33,6 +33,15 @@ def check(config: PretrainConfig) -> None:
             f"{type(config.model).__qualname__.split('.')[0]} learns from exposures, and "
             "needs --data.history-exposures; histories hold none otherwise"
         )
+    if getattr(config.model, "needs_pages", False) and config.data.pages == "none":
+        raise ConfigError(
+            f"{type(config.model).__qualname__.split('.')[0]} learns whole pages and needs --data.pages (auto, "
+            "recorded, gap or count); give it, or --model.target item"
+        )
+    if config.search.prm_run:
+        raise ConfigError(
+            "search.prm-run is for evaluation and serving, and training validates with the model alone; leave it out"
+        )
     missing = [name for name in getattr(config.model, "event_columns", ()) if name not in config.data.columns]
     if missing:
         raise ConfigError(
@@ -76,7 +85,8 @@ def _check_experts(config: PretrainConfig) -> None:
 
 def _at_least_one(config: PretrainConfig) -> None:
     for section, names in (
-        ("train", ("epochs", "micro_batches", "keep_last", "validate_every_steps", "checkpoint_every_steps")),
+        ("train", ("epochs", "micro_batches", "keep_last", "checkpoint_every_steps")),
+        ("train", ("validate_every_steps", "validate_every_epochs")),
         ("cluster", ("workers",)),
         ("search", ("width", "validation_width")),
         ("sharding", ("expert_parallel",)),

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cluster.configuration import ClusterConfig
+from cluster.errors import ConfigError
 from data_streams.configuration import DataConfig
 from sharding.configuration import ShardingConfig
 
@@ -43,7 +44,9 @@ class TrainConfig:
     compile: bool = False
     """Compile the model's blocks with torch.compile. On the processors it was measured on, it does not pay."""
     validate_every_steps: int | None = None
-    """Steps between validations; None validates after each epoch."""
+    """Steps between validations; None counts epochs."""
+    validate_every_epochs: int = 1
+    """Epochs between validations where steps are not counted; the last epoch always ends with one."""
     patience: int | None = None
     """Validations without improvement after which training ends; None never ends early."""
     selection_metric: str = "ndcg@10"
@@ -92,8 +95,33 @@ class SearchConfig:
     space: Literal["catalogue", "free"] = "catalogue"
     """Walk only through paths of existing items that are not filtered, or through all paths of codes, of which
     those of no item are then counted (hallucination rate) and left out of the lists."""
+    allow: str = ""
+    """File of item ids, one a line: no other items are found, by any model."""
+    deny: str = ""
+    """File of item ids, one a line: these are not found, by any model."""
     over: Literal["all", "allowed"] = "all"
     """What a level's probabilities sum to one over: all codes, or those the search may take."""
+    prm: bool = False
+    """Let a process reward model choose the prefixes the beam keeps, and order the result."""
+    prm_run: str = ""
+    """Run whose process reward model that is; left out, the model's own. For evaluation and serving."""
+    candidates: tuple[int, ...] = ()
+    """Prefixes per user and depth that it scores; left out, four times the width. Several, in evaluation, are compared,
+    beside plain beams as wide."""
+
+    prm_depths: tuple[int, ...] = ()
+    """Depths, from 1 on, at which it has more candidates than the beam is wide and so chooses; left out, all."""
+
+    def __post_init__(self) -> None:
+        if self.candidates and min(self.candidates) < self.width:
+            raise ConfigError(
+                f"search.candidates must not be below search.width ({self.width}), and {min(self.candidates)} is; "
+                "raise it, or lower --search.width"
+            )
+        if (self.candidates or self.prm_run or self.prm_depths) and not self.prm:
+            raise ConfigError(
+                "search.candidates, search.prm-run and search.prm-depths say how --search.prm works; add it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,25 +1,72 @@
 """Search by generating semantic IDs: a beam over the catalogue's paths, or over all paths of codes."""
 
+import sys
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
 import torch
 from torch import Tensor
 
+from cluster.errors import ConfigError
 from cluster.process import Process
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
+from data_streams.semantic_ids import SemanticIdTable
 from models.decoding.allowed_items import AllowedItems
 from models.decoding.beam_search import BeamSearch
 from models.decoding.search import Decoded
 from models.decoding.space import CatalogueSpace, FreeSpace, PathSpace
 from models.decoding.trie import PrefixTrie
-from models.generator import Generator
+from models.generator import DecodeState, Generator
+from models.process_reward import PrefixGuide, ProcessReward, RewardedHistory
+from models.recommender import Recommender
 from models.tables import Lookup, Rows
 from sharding.item_index import Found, evaluating
-from trainer.configuration import SearchConfig
+from trainer.configuration import PretrainConfig, SearchConfig
 from trainer.search import Search, seen_items
 
 
+@dataclass(frozen=True, kw_only=True)
+class PrefixReward:
+    """A model whose PRM steers searches."""
+
+    model: RewardedHistory
+    lookup: Lookup
+
+
+@runtime_checkable
+class SearchedRun(Protocol):
+    """What must fit together of a run and of one whose PRM steers it."""
+
+    config: PretrainConfig
+    semantic_ids: SemanticIdTable | None
+    model: Recommender
+
+
+def check_prm(source: SearchedRun, run: SearchedRun) -> None:
+    """Raises: ConfigError where a run has no PRM, or one that cannot be asked about what another run searches."""
+    if not isinstance(source.model, RewardedHistory):
+        raise ConfigError(
+            f"--search.prm needs a process reward model, and the {type(source.model).__name__} in "
+            f"{source.config.run_dir} has none; name a run that has one with --search.prm-run"
+        )
+    theirs, own = source.semantic_ids.fingerprint, run.semantic_ids.fingerprint
+    if theirs != own:
+        raise ConfigError(
+            f"a process reward model must know the semantic IDs of the run it steers, {own}, and the one in "
+            f"{source.config.run_dir} was trained with {theirs}; train one for this table"
+        )
+    length, longest = source.config.data.max_length, run.config.data.max_length
+    if length < longest:
+        raise ConfigError(
+            f"a process reward model must have been trained with histories as long as those it is asked about, "
+            f"data.max-length {longest}, and it was with {length}"
+        )
+
+
 class GenerativeSearch(Search):
-    """Every rank decodes for its own users; only the lookups of prompts are collective.
+    """Every rank decodes for its own users; only lookups are collective: of prompts and, with a PRM, of the candidates
+    of each depth, so that ranks make equally many whatever users they have.
 
     Seen items are masked inside a search through the catalogue, and taken out of the result of a free one.
     """
@@ -35,13 +82,36 @@ class GenerativeSearch(Search):
         device: torch.device,
         process: Process | None = None,
         precision: torch.dtype = torch.float32,
+        allowed: Tensor | None = None,
+        reward: PrefixReward | None = None,
+        recall_among: int | None = None,
     ):
-        """Shapes: codes [N, L] int64."""
+        """`recall_among` is how many prefixes of each depth HRecall looks at, if not all that are kept.
+
+        Shapes: codes [N, L] int64; allowed [n] item rows.
+
+        Raises: ConfigError for a beam wider than the catalogue, and for lists of items in a free search.
+        """
         self.model, self.lookup, self.trie, self.codes = model, lookup, trie, codes
+        self.allowed = allowed if allowed is None else allowed.to(device)
         self.config, self.device, self.process, self.precision = config, device, process, precision
         self.num_items = trie.num_items
-        width = config.width if config.space == "free" else min(config.width, trie.num_items)
-        self.beam = BeamSearch.Config(width=width, over=config.over).build()
+        if config.space == "catalogue" and config.width > trie.num_items:
+            raise ConfigError(
+                f"search.width and search.validation-width must not exceed the {trie.num_items} items of the "
+                f"catalogue, got {config.width}; lower them"
+            )
+        if config.space == "free" and allowed is not None:
+            raise ConfigError(
+                "search.allow and search.deny act inside a search through the catalogue; leave them out, or say "
+                "--search.space catalogue"
+            )
+        self.reward, self.recall_among = reward, recall_among or config.width
+        self.beam = BeamSearch.Config(
+            width=config.width,
+            over=config.over,
+            guided_candidates=_num_candidates(config, model, config.width),
+        )
 
     @staticmethod
     def build(
@@ -53,15 +123,29 @@ class GenerativeSearch(Search):
         device: torch.device,
         process: Process | None = None,
         precision: torch.dtype = torch.float32,
+        **options: Any,
     ) -> "GenerativeSearch":
-        """Shapes: codes [N, L] of any integer type, one row per item row."""
+        """Shapes: codes [N, L] of any integer type, one row per item row; allowed [n] the only rows to be found."""
         codes = codes.long().to(device)
         trie = PrefixTrie.build(codes, model.code_sizes)
         return GenerativeSearch(
-            model, lookup, trie, codes, config=config, device=device, process=process, precision=precision
+            model,
+            lookup,
+            trie,
+            codes,
+            config=config,
+            device=device,
+            process=process,
+            precision=precision,
+            **options,
         )
 
     def find(self, batch: SequenceBatch, *, k: int, rank_held_out: bool, filter_seen: bool) -> Found:
+        if k > self.beam.width:
+            raise ConfigError(
+                f"lists of {k} items need a search.width of at least {k}, got {self.beam.width}; widen it, or "
+                "ask for fewer"
+            )
         targets = batch.held_out.to(self.device) if rank_held_out else None
         seen = seen_items(batch).to(self.device) if filter_seen else None
         if seen is not None and targets is not None:
@@ -89,12 +173,21 @@ class GenerativeSearch(Search):
             return self.model.log_probabilities(rows, batch.to(self.device), paths).sum(-1)
 
     def _decode(self, batch: SequenceBatch, seen: Jagged | None) -> Decoded:
-        width = self.beam.config.width
         with evaluating(self.model), self._autocast():
-            rows = self._rows(batch)
-            return self.beam.search(
-                self.model, rows, batch.to(self.device), self._space(batch, seen), k=width
-            )
+            state = self.model.prefill(self._rows(batch), batch.to(self.device))
+            space, width = self._space(batch, seen), self.beam.width
+            search = BeamSearch(self.beam, self._guide(batch, state))
+            search.check(self.model, space, width, batch.num_users)
+            return search.search_from(self.model, state, space, k=width)
+
+    def _guide(self, batch: SequenceBatch, state: DecodeState) -> PrefixGuide | None:
+        if self.reward is None:
+            return None
+        model, lookup = self.reward.model, self.reward.lookup
+        if model is self.model:
+            return PrefixGuide(model.prm, state.prm_memory, lookup)
+        memory = model.prefix_memory(lookup(model.prompt_ids(batch)), batch.to(self.device))
+        return PrefixGuide(model.prm, memory, lookup)
 
     def _rows(self, batch: SequenceBatch) -> Rows:
         return self.lookup(self.model.prompt_ids(batch))
@@ -102,9 +195,10 @@ class GenerativeSearch(Search):
     def _space(self, batch: SequenceBatch, seen: Jagged | None) -> PathSpace:
         if self.config.space == "free":
             return FreeSpace(self.trie.code_sizes, self.trie)
-        if seen is None:
+        if seen is None and self.allowed is None:
             return CatalogueSpace(self.trie)
-        return CatalogueSpace(self.trie, AllowedItems.build(self.trie, num_users=batch.num_users, deny=seen))
+        allowed = AllowedItems.build(self.trie, num_users=batch.num_users, allow=self.allowed, deny=seen)
+        return CatalogueSpace(self.trie, allowed)
 
     def _autocast(self) -> torch.autocast:
         is_reduced = self.precision != torch.float32
@@ -112,10 +206,10 @@ class GenerativeSearch(Search):
 
     def _prefix_recall(self, decoded: Decoded, targets: Tensor) -> dict[str, Tensor]:
         """HRecall: whether the target's prefix of each depth was among those the beam kept there."""
-        found, width = {}, self.beam.config.width
+        found, among = {}, self.recall_among
         for depth, kept in enumerate(decoded.kept, start=1):
             wanted = self._nodes(depth, targets)
-            found[f"hrecall{depth}@{width}"] = (kept == wanted[:, None]).any(1).float()
+            found[f"hrecall{depth}@{among}"] = (kept[:, :among] == wanted[:, None]).any(1).float()
         return found
 
     def _nodes(self, depth: int, items: Tensor) -> Tensor:
@@ -123,6 +217,20 @@ class GenerativeSearch(Search):
         if self.config.space == "free":
             return FreeSpace(self.trie.code_sizes).find(self.codes[items, :depth])
         return self.trie.item_nodes(depth, items)
+
+
+def _num_candidates(config: SearchConfig, model: Generator, width: int) -> tuple[int, ...]:
+    """How many prefixes a PRM scores at each depth; all of them where no generator proposes any."""
+    number = config.candidates[0] if config.candidates else 4 * width
+    if not config.candidates and isinstance(model, ProcessReward):
+        number = sys.maxsize
+    depths = range(1, len(model.code_sizes) + 1)
+    beyond = [depth for depth in config.prm_depths if depth not in depths]
+    if beyond:
+        raise ConfigError(
+            f"search.prm-depths must lie in 1..{len(depths)}, the levels of the semantic IDs, and {beyond[0]} does not"
+        )
+    return tuple(number if depth in (config.prm_depths or depths) else width for depth in depths)
 
 
 def _without(lists: Jagged, targets: Tensor) -> Jagged:
@@ -153,6 +261,6 @@ def _ranks(items: Tensor, scores: Tensor, targets: Tensor) -> Tensor:
     return (1 + above + tied / 2).float().masked_fill(~hit.any(1), float("inf"))
 
 
-def _cut(slots: Tensor, k: int, empty: float) -> Tensor:
+def _cut(slots: Tensor, k: int, empty: int | float) -> Tensor:
     """The first k slots, or more where there are fewer. Shapes: [B, W] -> [B, k]."""
     return torch.nn.functional.pad(slots, (0, max(k - slots.shape[1], 0)), value=empty)[:, :k]

@@ -1,7 +1,7 @@
 """What a run keeps between starts: saving all of it as one checkpoint, and bringing it back at any world size."""
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -41,6 +41,8 @@ class Progress:
     metric_lines: int = 0
     """Lines of metrics.jsonl; counted on rank 0, whose account is the one that is saved."""
     status: str = "running"
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What a loop remembers beside, as plain JSON values."""
 
     def shared(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "position"}
@@ -134,13 +136,31 @@ def initialise_from(reader: CheckpointReader, saved_items: pl.Series, assembly: 
         assembly.items.num_items,
     )
     for piece in assembly.tables.pieces():
-        spec = assembly.tables.specs[piece.name.split("/", 1)[1]]
-        if not piece.name.startswith("table/"):
+        kind, name = piece.name.split("/", 1)
+        spec = assembly.tables.specs[name]
+        if kind != "table":
             continue
-        if spec.hash_rows:
+        if not spec.rows_are_items and piece.name not in reader.tensors:
+            logger.info("The rows of table %s are new and keep their initial values.", name)
+        elif spec.hash_rows:
             reader.read_into(piece.name, piece.start, piece.tensor)
-        else:
+        elif spec.rows_are_items:
             _copy_known_rows(reader, piece, new_rows)
+        else:
+            _require_same_paths(reader, assembly, name)
+            reader.read_into(piece.name, piece.start, piece.tensor)
+
+
+def _require_same_paths(reader: CheckpointReader, assembly: Assembly, name: str) -> None:
+    saved, own = (
+        reader.shared_state["fingerprint"]["model"]["semantic_ids"],
+        assembly.semantic_ids.fingerprint,
+    )
+    if saved != own:
+        raise CheckpointError(
+            f"the rows of table {name} belong to prefixes of the semantic IDs {saved}, and this run's are {own}; give "
+            "the table of the run it starts from"
+        )
 
 
 def _new_rows_of_saved(saved: pl.Series, current: pl.Series) -> np.ndarray:

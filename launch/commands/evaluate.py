@@ -8,7 +8,7 @@ from cluster.configuration import ClusterConfig
 from cluster.errors import ConfigError
 from cluster.storage import Storage
 from launch.progress import start_console
-from launch.run_directory import EVALUATION
+from launch.run_directory import EVALUATION, SEARCH_SCALING, absolute
 from launch.served_run import DataOptions, find_step, parse_served
 from trainer.configuration import EvaluationConfig, PretrainConfig, SearchConfig
 
@@ -22,6 +22,8 @@ class EvaluateOptions:
     baselines: bool = False
     """Evaluate popularity, co-occurrence and transitions beside it, and the oracle where the truth is "
     "known."""
+    per_user: str | None = None
+    """Parquet file that each user's own metrics are written to, to compare two runs user by user."""
     data: DataOptions = field(default_factory=DataOptions)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
@@ -30,12 +32,26 @@ class EvaluateOptions:
 
 def run(arguments: list[str]) -> int:
     config, options = parse_served("evaluate", arguments, EvaluateOptions)
-    evaluate(config, checkpoint=options.checkpoint, split=options.split, baselines=options.baselines)
+    if len(config.search.candidates) > 1:
+        compare_candidates(config, checkpoint=options.checkpoint, split=options.split)
+        return 0
+    evaluate(
+        config,
+        checkpoint=options.checkpoint,
+        split=options.split,
+        baselines=options.baselines,
+        per_user=options.per_user,
+    )
     return 0
 
 
 def evaluate(
-    config: PretrainConfig, *, checkpoint: str = "best", split: str = "test", baselines: bool = False
+    config: PretrainConfig,
+    *,
+    checkpoint: str = "best",
+    split: str = "test",
+    baselines: bool = False,
+    per_user: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run on workers, write its evaluation.json and print a table; returns the file's content."""
     from rich.console import Console
@@ -50,7 +66,10 @@ def evaluate(
         )
     step = find_step(config, checkpoint)
     start_console()
-    content = run_gang(*(evaluate_job, config, step, split), config=config.cluster, run_dir=config.run_dir)
+    kept = per_user and absolute(per_user)
+    content = run_gang(
+        *(evaluate_job, config, step, split, kept), config=config.cluster, run_dir=config.run_dir
+    )
     content["checkpoint"] = checkpoint
     intervals = {metric: tuple(interval) for metric, interval in content["intervals"].items()}
     results = {f"step {step} ({checkpoint})": EvaluationResult(**{**content, "intervals": intervals})}
@@ -64,6 +83,26 @@ def evaluate(
     Console().print(render(results))
     print(f"Written to {storage.path(EVALUATION)}")
     return content
+
+
+def compare_candidates(config: PretrainConfig, *, checkpoint: str, split: str) -> None:
+    """Test-time scaling: write search_scaling.json and .png into the run directory and print a table."""
+    from rich.console import Console
+
+    from cluster.worker_group import run_gang
+    from launch.jobs import scaling_job
+    from launch.plots import write_scaling
+    from trainer.search_scaling import render_scaling
+
+    step = find_step(config, checkpoint)
+    start_console()
+    lines = run_gang(*(scaling_job, config, step, split), config=config.cluster, run_dir=config.run_dir)
+    storage = Storage(config.run_dir)
+    content = {"step": step, "split": split, "width": config.search.width, "searches": lines}
+    storage.write(SEARCH_SCALING, json.dumps(content, indent=1).encode())
+    Console().print(render_scaling(lines))
+    picture = write_scaling(config.run_dir, lines)
+    print(f"Written to {storage.path(SEARCH_SCALING)} and {picture}")
 
 
 def _baselines(config: PretrainConfig, split: str) -> dict[str, Any]:

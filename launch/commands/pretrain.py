@@ -9,7 +9,7 @@ from cluster.plugins import first_line, load_plugin, plugin_config, plugin_files
 from cluster.reporter import Event, StopSignal
 from launch.options import parse, split_name, take_option
 from launch.progress import TrainingProgress, start_console
-from launch.run_directory import CONFIG, absolute, load_config, prepare
+from launch.run_directory import CONFIG, absolute, absolute_lists, load_config, prepare
 from trainer.checks import check
 from trainer.configuration import PretrainConfig
 
@@ -49,6 +49,7 @@ def parse_config(name: str, options: list[str]) -> PretrainConfig:
             semantic_ids=absolute(config.data.semantic_ids),
             columns=_columns(config),
         ),
+        search=absolute_lists(config.search),
     )
 
 

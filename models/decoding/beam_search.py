@@ -33,22 +33,37 @@ class BeamSearch(PathSearch):
         over the `allowed` ones, an item gains from every sibling that does not exist or is forbidden."""
         temperature: float = 1.0
         """Divides the model's scores of every level."""
-        guided_candidates: int | None = None
-        """Prefixes per user and depth that a guide scores; None takes four times the width."""
+        guided_candidates: int | tuple[int, ...] | None = None
+        """Prefixes per user that a guide scores, at every depth or one number for each; None takes four times the
+        width. Where it is the width, the guide changes nothing but the order."""
 
         def build(self) -> "BeamSearch":
             return BeamSearch(self)
 
     def __init__(self, config: Config, guide: PrefixScorer | None = None):
         self.config, self.guide = config, guide
-        self.num_candidates = config.width
-        if guide is not None:
-            self.num_candidates = config.guided_candidates or 4 * config.width
-        if not 1 <= config.width <= self.num_candidates:
+        if config.width < 1:
+            raise ConfigError(f"a beam must be at least 1 wide, and it is {config.width}")
+        fewest = min(self._candidates_by_depth)
+        if fewest < config.width:
             raise ConfigError(
-                f"a beam must be at least 1 wide and no wider than its {self.num_candidates} candidates, and it "
-                f"is {config.width}"
+                f"a guide must score at least as many candidates as the beam is wide, and {fewest} are fewer than "
+                f"{config.width}; raise the candidates or narrow the beam"
             )
+
+    @property
+    def _candidates_by_depth(self) -> tuple[int, ...]:
+        """The last number holds for all further depths."""
+        if self.guide is None:
+            return (self.config.width,)
+        given = self.config.guided_candidates
+        if given is None:
+            return (4 * self.config.width,)
+        return given if isinstance(given, tuple) else (given,)
+
+    def _num_candidates(self, level: int) -> int:
+        numbers = self._candidates_by_depth
+        return numbers[min(level, len(numbers) - 1)]
 
     def distribution(self) -> CodeDistribution:
         return CodeDistribution(temperature=self.config.temperature, over=self.config.over)
@@ -78,7 +93,7 @@ class BeamSearch(PathSearch):
         candidates = space.candidates(level, beam.nodes)
         totals = self.distribution().log_probabilities(logits, candidates) + beam.log_probs[..., None]
         totals = totals.flatten(1)
-        num_kept = min(self.num_candidates, space.num_nodes(level + 1), totals.shape[1])
+        num_kept = min(self._num_candidates(level), space.num_nodes(level + 1), totals.shape[1])
         log_probs, cells = best_cells(totals, num_kept)
         longer = Step(
             nodes=candidates.nodes.flatten(1).gather(1, cells),

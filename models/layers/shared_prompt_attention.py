@@ -138,6 +138,16 @@ def shared_prompt_attention(
     return attended.transpose(1, 2)
 
 
+def suffix_attention(queries: Tensor, suffix: SuffixKeyValues) -> Tensor:
+    """Softmax attention of each query over its own suffix alone.
+
+    Shapes: queries [B, W, heads, D] -> [B, W, heads, D].
+    """
+    scores = (queries[:, :, None] * suffix.keys).sum(-1) * queries.shape[-1] ** -0.5
+    weights = scores.float().softmax(2).to(suffix.values.dtype)
+    return (weights[..., None] * suffix.values).sum(2)
+
+
 def _by_bucket(users: Tensor, layout: PromptLayout) -> tuple[Tensor, ...]:
     ordered = users if layout.order is None else users[layout.order]
     return ordered.split([count for count, _ in layout.cells.buckets])

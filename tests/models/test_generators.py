@@ -1,12 +1,16 @@
 """What holds for every model that generates: decoding says what training said."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from data_streams.batch import SequenceBatch
 from models.decoding.beam_search import BeamSearch
 from models.decoding.space import CatalogueSpace
 from models.decoding.trie import PrefixTrie
-from models.recommender import StepContext
+from models.generator import Generator
+from models.recommender import LossSum, StepContext
 from tests.generator_cases import (
     GENERATORS,
     NUM_ITEMS,
@@ -25,18 +29,25 @@ def histories(seed: int = 0) -> list[torch.Tensor]:
     return [torch.randint(NUM_ITEMS, (length,), generator=generator) for length in (4, 13, 2, 7)]
 
 
+def training_loss(model: Generator, batch: SequenceBatch) -> LossSum:
+    context = StepContext(step=0)
+    batch = model.training_batch(batch, context)
+    return model(lookup_ids(model, model.ids(batch, context)), batch, context)
+
+
 @everyone
 def test_the_training_loss_is_that_of_teacher_forcing_after_every_position(name):
     model = make_generator(name).eval()
     codes, sequences = semantic_ids().codes, histories()
     batch = make_batch(sequences)
-    loss = model(lookup_ids(model, model.ids(batch, StepContext(step=0))), batch, StepContext(step=0))
+    loss = training_loss(model, batch)
     prefixes = [sequence[: stop + 1] for sequence in sequences for stop in range(1, len(sequence))]
-    prompts = make_batch(prefixes)
+    prompts = replace(make_batch(prefixes), user_ids=batch.user_ids[batch.items.row_index()])
     paths = codes[torch.stack([prefix[-1] for prefix in prefixes])][:, None]
     log_probs = model.log_probabilities(prompt_rows(model, prompts), prompts, paths)
     assert loss.count == len(prefixes)
-    torch.testing.assert_close(loss.sum, -log_probs.sum(), rtol=1e-5, atol=1e-3)
+    of_codes = loss.sum - loss.metrics.get("prm_loss", 0)
+    torch.testing.assert_close(of_codes, -log_probs.sum(), rtol=1e-5, atol=1e-3)
     levels = torch.stack([loss.metrics[f"loss_level_{level}"] for level in (1, 2, 3)])
     torch.testing.assert_close(levels, -log_probs.sum((0, 1)), rtol=1e-5, atol=1e-3)
 
@@ -60,9 +71,7 @@ def test_a_beam_as_wide_as_the_catalogue_ranks_all_items_by_their_probability(na
 @everyone
 def test_a_batch_without_users_has_a_loss_with_gradients(name):
     model = make_generator(name)
-    batch = make_batch([])
-    context = StepContext(step=0)
-    loss = model(lookup_ids(model, model.ids(batch, context)), batch, context)
+    loss = training_loss(model, make_batch([]))
     assert loss.count == 0 and loss.sum == 0
     loss.sum.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())

@@ -152,7 +152,7 @@ def evaluate_alone(process, config):
     from launch.jobs import evaluate_job
 
     step = load_frozen(config).step
-    return evaluate_job(process, config, step, "test", Reporter(0))
+    return evaluate_job(process, config, step, "test", None, Reporter(0))
 
 
 def test_a_reward_model_is_chosen_by_its_own_metrics():

@@ -214,7 +214,7 @@ def test_widths_that_cannot_work_are_refused(world):
         beam(8).search(model, rows, batch, space, k=0)
     with pytest.raises(ConfigError, match="at least 1 wide"):
         beam(0)
-    with pytest.raises(ConfigError, match="no wider than its 4 candidates"):
+    with pytest.raises(ConfigError, match="4 are fewer than 8"):
         BeamSearch(BeamSearch.Config(width=8, guided_candidates=4), lambda depth, prefixes: prefixes[..., 0])
     other = PrefixTrie.build(codes, (4, 5, 4))
     with pytest.raises(ConfigError, match="code sizes of the catalogue"):

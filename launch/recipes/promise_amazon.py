@@ -1,0 +1,29 @@
+"""PROMISE with the published sizes (width 256, history 40), for the small Amazon 5-core sets, on two workers."""
+
+from cluster.configuration import ClusterConfig
+from data_streams.configuration import DataConfig
+from models.process_reward import ProcessRewardConfig
+from models.promise import Promise
+from trainer.configuration import PretrainConfig, SearchConfig, TrainConfig
+
+
+def recipe() -> PretrainConfig:
+    return PretrainConfig(
+        data=DataConfig(max_length=40, tokens_per_step=1024),
+        model=Promise.Config(
+            width=256,
+            num_blocks=2,
+            num_decoder_blocks=2,
+            feedforward_width=512,
+            prm=ProcessRewardConfig(num_negatives=64),
+        ),
+        train=TrainConfig(
+            epochs=15,
+            learning_rate=1e-3,
+            table_learning_rate=0.07,
+            weight_decay=0.05,
+            checkpoint_every_s=30.0,
+        ),
+        search=SearchConfig(prm=True),
+        cluster=ClusterConfig(workers=2),
+    )

@@ -1,0 +1,363 @@
+"""The process reward model (PRM) of PROMISE: how well each prefix of a semantic ID fits the user.
+
+A prefix is one token: the sum of its codes' vectors and a row of its own, so that a candidate costs one query. Blocks
+of attention to the encoded history and a small network make a score of it. The prefixes of what was really taken next
+are told from other prefixes of the catalogue.
+
+Source: PROMISE (Kuaishou, 2026), arXiv 2601.04674. RECONSTRUCTED: pre-norm residuals; the network is D -> D/2 -> 1 with
+SiLU; a table per depth with a row per prefix of the catalogue, or two hashed rows where there are more than two
+million; at depth 1 the code's vector is the row. Deviations: the encoder is causal, so that all positions of a user
+share one pass; the PRM learns at a few positions drawn per user and step, each of which stands for its share of all.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cluster.errors import ConfigError
+from cluster.seeds import purpose_seed
+from data_streams.batch import SequenceBatch
+from data_streams.jagged import Jagged
+from models.coded_history import CodedHistory, CodedHistoryConfig
+from models.decoding.trie import PrefixTrie, pack
+from models.generator import DecodeState
+from models.kernels.info_nce import info_nce
+from models.layers.code_embedding import CodeEmbedding
+from models.layers.cross_attention import CrossAttention
+from models.layers.dropout import Dropout
+from models.layers.linear import Linear
+from models.layers.shared_prompt_attention import PromptKeyValues, PromptLayout
+from models.layers.transformer import FeedForward
+from models.recommender import LossSum, StepContext
+from models.semantic_ids import SemanticIds
+from models.stochastic_length import uniform_of_events
+from models.tables import Ids, Lookup, Rows, TableSpec
+
+PLACES = "prm_places"
+"""Supervision: the drawn positions, by their place in the user."""
+CONTEXT = "prm_context"
+"""Supervision: the places of the events that each drawn position may see, one position behind the other."""
+
+Memory = tuple[PromptKeyValues, ...]
+"""Keys and values of the encoded histories, by block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessRewardConfig:
+    num_blocks: int = 1
+    """Blocks of attention to the history and feed-forward."""
+    num_heads: int | None = None
+    """Attention heads; left out, a quarter of the encoder's."""
+    feedforward_width: int = 256
+    """Hidden size of the feed-forward part."""
+    dropout: float = 0.1
+    """Dropout on what blocks add."""
+    num_negatives: int = 256
+    """Prefixes of the catalogue drawn per step and depth, shared by all users; all of them where there are fewer."""
+    positions: int | None = 1
+    """Positions drawn per user and step that the PRM learns at; None takes all."""
+    most_rows: int = 2_000_000
+    """Prefixes of one depth beyond which their rows are hashed."""
+    hash_rows: int = 2**20
+    """Rows that are then kept."""
+
+    def __post_init__(self) -> None:
+        if self.num_negatives < 1 or (self.positions is not None and self.positions < 1):
+            raise ConfigError(
+                "the PRM needs at least one negative and one position per user, and got "
+                f"num-negatives {self.num_negatives} and positions {self.positions}"
+            )
+
+
+class PathReward(nn.Module):
+    """Scores prefixes against encoded histories."""
+
+    def __init__(self, config: ProcessRewardConfig, encoder: CodedHistoryConfig, semantic_ids: SemanticIds):
+        super().__init__()
+        self.config, self.width, self.init_scale = config, encoder.width, encoder.init_scale
+        # On the host, where ids are made.
+        self.item_paths = semantic_ids.codes
+        self.trie = PrefixTrie.build(semantic_ids.codes, semantic_ids.code_sizes)
+        self.code_sizes = tuple(semantic_ids.code_sizes)
+        num_heads = config.num_heads or max(encoder.num_heads // 4, 1)
+        self.codes = CodeEmbedding(self.code_sizes, self.width)
+        self.blocks = nn.ModuleList(
+            ScoringBlock(self.width, num_heads, config.feedforward_width, config.dropout)
+            for _ in range(config.num_blocks)
+        )
+        self.hidden = Linear(self.width, self.width // 2)
+        # Scores are only compared with each other: a bias would have no gradient but rounding.
+        self.output = Linear(self.width // 2, 1, bias=False)
+
+    @property
+    def depths(self) -> range:
+        return range(1, len(self.code_sizes) + 1)
+
+    def tables(self) -> list[TableSpec]:
+        """A table of prefixes for each depth from 2 on; its last row stands for prefixes of no item."""
+        return [
+            TableSpec(
+                name=f"path_{depth}",
+                num_rows=self.trie.num_nodes(depth) + 1,
+                dim=self.width,
+                features=(f"path_{depth}", f"positive_{depth}", f"negative_{depth}"),
+                init_scale=self.init_scale,
+                placement="row_wise",
+                hash_rows=self.config.hash_rows if self._is_hashed(depth) else None,
+                rows_are_items=False,
+            )
+            for depth in self.depths[1:]
+        ]
+
+    def path_ids(self, prefixes: Tensor, role: str = "path") -> Ids:
+        """The rows of prefixes; none at depth 1. Host side. Shapes: [..., depth] -> [n]."""
+        depth = prefixes.shape[-1]
+        if depth == 1:
+            return {}
+        nodes = self.trie.find(prefixes).flatten()
+        if self._is_hashed(depth):
+            rows = pack(prefixes.clamp(min=0), self.code_sizes[:depth]).flatten()
+        else:
+            rows = torch.where(nodes < 0, self.trie.num_nodes(depth), nodes)
+        return {f"{role}_{depth}": rows}
+
+    def tokens(self, prefixes: Tensor, rows: Rows, role: str = "path") -> Tensor:
+        """The one token of each prefix. Shapes: [..., depth] -> [..., D]."""
+        depth = prefixes.shape[-1]
+        vectors = self.codes(prefixes.clamp(min=0)).sum(-2)
+        if depth > 1:
+            found = rows[f"{role}_{depth}"]
+            own = found.rows
+            if not self._is_hashed(depth):
+                own = own * (found.ids < self.trie.num_nodes(depth))[:, None]
+            vectors = vectors + own.view_as(vectors)
+        return vectors * self.width**0.5
+
+    def remember(self, states: Tensor, layout: PromptLayout, events: Tensor | None = None) -> Memory:
+        """Keys and values of histories. Shapes: states [T, D], events [E] indices into them."""
+        return tuple(block.attention.remember(states, layout, events) for block in self.blocks)
+
+    def score(self, tokens: Tensor, memory: Memory) -> Tensor:
+        """C prefixes for each history. Shapes: [S, C, D] -> [S, C] fp32."""
+        hidden = tokens
+        for block, of_block in zip(self.blocks, memory, strict=True):
+            hidden = block(hidden, of_block)
+        inner = nn.functional.silu(self.hidden(hidden.flatten(0, 1)))
+        return self.output(inner).float().view(hidden.shape[:2])
+
+    def draw_negatives(self, context: StepContext) -> dict[int, Tensor]:
+        """Prefixes of the catalogue by depth, the same on every rank. Shapes: [N, depth] each, on the host."""
+        drawn = {}
+        for depth in self.depths:
+            number, wanted = self.trie.num_nodes(depth), self.config.num_negatives
+            seed = purpose_seed(context.seed, "prefix negatives", context.step, depth)
+            generator = torch.Generator().manual_seed(seed)
+            nodes = torch.arange(number)
+            if number > wanted:
+                nodes = torch.randint(number, (wanted,), generator=generator)
+            drawn[depth] = self.trie.paths(depth, nodes)
+        return drawn
+
+    def training_ids(self, batch: SequenceBatch, context: StepContext) -> Ids:
+        """Rows of the positive prefixes at the drawn positions, and of the negatives. Host side."""
+        places = batch.supervision[PLACES]
+        taken = self.item_paths[batch.targets[batch.items.offsets[places.row_index()] + places.values]]
+        ids: dict[str, Tensor] = {}
+        for depth, negatives in self.draw_negatives(context).items():
+            ids |= self.path_ids(taken[:, :depth], "positive") | self.path_ids(negatives, "negative")
+        return ids
+
+    def loss(
+        self, states: Tensor, paths: Tensor, rows: Rows, batch: SequenceBatch, context: StepContext
+    ) -> Mapping[int, Tensor]:
+        """InfoNCE of each depth, summed over all positions that the drawn ones stand for.
+
+        Shapes: states [T, D] after each event, paths [T, L] of what followed -> scalars.
+        """
+        places = batch.supervision[PLACES]
+        users = places.row_index()
+        drawn = batch.items.offsets[users] + places.values
+        histories = _drawn_histories(batch)
+        memory = self.remember(states, PromptLayout.build(histories), histories.values)
+        share = 1.0
+        if self.config.positions is not None:
+            share = batch.items.lengths[users] / self.config.positions
+        candidates, same = [], []
+        for depth, negatives in self.draw_negatives(context).items():
+            negatives, own = negatives.to(states.device), paths[drawn, :depth]
+            positive = self.tokens(own, rows, "positive")[:, None]
+            others = self.tokens(negatives, rows, "negative").expand(len(drawn), -1, -1)
+            candidates += [positive, others]
+            sizes = self.code_sizes[:depth]
+            same.append(pack(own, sizes)[:, None] == pack(negatives, sizes))
+        scores = self.score(torch.cat(candidates, dim=1), memory)
+        by_depth = scores.split([1 + mask.shape[1] for mask in same], dim=1)
+        return {
+            depth: (info_nce(of_depth, mask) * share).sum()
+            for depth, of_depth, mask in zip(self.depths, by_depth, same, strict=True)
+        }
+
+    def _is_hashed(self, depth: int) -> bool:
+        return self.trie.num_nodes(depth) > self.config.most_rows
+
+
+class ScoringBlock(nn.Module):
+    """Candidates look at the history, each by itself, and pass a feed-forward part."""
+
+    def __init__(self, width: int, num_heads: int, feedforward_width: int, dropout: float):
+        super().__init__()
+        self.attention_norm, self.feedforward_norm = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.attention = CrossAttention(width, num_heads)
+        self.feedforward = FeedForward(width, feedforward_width)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, hidden: Tensor, memory: PromptKeyValues) -> Tensor:
+        """Shapes: [S, C, D] -> [S, C, D]."""
+        hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden), memory))
+        flat = hidden.flatten(0, 1)
+        return (flat + self.dropout(self.feedforward(self.feedforward_norm(flat)))).view_as(hidden)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardedHistoryConfig(CodedHistoryConfig):
+    prm: ProcessRewardConfig = field(default_factory=ProcessRewardConfig)
+
+
+class RewardedHistory(CodedHistory):
+    """An encoder with a PRM, which can also be asked by itself about the prefixes of given paths."""
+
+    added_parameters = ("prm.",)
+
+    def __init__(self, config: RewardedHistoryConfig, *, semantic_ids: SemanticIds, **parts: Any):
+        super().__init__(config, semantic_ids=semantic_ids, **parts)
+        self.prm = PathReward(config.prm, config, semantic_ids)
+
+    def tables(self) -> list[TableSpec]:
+        return [*super().tables(), *self.prm.tables()]
+
+    def training_batch(self, batch: SequenceBatch, context: StepContext) -> SequenceBatch:
+        return draw_positions(batch, context, self.config.prm.positions)
+
+    def ids(self, batch: SequenceBatch, context: StepContext) -> Ids:
+        return {**self.prompt_ids(batch), **self.prm.training_ids(batch, context)}
+
+    def prefix_ids(self, batch: SequenceBatch, paths: Tensor) -> Ids:
+        """What `prefix_scores` looks up; host side. Shapes: paths [B, N, L], -1 for none."""
+        ids = dict(self.prompt_ids(batch))
+        for depth in self.prm.depths:
+            ids |= self.prm.path_ids(paths[..., :depth])
+        return ids
+
+    def prefix_scores(self, rows: Rows, batch: SequenceBatch, paths: Tensor) -> Tensor:
+        """How well each prefix of each path fits the user. Shapes: paths [B, N, L] -> [B, N, L] fp32."""
+        memory = self.prefix_memory(rows, batch)
+        scores = [
+            self.prm.score(self.prm.tokens(paths[..., :depth], rows), memory) for depth in self.prm.depths
+        ]
+        return torch.stack(scores, dim=-1)
+
+    def prefix_memory(self, rows: Rows, batch: SequenceBatch) -> Memory:
+        """The users' whole histories, as the PRM looks at them."""
+        return self.prm.remember(self.encode(rows, batch), PromptLayout.build(batch.items))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidedState(DecodeState):
+    """With the users' histories as the model's own PRM looks at them: they are encoded once for both."""
+
+    prm_memory: Memory
+
+
+class PrefixGuide:
+    """Lets a PRM choose the prefixes of a beam search.
+
+    Cost: one collective lookup of the candidates' rows for each depth from 2 on, also of a rank without users.
+    """
+
+    def __init__(self, prm: PathReward, memory: Memory, lookup: Lookup):
+        self.prm, self.memory, self.lookup = prm, memory, lookup
+
+    def __call__(self, depth: int, prefixes: Tensor) -> Tensor:
+        """Shapes: prefixes [B, C, depth] -> [B, C]."""
+        ids = self.prm.path_ids(prefixes.cpu())
+        rows = self.lookup(ids) if ids else {}
+        return self.prm.score(self.prm.tokens(prefixes, rows), self.memory)
+
+
+class ProcessReward(RewardedHistory):
+    """A PRM with an encoder of its own, for a generator that stays as it is.
+
+    `--init-from` the run of a generator over coded histories gives it a snapshot of that encoder. In a search by itself
+    all codes are equally likely and the PRM alone chooses among all prefixes.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RewardedHistoryConfig):
+        def build(self, **parts: Any) -> "ProcessReward":
+            return ProcessReward(self, **parts)
+
+    def __init__(self, config: Config, **parts: Any):
+        super().__init__(config, **parts)
+        self.initialise()
+
+    def forward(self, rows: Rows, batch: SequenceBatch, context: StepContext) -> LossSum:
+        states = self.encode(rows, batch)
+        losses = self.prm.loss(states, self.item_codes[batch.targets], rows, batch, context)
+        return LossSum(
+            sum=torch.stack([*losses.values()]).sum(), count=batch.num_tokens, metrics=prm_metrics(losses)
+        )
+
+    def prefill(self, rows: Rows, batch: SequenceBatch) -> GuidedState:
+        states = self.encode(rows, batch)
+        return GuidedState(
+            last_hidden=states[batch.items.offsets[1:] - 1],
+            lengths=batch.items.lengths,
+            prompt=(),
+            suffix=(),
+            prm_memory=self.prm.remember(states, PromptLayout.build(batch.items)),
+        )
+
+    def step(
+        self, state: DecodeState, level: int, codes: Tensor | None, parents: Tensor | None
+    ) -> tuple[Tensor, DecodeState]:
+        width = 1 if codes is None else codes.shape[1]
+        return state.last_hidden.new_zeros(state.num_users, width, self.code_sizes[level]), state
+
+
+def prm_metrics(losses: Mapping[int, Tensor]) -> dict[str, Tensor]:
+    return {f"prm_loss_level_{depth}": loss.detach() for depth, loss in losses.items()}
+
+
+def draw_positions(batch: SequenceBatch, context: StepContext, positions: int | None) -> SequenceBatch:
+    """Choose what the PRM learns at; by the seed, the step and the user alone. Host side only."""
+    lengths = batch.items.lengths
+    if positions is None:
+        places = batch.items.with_values(batch.items.places())
+    else:
+        seed = purpose_seed(context.seed, "prm positions", context.step)
+        users = np.repeat(batch.user_ids.numpy(), positions)
+        numbers = np.tile(np.arange(positions), batch.num_users)
+        of_user = lengths.repeat_interleave(positions)
+        uniform = torch.from_numpy(uniform_of_events(seed, users, numbers))
+        drawn = torch.minimum((uniform * of_user).long(), of_user - 1)
+        places = Jagged.from_lengths(drawn, torch.full_like(lengths, positions))
+    seen = places.values + 1
+    histories = Jagged.from_lengths(torch.zeros(int(seen.sum()), dtype=torch.int64), seen)
+    per_user = torch.zeros_like(lengths).index_add_(0, places.row_index(), seen)
+    context_places = Jagged.from_lengths(histories.places(), per_user)
+    return replace(batch, supervision={**batch.supervision, PLACES: places, CONTEXT: context_places})
+
+
+def _drawn_histories(batch: SequenceBatch) -> Jagged:
+    """The events that each drawn position may see, as indices into the batch's. Shapes: S rows."""
+    places, context = batch.supervision[PLACES], batch.supervision[CONTEXT]
+    ends = (places.values + 1).cumsum(0)
+    return Jagged(
+        values=batch.items.offsets[context.row_index()] + context.values,
+        offsets=torch.cat((ends.new_zeros(1), ends)),
+        max_length=batch.items.max_length,
+    )

@@ -1,0 +1,150 @@
+"""The process reward model: its loss against a loop, its scores one by one, its draws, its tables."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from cluster.errors import ConfigError
+from models.decoding.trie import PrefixTrie
+from models.kernels.info_nce import info_nce
+from models.process_reward import PLACES, PathReward, ProcessReward, ProcessRewardConfig, draw_positions
+from models.recommender import StepContext
+from tests.generator_cases import (
+    CODE_SIZES,
+    GENERATORS,
+    MAX_LENGTH,
+    NUM_ITEMS,
+    lookup_ids,
+    make_generator,
+    semantic_ids,
+    unsharded_lookup,
+)
+from tests.training_cases import make_batch
+
+CONTEXT = StepContext(step=3, seed=1)
+
+
+def histories(lengths=(4, 13, 2, 7)) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(NUM_ITEMS, (length,), generator=generator) for length in lengths]
+
+
+def make_promise(**prm):
+    config = GENERATORS["promise"]
+    config = dataclasses.replace(config, prm=dataclasses.replace(config.prm, **prm))
+    torch.manual_seed(5)
+    return config.build(
+        num_items=NUM_ITEMS, max_length=MAX_LENGTH, item_feature_dim=0, semantic_ids=semantic_ids()
+    ).eval()
+
+
+def trained_on(model, batch, context=CONTEXT):
+    batch = model.training_batch(batch, context)
+    return batch, lookup_ids(model, model.ids(batch, context))
+
+
+def test_info_nce_by_hand():
+    scores = torch.tensor([[1.0, 2.0, 0.0], [0.0, 5.0, 0.0]])
+    same = torch.tensor([[False, False], [True, False]])
+    expected = [torch.tensor([1.0, 2.0, 0.0]).logsumexp(0) - 1, torch.tensor(2.0).log()]
+    torch.testing.assert_close(info_nce(scores, same), torch.stack(expected))
+
+
+@pytest.mark.parametrize("positions", [None, 2])
+def test_the_loss_is_that_of_a_loop_over_positions_depths_and_negatives(positions):
+    model = make_promise(positions=positions)
+    batch, rows = trained_on(model, make_batch(histories()))
+    losses = model(rows, batch, CONTEXT).metrics
+    lookup, codes = unsharded_lookup(model), semantic_ids().codes
+    negatives = model.prm.draw_negatives(CONTEXT)
+    places, total = batch.supervision[PLACES], torch.zeros(3)
+    for user, place in zip(places.row_index().tolist(), places.values.tolist(), strict=True):
+        first, stop = batch.items.offsets[user : user + 2].tolist()
+        history = batch.items.values[first : first + place + 1]
+        target = codes[batch.targets[first + place]]
+        prompt = make_batch([torch.cat((history, history[:1]))])
+        weight = 1 if positions is None else (stop - first) / positions
+        for depth in (1, 2, 3):
+            drawn = negatives[depth]
+            drawn = drawn[(drawn != target[:depth]).any(1)]
+            paths = torch.zeros(1, 1 + len(drawn), 3, dtype=torch.int64)
+            paths[0, :, :depth] = torch.cat((target[None, :depth], drawn))
+            scores = model.prefix_scores(lookup(model.prefix_ids(prompt, paths)), prompt, paths)
+            total[depth - 1] += weight * -scores[0, :, depth - 1].log_softmax(0)[0].detach()
+    for depth in (1, 2, 3):
+        torch.testing.assert_close(losses[f"prm_loss_level_{depth}"], total[depth - 1], rtol=1e-4, atol=1e-3)
+
+
+def test_negatives_are_prefixes_of_the_catalogue_and_all_of_them_where_there_are_few():
+    model = make_promise(num_negatives=5)
+    drawn = model.prm.draw_negatives(CONTEXT)
+    trie = PrefixTrie.build(semantic_ids().codes, CODE_SIZES)
+    assert sorted(drawn[1].flatten().tolist()) == list(range(4)), "fewer prefixes than negatives: all of them"
+    assert [len(drawn[depth]) for depth in (2, 3)] == [5, 5]
+    assert all((trie.find(prefixes) >= 0).all() for prefixes in drawn.values())
+    assert not torch.equal(drawn[3], model.prm.draw_negatives(StepContext(step=4, seed=1))[3])
+
+
+def test_candidates_do_not_see_each_other_nor_later_events():
+    model = make_promise()
+    lookup = unsharded_lookup(model)
+    long, short = histories((9, 5))
+    batch = make_batch([long, short])
+    paths = semantic_ids().codes[torch.tensor([[3, 50, 7], [8, 9, 10]])]
+    together = model.prefix_scores(lookup(model.prefix_ids(batch, paths)), batch, paths)
+    for user, history in enumerate((long, short)):
+        for number in range(3):
+            alone = make_batch([history])
+            one = paths[user : user + 1, number : number + 1]
+            scores = model.prefix_scores(lookup(model.prefix_ids(alone, one)), alone, one)
+            torch.testing.assert_close(scores[0, 0], together[user, number], rtol=1e-4, atol=1e-5)
+
+
+def test_drawn_positions_depend_on_the_user_and_the_step_alone():
+    sequences = histories((6, 12, 9))
+    batch = dataclasses.replace(make_batch(sequences), user_ids=torch.tensor([7, 70, 5]))
+    drawn = draw_positions(batch, CONTEXT, 3).supervision[PLACES]
+    assert (drawn.values < batch.items.lengths.repeat_interleave(3)).all() and (drawn.values >= 0).all()
+    last = draw_positions(batch.select(2, 3), CONTEXT, 3).supervision[PLACES]
+    assert torch.equal(last.values, drawn.values[6:])
+    later = draw_positions(batch, StepContext(step=4, seed=1), 3).supervision[PLACES]
+    assert not torch.equal(later.values, drawn.values)
+
+
+def test_a_large_depth_is_hashed_and_unknown_prefixes_have_no_row_of_their_own():
+    encoder = GENERATORS["promise"]
+    torch.manual_seed(0)
+    prm = PathReward(ProcessRewardConfig(most_rows=30, hash_rows=64), encoder, semantic_ids())
+    sizes = {spec.name: (spec.num_rows, spec.hash_rows) for spec in prm.tables()}
+    trie = PrefixTrie.build(semantic_ids().codes, CODE_SIZES)
+    assert sizes["path_2"] == (trie.num_nodes(2) + 1, None)
+    assert sizes["path_3"] == (trie.num_nodes(3) + 1, 64)
+    unknown = torch.tensor([[0, 99]])
+    assert trie.find(unknown).item() == -1
+    assert prm.path_ids(unknown) == {"path_2": torch.tensor([trie.num_nodes(2)])}
+    known = torch.tensor([[[0, 1, 2], [0, 1, 1]]])
+    assert prm.path_ids(known)["path_3"].tolist() == [(0 * 5 + 1) * 3 + 2, (0 * 5 + 1) * 3 + 1]
+
+
+def test_the_model_of_a_prm_alone_has_the_same_scores_as_its_encoder_and_prm_in_the_joint_model():
+    joint = make_promise()
+    config = GENERATORS["promise"]
+    shared = {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(ProcessReward.Config)}
+    alone = ProcessReward.Config(**shared).build(
+        num_items=NUM_ITEMS, max_length=MAX_LENGTH, item_feature_dim=0, semantic_ids=semantic_ids()
+    )
+    weights = joint.state_dict()
+    alone.load_state_dict({name: weights[name] for name in alone.state_dict()})
+    batch, rows = trained_on(joint, make_batch(histories()))
+    expected = joint(rows, batch, CONTEXT).metrics["prm_loss"]
+    loss = alone.eval()(trained_on(alone, make_batch(histories()))[1], batch, CONTEXT)
+    torch.testing.assert_close(loss.sum.detach(), expected)
+    assert loss.count == batch.num_tokens
+
+
+def test_a_prm_needs_negatives_and_positions():
+    for wrong in ({"num_negatives": 0}, {"positions": 0}):
+        with pytest.raises(ConfigError, match="at least one negative and one position"):
+            ProcessRewardConfig(**wrong)
+    assert make_generator("promise").num_targets(make_batch(histories())) == 22

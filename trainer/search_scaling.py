@@ -1,0 +1,80 @@
+"""Test-time scaling: what a search finds and costs as a PRM scores more candidates, beside plain wider beams."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from sharding.collectives import exchange_integers
+from trainer.assembly import Assembly
+from trainer.evaluate import evaluate
+from trainer.search import Search
+
+WITHOUT_INTERVALS = 0
+
+
+def compare_searches(assembly: Assembly, *, prm: Assembly | None, split: str) -> list[dict[str, Any]]:
+    """One line per search: kind, K+ or width, metrics of evaluation, GFLOP and milliseconds per user; collective.
+
+    All are measured by the `search.width` best items and prefixes, also those whose beam is wider.
+    """
+    config = assembly.config.search
+    plain = [config.width, *(number for number in config.candidates if number > config.width)]
+    lines = [
+        _measure(assembly, replace(config, width=width, prm=False, prm_run="", candidates=()), split, width)
+        for width in plain
+    ]
+    for number in config.candidates:
+        chosen = replace(config, candidates=(number,))
+        lines.append(_measure(assembly, chosen, split, number, prm=prm))
+    return lines
+
+
+def _measure(
+    assembly: Assembly, config: Any, split: str, number: int, prm: Assembly | None = None
+) -> dict[str, Any]:
+    configured = replace(assembly, config=replace(assembly.config, search=config))
+    search = configured.search(prm=prm, recall_among=assembly.config.search.width)
+    users = assembly.users(split)
+    flops = _flops_per_user(search, configured, split)
+    started = time.perf_counter()
+    result = evaluate(
+        search,
+        users.batches(),
+        empty_batch=users.empty_batch(),
+        items=assembly.items,
+        config=replace(assembly.config.evaluation, bootstrap_resamples=WITHOUT_INTERVALS),
+        split=split,
+    )
+    seconds = time.perf_counter() - started
+    return {
+        "kind": "prm" if config.prm else "plain",
+        "number": number,
+        "gflop_per_user": flops / 1e9,
+        "ms_per_user": 1000 * seconds / result.num_users,
+        **result.metrics,
+    }
+
+
+def _flops_per_user(search: Search, assembly: Assembly, split: str) -> float:
+    """Counted over the first batch of every rank: what its matrix products compute."""
+    users = assembly.users(split)
+    batch = next(iter(users.batches()), users.empty_batch())
+    with FlopCounterMode(display=False) as counter:
+        search.find(batch, k=1, rank_held_out=True, filter_seen=assembly.config.evaluation.filter_seen)
+    totals = exchange_integers([counter.get_total_flops(), batch.num_users], assembly.process)
+    return sum(flops for flops, _ in totals) / max(sum(count for _, count in totals), 1)
+
+
+def render_scaling(lines: Sequence[dict[str, Any]]) -> Table:
+    shown = [name for name in lines[0] if name.startswith(("recall@", "ndcg@", "hrecall"))]
+    table = Table(title="Plain beams, and a PRM with more and more candidates")
+    for name in ("search", "width or K+", "GFLOP/user", "ms/user", *shown):
+        table.add_column(name, justify="left" if name == "search" else "right")
+    for line in lines:
+        numbers = [f"{line['gflop_per_user']:.2f}", f"{line['ms_per_user']:.1f}"]
+        table.add_row(line["kind"], str(line["number"]), *numbers, *(f"{line[name]:.4f}" for name in shown))
+    return table
