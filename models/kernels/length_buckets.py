@@ -73,7 +73,7 @@ def _layout_of(offsets: np.ndarray, users: np.ndarray, buckets: list[tuple[int, 
         token_of_cell=torch.from_numpy(token_of_cell),
         cell_of_token=torch.from_numpy(cell_of_token),
         buckets=tuple(buckets),
-        is_identity=bool((lengths == lengths[:1]).all()) and len(token_of_cell) == len(cell_of_token),
+        is_identity=np.array_equal(token_of_cell, np.arange(len(cell_of_token))),
     )
 
 

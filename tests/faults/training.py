@@ -95,7 +95,7 @@ class Training:
         return self.driver.wait(timeout_s)
 
     def output(self) -> str:
-        return self.log.read_text()
+        return self.log.read_text(errors="replace")
 
     def kill_everything(self) -> None:
         """SIGKILL to the whole job at one moment: all are halted first, so that nobody sees another die."""
