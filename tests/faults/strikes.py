@@ -198,11 +198,11 @@ def _fill_disk(scene: Scene, training: Training, choice: random.Random) -> None:
 
 
 def _slow_disk(scene: Scene, training: Training, choice: random.Random) -> None:
-    """Every write takes a good part of a second longer for a few steps."""
+    """Every write takes up to a second longer for a few steps."""
     control = scene.controls / "slow"
-    control.write_text(str(choice.uniform(0.1, 0.5)))
+    control.write_text(str(choice.uniform(0.2, 1.0)))
     reached = last_step(scene.run_dir)
-    training.wait_for(lambda: training.driver.poll() is not None or last_step(scene.run_dir) > reached)
+    training.wait_for(lambda: training.driver.poll() is not None or last_step(scene.run_dir) > reached + 3)
     control.unlink()
 
 
