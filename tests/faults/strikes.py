@@ -104,18 +104,17 @@ def on_this_machine(folder: Path) -> Iterator[Scene]:
 
 @contextmanager
 def on_a_small_disk(folder: Path) -> Iterator[Scene]:
-    """The run directory lies on a file system of a few MiB. Raises: CalledProcessError without root."""
-    disk = folder / "disk"
-    disk.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", str(disk)]
+    """The run directory is a file system of a few MiB. Raises: CalledProcessError without root."""
+    scene = Scene(run_dir=folder / "run", kinds=(FULL, SLOW, WRITE))
+    scene.run_dir.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", str(scene.run_dir)]
     subprocess.run(mount, check=True, capture_output=True, text=True)
     try:
-        scene = Scene(run_dir=disk / "run", kinds=(FULL, SLOW, WRITE))
         _make_hostile(scene)
         yield scene
     finally:
-        shutil.copytree(disk, folder / "kept")
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+        shutil.copytree(scene.run_dir, folder / "kept")
+        subprocess.run(["umount", "--lazy", str(scene.run_dir)], check=True)
 
 
 @contextmanager
@@ -181,7 +180,7 @@ def _jump(scene: Scene, training: Training, choice: random.Random) -> None:
 
 def _fill_disk(scene: Scene, training: Training, choice: random.Random) -> None:
     """Not a byte is left until the job has ended, which must say why; then there is room again."""
-    ballast = scene.run_dir.parent / "ballast"
+    ballast = scene.run_dir / "ballast"
     deadline = time.monotonic() + FULL_DISK_S
     with open(ballast, "wb", buffering=0) as file:
         # What the job deletes is taken too.
