@@ -12,6 +12,9 @@ logs/rank-N.log    everything each worker said
 audit/             the users each step's loss saw
 checkpoints/       steps, LATEST and BEST
 evaluation.json    the last evaluation
+status.json        how the run is doing, for `grail status`
+faults.json        the faults it was started again after
+lease.json         there while a job works on the run
 """
 
 import dataclasses

@@ -146,6 +146,12 @@ def check_alignment(config: AlignConfig, start: PretrainConfig) -> None:
             f"alignment needs a policy that generates semantic IDs, and {start.run_dir} holds a "
             f"{type(start.model).__qualname__.split('.')[0]}; pretrain a recipe such as decoder-amazon"
         )
+    for name in ("min_workers", "max_workers"):
+        if getattr(config.cluster, name) not in (None, config.cluster.workers):
+            raise ConfigError(
+                f"cluster.{name.replace('_', '-')} is for pretraining, and alignment keeps its "
+                f"{config.cluster.workers} learners beside their rollout and reward workers; leave it out"
+            )
     check_terms(config.rewards)
     objective = config.objective.build()
     if config.align.max_staleness and not objective.has_ratio:

@@ -132,6 +132,9 @@ class LogConfig:
     """Weights & Biases project."""
     every_steps: int = 20
     """Steps between two lines of metrics.jsonl."""
+    prometheus_file: str | None = None
+    """File on this machine to keep the newest numbers in as Prometheus reads them, such as one in the folder of
+    node_exporter's textfile collector; its name must end in .prom."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,6 +69,7 @@ def complete_step(
     job.audit.record(progress.step, progress.epoch, step_input.user_ids.tolist())
     progress.step += 1
     progress.position = step_input.position
+    job.reporter.stepped(progress.step)
     job.window.add(result)
     if progress.step % job.config.log.every_steps == 0:
         write()
@@ -107,6 +108,7 @@ def validate(job: Job) -> bool:
     """Rank the validation items and keep account of the best step -> whether this is the best so far."""
     config, progress = job.config.train, job.progress
     started = time.perf_counter()
+    job.reporter.pause_steps()
     with averaged(job.engine):
         metrics = _validation_metrics(job)
     value = metrics[config.selection_metric]
@@ -154,6 +156,7 @@ def save(job: Job, *, best: bool) -> None:
     started = time.perf_counter()
     save_progress(job.checkpointer, job.assembly, job.engine, job.progress, job.config_document, best=best)
     job.clock.saved(job.progress.step)
+    job.reporter.saved(job.progress.step)
     if job.metric_log:
         held = time.perf_counter() - started
         job.metric_log.write(job.progress.step, {"checkpoint/held_s": held})
@@ -161,6 +164,7 @@ def save(job: Job, *, best: bool) -> None:
 
 def finish(job: Job) -> dict[str, Any]:
     progress = job.progress
+    job.reporter.pause_steps()
     if job.clock.last_step != progress.step:
         save(job, best=False)
     job.checkpointer.close()

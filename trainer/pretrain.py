@@ -22,6 +22,7 @@ def train(job: Job) -> dict[str, Any]:
     config, progress = job.config.train, job.progress
     feed = _make_feed(job)
     total_steps = planned_steps(config, job.stream)
+    job.reporter.stepped(progress.step)
     while progress.status == "running":
         for step_input, agreement in feed.steps(progress.epoch, progress.position, progress.step):
             fraction = rate_fraction(progress.step, total_steps, config)

@@ -20,7 +20,7 @@ from sharding.plan import render_plan
 from trainer.assembly import Assembly, agree_on, assemble
 from trainer.audit import AuditLog, next_attempt
 from trainer.checkpoint import Checkpointer
-from trainer.checkpoint_layout import latest_step
+from trainer.checkpoint_fallback import newest_step, restore_newest
 from trainer.checkpoint_reader import CheckpointReader
 from trainer.configuration import CHECKPOINTS, PretrainConfig, TrainConfig
 from trainer.dense_engine import DenseEngine
@@ -59,14 +59,16 @@ def start_job(
     storage = Storage(config.run_dir)
     stream = TrainStream(config.data, seed=config.seed, rank=process.rank, world_size=process.world_size)
     assembly = assemble(config, process)
-    saved_step = agree_on(_saved_step(storage), process)
+    checkpoints = storage.folder(CHECKPOINTS)
+    saved_step = agree_on(newest_step(checkpoints), process)
     if saved_step < 0 and config.init_from:
         _initialise(config.init_from, assembly)
     learner, engine = make_learner(assembly, wrap)
     progress = Progress()
     if saved_step >= 0:
-        reader = CheckpointReader(Storage(storage.path(CHECKPOINTS)), saved_step)
-        progress = restore_progress(reader, assembly, engine)
+        progress = restore_newest(
+            checkpoints, saved_step, process, lambda reader: restore_progress(reader, assembly, engine)
+        )
         _reopen(progress, config.train)
     if process.rank == 0:
         _describe_run(storage, assembly, config)
@@ -96,7 +98,7 @@ def start_job(
 
 def _checkpointer(storage: Storage, process: Process, attempt: str, config: TrainConfig) -> Checkpointer:
     return Checkpointer(
-        Storage(storage.path(CHECKPOINTS)),
+        storage.folder(CHECKPOINTS),
         rank=process.rank,
         world_size=process.world_size,
         attempt=attempt,
@@ -129,11 +131,6 @@ def make_learner(
     return learner, engine
 
 
-def _saved_step(storage: Storage) -> int:
-    step = latest_step(Storage(storage.path(CHECKPOINTS)))
-    return -1 if step is None else step
-
-
 def _initialise(source: str, assembly: Assembly) -> None:
     run = Storage(source)
     if not run.exists(ITEMS_NAME):
@@ -141,7 +138,7 @@ def _initialise(source: str, assembly: Assembly) -> None:
             f"--init-from needs the directory of a run with {ITEMS_NAME} and a checkpoint; {source} has none"
         )
     saved_items = pl.read_parquet(io.BytesIO(run.read(ITEMS_NAME)))["item_id"]
-    initialise_from(CheckpointReader(Storage(run.path(CHECKPOINTS)), "best"), saved_items, assembly)
+    initialise_from(CheckpointReader(run.folder(CHECKPOINTS), "best"), saved_items, assembly)
 
 
 def _reopen(progress: Progress, config: TrainConfig) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from cluster.configuration import ClusterConfig
 from cluster.errors import ConfigError
 from models.decoder_only import DecoderOnly
 from models.sasrec import SASRec
@@ -36,6 +37,11 @@ def test_what_can_work_passes():
     [
         ({}, PretrainConfig(run_dir="runs/x", model=SASRec.Config()), "generates semantic IDs.*SASRec"),
         ({"rewards": ()}, POLICY, "at least one reward"),
+        (
+            {"cluster": ClusterConfig(workers=2, min_workers=1)},
+            POLICY,
+            "cluster.min-workers is for pretraining",
+        ),
         ({"align": ONE_OLD}, POLICY, "align.max-staleness 1 needs an objective.*GrpoSr does not"),
         (
             {"align": ONE_OLD, "objective": Ecpo.Config(), "rollout": RolloutConfig(workers=0)},
