@@ -18,10 +18,10 @@ def recipe() -> PretrainConfig:
             feedforward_width=512,
         ),
         train=TrainConfig(
-            epochs=16,
+            epochs=10,
             learning_rate=2e-3,
             weight_decay=0.05,
-            validate_every_epochs=8,
+            validate_every_epochs=5,
             checkpoint_every_s=30.0,
         ),
         cluster=ClusterConfig(workers=2),
