@@ -94,7 +94,8 @@ def _quickest(timings: dict[str, Any], padding: str) -> str:
 def _start(process: Process, request: Request, model: Tiger.Config) -> RunningRecipe:
     config = recipe_config(request.data, RECIPE)
     table = _random_table(request)
-    return start(process, replace(config, model=model, data=replace(config.data, semantic_ids=table)))
+    data = replace(config.data, semantic_ids=table, tokens_per_step=2 * PEER_ROWS)
+    return start(process, replace(config, model=model, data=data))
 
 
 def _random_table(request: Request) -> str:

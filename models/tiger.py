@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from cluster.errors import ConfigError
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
 from models.generator import DecodeState, Generator, next_code_loss
@@ -57,6 +58,14 @@ class Tiger(Generator):
         """Share of the target's probability that is spread over all codes of the level."""
         init_scale: float = 0.02
         """Standard deviation of the initial weights."""
+
+        def __post_init__(self) -> None:
+            sizes = (self.user_tokens, self.num_encoder_blocks, self.num_decoder_blocks)
+            if min(sizes) < 1:
+                raise ConfigError(
+                    "model.user-tokens, model.num-encoder-blocks and model.num-decoder-blocks must be at least 1, got "
+                    f"{', '.join(map(str, sizes))}"
+                )
 
         def build(self, **parts: Any) -> "Tiger":
             return Tiger(self, **parts)

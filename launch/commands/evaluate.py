@@ -60,7 +60,8 @@ def evaluate(
     from launch.jobs import evaluate_job
     from trainer.evaluate import EvaluationResult, render
 
-    if baselines and getattr(config.model, "has_own_objective", False):
+    generates = getattr(config.model, "needs_semantic_ids", False)
+    if baselines and getattr(config.model, "has_own_objective", False) and not generates:
         raise ConfigError(
             "baselines rank all items, and this run's model scores given ones; leave --baselines out"
         )

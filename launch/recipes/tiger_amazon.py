@@ -8,7 +8,7 @@ from trainer.configuration import PretrainConfig, TrainConfig
 
 def recipe() -> PretrainConfig:
     return PretrainConfig(
-        data=DataConfig(max_length=20, tokens_per_step=1024),
+        data=DataConfig(max_length=20, tokens_per_step=512),
         model=Tiger.Config(
             encoder="causal",
             num_encoder_blocks=3,
@@ -18,10 +18,10 @@ def recipe() -> PretrainConfig:
             feedforward_width=512,
         ),
         train=TrainConfig(
-            epochs=16,
-            learning_rate=2e-3,
+            epochs=10,
+            learning_rate=1.5e-3,
             weight_decay=0.05,
-            validate_every_epochs=8,
+            validate_every_epochs=5,
             checkpoint_every_s=30.0,
         ),
         cluster=ClusterConfig(workers=2),

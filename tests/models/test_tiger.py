@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cluster.errors import ConfigError
 from data_streams.jagged import Jagged
 from models.kernels.length_buckets import bucket_layout
 from models.recommender import StepContext
@@ -89,6 +90,11 @@ def test_the_user_token_is_a_hash_of_the_user():
     ]
     tokens = hash_ids(torch.arange(20), TIGER["user_tokens"]).tolist()
     assert len(set(by_user)) == len(set(tokens)) > 3
+
+
+def test_a_model_without_user_tokens_is_refused():
+    with pytest.raises(ConfigError, match=r"model.user-tokens, .* must be at least 1, got 0, 4, 4"):
+        Tiger.Config(user_tokens=0)
 
 
 def test_the_published_size_has_the_weights_of_the_published_shape():

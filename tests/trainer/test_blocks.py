@@ -40,6 +40,21 @@ def step_of(case, *, recompute=False, compiled=False):
     return loss, {"table": table.grad, **gradients}, sum(kept.values())
 
 
+def test_recomputed_blocks_with_a_memory_give_the_same_loss_and_gradients():
+    case = Case(model="tiger, causal encoder")
+    prepared, found = prepare(case, make_model(case), 0, 0, 1), []
+    for recompute in (False, True):
+        model = make_model(case)
+        if recompute:
+            recompute_blocks(model)
+        (micro,) = prepared.micro_batches
+        loss = model({}, micro.batch, micro.context).sum
+        loss.backward()
+        found.append([loss, *(parameter.grad for parameter in model.parameters())])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_recomputed_blocks_give_the_same_loss_and_gradients_and_keep_less(precision):
     case = replace(CASE, precision=precision)
