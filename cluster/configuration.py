@@ -9,6 +9,10 @@ class ClusterConfig:
     """Address of a running Ray cluster; left out, Ray starts by itself on this machine."""
     workers: int = 1
     """Training processes; tables and optimizer state are sharded over them."""
+    min_workers: int | None = None
+    """Fewest processes to go on with when workers or hosts are lost; left out, as many as it starts with."""
+    max_workers: int | None = None
+    """Most processes to grow to when the cluster has room; left out, as many as it starts with."""
     cpus_per_worker: float = 1.0
     """Processor cores reserved for each worker; its thread count follows from it."""
     gpus_per_worker: float = 0.0
@@ -16,6 +20,7 @@ class ClusterConfig:
     start_timeout_s: float = 300.0
     """How long to wait for the workers to be placed and started."""
     max_restarts: int = 3
-    """How many times the gang is started again from the latest checkpoint after a worker died."""
+    """How many times in a row the gang is started again from the latest checkpoint after a fault without getting
+    further than before."""
     collective_timeout_s: float = 600.0
     """How long a collective operation may wait for the other workers."""

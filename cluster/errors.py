@@ -1,5 +1,7 @@
 """The errors a person meets. Each message says what was required, what was given and what to do."""
 
+import errno
+
 
 class GrailError(Exception):
     """Base of all errors raised on purpose; the command line prints these without a traceback."""
@@ -21,8 +23,16 @@ class CheckpointError(GrailError):
     """A checkpoint is missing, damaged or belongs to another model; names the file and what differs."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A file of a checkpoint is missing or does not match its checksum; an older checkpoint may be intact."""
+
+
 class DivergenceError(GrailError):
     """A loss or gradient is not finite; names step, rank and the users of the batch."""
+
+
+class StorageError(GrailError, OSError):
+    """A disk is full, or an object store did not answer as it should, however often it was asked."""
 
 
 class ClusterError(GrailError):
@@ -35,3 +45,16 @@ class PoolGoneError(ClusterError):
 
 class RewardError(GrailError):
     """A reward failed, or returned something that is no reward; names the reward and the user."""
+
+
+def ours(error: BaseException) -> GrailError | None:
+    """The error itself if it was raised on purpose; a full disk as such a one; None for any other."""
+    if isinstance(error, GrailError):
+        return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = error.filename or "the run directory or a temporary folder"
+        return StorageError(
+            f"{place} must have room to write, and the system says: {error.strerror}; make room, then start again "
+            "to go on from the latest checkpoint"
+        )
+    return None

@@ -21,7 +21,7 @@ def start_worker_logs(reporter: Reporter, directory: Path | None) -> None:
     handlers: list[logging.Handler] = [to_driver]
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
-        file = open(directory / f"rank-{reporter.rank}.log", "a", buffering=1)
+        file = open(worker_log(directory, reporter.rank), "a", buffering=1)
         for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
             stream.flush()
             os.dup2(file.fileno(), descriptor)
@@ -29,6 +29,11 @@ def start_worker_logs(reporter: Reporter, directory: Path | None) -> None:
         to_file.setFormatter(logging.Formatter(FILE_FORMAT))
         handlers.append(to_file)
     _install(handlers, logging.DEBUG)
+
+
+def worker_log(directory: Path, rank: int) -> Path:
+    """The file of one rank among the logs of a run."""
+    return directory / f"rank-{rank}.log"
 
 
 def start_driver_logs(handler: logging.Handler | None = None) -> None:

@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from cluster.configuration import ClusterConfig
 from cluster.errors import ClusterError, PoolGoneError
 from cluster.packages import check_same, fingerprint, root
-from cluster.placement import death_cause, place
+from cluster.placement import Placement, death_cause, place
 from cluster.ray_start import start_ray
 
 logger = logging.getLogger(__name__)
@@ -83,13 +83,16 @@ class Pool:
         max_deaths: int = 10,
         patience_s: float = 60.0,
         name: str = "pool",
+        placement: Placement | None = None,
     ):
         """`max_deaths` counts those between two finished items; `patience_s` is how long the pool may be without
-        a ready member, once it had one."""
+        a ready member, once it had one. A pool that an actor keeps needs the `placement` that its driver has made:
+        a reservation of an actor's own outlives it (Ray 2.60)."""
         start_ray(cluster, num_cpus=math.ceil(members * cpus_per_member))
         self.build, self.arguments, self.name = build, arguments, name
         self.max_deaths, self.patience_s = max_deaths, patience_s
-        self.placement = place(members, cpus=cpus_per_member, timeout_s=cluster.start_timeout_s)
+        self._is_own_placement = placement is None
+        self.placement = placement or place(members, cpus=cpus_per_member, timeout_s=cluster.start_timeout_s)
         self.deaths = 0
         """Members that have died so far."""
         self._deaths_in_a_row = 0
@@ -173,7 +176,8 @@ class Pool:
         for slot in self.slots:
             if slot.actor is not None:
                 ray.kill(slot.actor)
-        self.placement.remove()
+        if self._is_own_placement:
+            self.placement.remove()
 
     def _start(self, slot: _Slot) -> None:
         slot.pid = slot.restart_at = None
@@ -215,6 +219,7 @@ class Pool:
         self._idle.append(slot)
         if work is None:
             slot.pid, slot.failed_starts = result, 0
+            logger.info("member %d of the %s is ready (pid %d)", slot.index, self.name, slot.pid)
             self._has_come_back()
             return []
         self._deaths_in_a_row = 0

@@ -4,13 +4,18 @@ import logging
 import math
 import os
 import secrets
+import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, suppress
+from typing import Any
 
+import psutil
 import ray
 from ray._private import services
+from ray._private.authentication.authentication_token_setup import (
+    maybe_enable_token_auth_if_token_available,
+)
 from ray._raylet import AuthenticationMode, get_authentication_mode
 
 from cluster.configuration import ClusterConfig
@@ -57,7 +62,7 @@ def _start_embedded(num_cpus: int) -> None:
     os.environ.pop("RAY_AUTH_MODE", None)
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    with _in_own_process_groups():
+    with _shielded_from_signals():
         ray.init(
             address="local",
             num_cpus=num_cpus,
@@ -77,6 +82,8 @@ def _start_embedded(num_cpus: int) -> None:
 
 def _join(address: str) -> None:
     _check_answers(address)
+    # Where a token is at hand it is shown; Ray 2.60 does this by itself for new clusters only.
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     packages = [str(root() / package) for package in PACKAGES]
     try:
         ray.init(
@@ -114,16 +121,35 @@ def _worker_environment() -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(root()), *([inherited] if inherited else [])])}
 
 
-@contextmanager
-def _in_own_process_groups() -> Iterator[None]:
-    """Ray's daemons started inside do not get the signals that a shell or `timeout` sends to this job's group.
+class _ShieldedProcess(services.ConsolePopen):
+    """One of Ray's daemons, which must outlive the signals that end a job until the workers have saved."""
 
-    They would end at such a SIGTERM, and the workers with them, before they have saved. Ray 2.60 has no option
-    for it.
+    def __init__(self, *arguments: Any, **options: Any):
+        # A process group of its own: signals of a shell or of `timeout` do not reach it.
+        super().__init__(*arguments, process_group=0, **options)
+
+    def terminate(self) -> None:
+        """At the end of the job: the daemon and what it started; a SIGTERM would not be heard."""
+        family = psutil.Process(self.pid).children(recursive=True)
+        self.kill()
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+
+
+@contextmanager
+def _shielded_from_signals() -> Iterator[None]:
+    """Ray's daemons started inside do not end at a SIGTERM to the job's process group or to all its processes.
+
+    Stopping a container, a cgroup or a Slurm step sends it to everyone; without the raylet no worker could save.
+    A blocked signal stays blocked in children, so the workers unblock it for themselves. Ray 2.60 has no option
+    for it; it does the same with SIGINT.
     """
     popen = services.ConsolePopen
-    services.ConsolePopen = partial(popen, process_group=0)
+    services.ConsolePopen = _ShieldedProcess
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         services.ConsolePopen = popen

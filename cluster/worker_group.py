@@ -1,15 +1,14 @@
-"""A gang: workers of one process group that start together, and start again together when one dies."""
+"""A gang: workers of one process group that start together, and start again together after a fault."""
 
 import logging
 import math
 import os
-import socket
+import signal
 import tempfile
-import threading
 import time
-import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,101 +17,33 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from cluster.configuration import ClusterConfig
-from cluster.errors import ClusterError, GrailError
-from cluster.logs import show_worker_record, start_worker_logs
-from cluster.packages import check_same, fingerprint, root
-from cluster.placement import Placement, death_cause, place
-from cluster.process import start_process, stop_process
+from cluster.elastic import largest_world
+from cluster.errors import ClusterError
+from cluster.faults import COLLECTIVE, DEATH, FaultHistory, kind_of_death
+from cluster.gang_worker import Assignment, GangWorker, Seat, give_ranks
+from cluster.logs import show_worker_record, worker_log
+from cluster.packages import fingerprint, root
+from cluster.placement import Placement, death_cause, free_room, place_largest
 from cluster.ray_start import start_ray
-from cluster.reporter import Event, Reporter, StopSignal
+from cluster.reporter import Event, StopSignal
 from cluster.storage import Storage
+from cluster.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.2
 _DEATH_GRACE_S = 5.0
+_LOOK_FOR_ROOM_S = 3.0
+_STACKS_S = 3.0
+_GOODBYE_S = 2.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Seat:
-    """Where an actor was placed and which rank it takes."""
+class _Fault(Exception):
+    """The attempt is over and may be repeated; the message says which rank failed and why."""
 
-    pid: int
-    host: str
-    address: str
-    gpus: tuple[str, ...]
-    rank: int = 0
-    local_rank: int = 0
-    local_world_size: int = 1
-    host_gpus: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """What every worker of a gang is told."""
-
-    function: Callable[..., Any]
-    arguments: tuple
-    rendezvous: str
-    world_size: int
-    config: ClusterConfig
-    logs: Path | None
-
-
-class _WorkerDied(Exception):
-    """A worker's process is gone; the message says which and why."""
-
-
-class _Worker:
-    """An actor that runs one function in a thread of its own, so that it can answer the driver meanwhile."""
-
-    def describe(self, driver_root: Path, driver_fingerprint: str) -> _Seat:
-        check_same(driver_root, driver_fingerprint)
-        return _Seat(
-            pid=psutil.Process().pid,
-            host=ray.get_runtime_context().get_node_id(),
-            address=ray.util.get_node_ip_address(),
-            gpus=tuple(str(index) for index in ray.get_gpu_ids()),
-        )
-
-    def free_port(self) -> int:
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return probe.getsockname()[1]
-
-    def start(self, seat: _Seat, job: _Job) -> None:
-        self.reporter = Reporter(seat.rank)
-        start_worker_logs(self.reporter, job.logs)
-        if seat.host_gpus:
-            # Ray shows an actor its own accelerators only; libraries choose theirs by LOCAL_RANK among all.
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(seat.host_gpus)
-        threading.Thread(target=_run_job, args=(seat, job, self.reporter), daemon=True).start()
-
-    def poll(self) -> list[Event]:
-        return self.reporter.drain()
-
-    def request_stop(self) -> None:
-        self.reporter.request_stop()
-
-
-def _run_job(seat: _Seat, job: _Job, reporter: Reporter) -> None:
-    try:
-        process = start_process(
-            rank=seat.rank,
-            world_size=job.world_size,
-            local_rank=seat.local_rank,
-            local_world_size=seat.local_world_size,
-            rendezvous=job.rendezvous,
-            num_threads=max(1, int(job.config.cpus_per_worker)),
-            use_gpu=bool(seat.gpus),
-            timeout_s=job.config.collective_timeout_s,
-        )
-        result = job.function(process, *job.arguments, reporter)
-        stop_process()
-        reporter.emit("result", {"value": result if seat.rank == 0 else None})
-    except BaseException as error:  # whatever ends the function has to reach the driver
-        known = error if isinstance(error, GrailError) else None
-        reporter.emit("failure", {"error": known, "traceback": traceback.format_exc()})
+    def __init__(self, kind: str, cause: str):
+        super().__init__(cause)
+        self.kind = kind
 
 
 def run_gang(
@@ -121,50 +52,60 @@ def run_gang(
     config: ClusterConfig,
     run_dir: str,
     on_event: Callable[[Event], None] | None = None,
-    restart: bool = True,
     stop: StopSignal | None = None,
+    worlds: Sequence[int] | None = None,
 ) -> Any:
     """Call `function(process, *arguments, reporter)` on `config.workers` processes; return rank 0's result.
 
-    When a worker dies the whole gang is started again, at most `config.max_restarts` times; the function
-    goes on from its own checkpoint. Log records of the workers are shown here, other events go to
-    `on_event`. Returns None where a stop was requested and the gang had not started or had died.
+    When a worker dies, runs out of memory or a collective fails, the whole gang is started again and the
+    function goes on from its own checkpoint. With `worlds` (see `allowed_worlds`) the gang has as many workers
+    as the cluster has room for; where there is room for more, it stops at its next `reporter.saved` and starts
+    again larger, so the function must honour `stop_requested` and be able to go on.
 
-    Raises: the workers' own GrailError; ClusterError if there is no room or workers die too often;
-    RuntimeError with the worker's traceback for any other error.
+    Log records of the workers are shown here, other events go to `on_event`. A SIGTERM that reaches any worker
+    requests the stop. Returns None where a stop was requested and the gang had not started or had died.
+
+    Raises: the workers' own GrailError; the error of `stop.abort`; ClusterError if there is no room, or faults
+    come too often or always at one step; RuntimeError with the worker's traceback for any other error.
     """
     start_ray(config)
-    stop = stop or StopSignal()
-    restarts = 0
+    stop, worlds = stop or StopSignal(), list(worlds or [config.workers])
+    history, starts = FaultHistory(run_dir, config.max_restarts), 0
     while not stop.requested:
         begun = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="grail-") as directory:
-            gang = _Gang(config, Path(directory), stop)
+            gang = _Gang(config, worlds, Path(directory), stop, on_event, _log_directory(run_dir))
             try:
-                gang.start(function, arguments, _log_directory(run_dir), restarts, on_event)
-                return gang.follow(on_event)
-            except _WorkerDied as death:
-                cause = str(death)
+                gang.start(function, arguments, starts)
+                result = gang.follow()
+                if stop.requested or not gang.makes_room:
+                    return result
+                fault = None
+            except _Fault as error:
+                fault = error
             except ClusterError:
-                if stop.requested:
+                if stop.requested and stop.error is None:
                     return None
                 raise
             finally:
                 gang.kill()
-        if stop.requested:
-            break
-        if not restart or restarts >= config.max_restarts:
-            raise ClusterError(
-                f"the {config.workers} workers must live to the end of the run, and {cause}, after "
-                f"{restarts} restarts; look into {run_dir}/logs, and start again to go on from the latest "
-                "checkpoint"
+        starts += 1
+        if fault and not stop.requested:
+            lasted_s = time.monotonic() - begun
+            history.add(
+                *(fault.kind, str(fault)), step=gang.watchdog.step, workers=gang.size, lasted_s=lasted_s
             )
-        restarts += 1
-        logger.warning(
-            "%s, %.1f s after the start; starting all %d workers again (restart %d of %d)",
-            *(cause, time.monotonic() - begun, config.workers, restarts, config.max_restarts),
-        )
+            logger.warning(
+                "%s, %.1f s after the start; starting all %s workers again (restart %d of %d)",
+                *(fault, lasted_s, _range(worlds), history.without_gain, config.max_restarts),
+            )
+    if stop.error is not None:
+        raise stop.error
     return None
+
+
+def _range(worlds: Sequence[int]) -> str:
+    return str(worlds[0]) if len(worlds) == 1 else f"{worlds[0]} to {worlds[-1]}"
 
 
 def _log_directory(run_dir: str) -> Path | None:
@@ -175,78 +116,84 @@ def _log_directory(run_dir: str) -> Path | None:
 class _Gang:
     """One attempt of a gang: from placing the workers to killing them."""
 
-    def __init__(self, config: ClusterConfig, directory: Path, stop: StopSignal):
-        self.config, self.directory, self.stop = config, directory, stop
+    def __init__(
+        self,
+        config: ClusterConfig,
+        worlds: Sequence[int],
+        directory: Path,
+        stop: StopSignal,
+        on_event: Callable[[Event], None] | None,
+        logs: Path | None,
+    ):
+        self.config, self.worlds, self.directory = config, worlds, directory
+        self.stop, self.on_event, self.logs = stop, on_event or (lambda event: None), logs
+        self.watchdog = Watchdog()
+        self.makes_room = False
+        """Whether this gang was told to stop because a larger one fits."""
         self.placement: Placement | None = None
         self.actors: list[Any] = []
-        self.seats: list[_Seat] = []
+        self.seats: list[Seat] = []
+        self._results: dict[int, Any] = {}
+        self._failures: dict[int, Event] = {}
+        self._failed_at = math.inf
+        self._told = self._may_grow = False
+        self._looked_at = time.monotonic()
 
-    def start(
-        self,
-        function: Callable[..., Any],
-        arguments: tuple,
-        logs: Path | None,
-        restarts: int,
-        on_event: Callable[[Event], None] | None,
-    ) -> None:
+    @property
+    def size(self) -> int:
+        return len(self.actors)
+
+    def start(self, function: Callable[..., Any], arguments: tuple, restarts: int) -> None:
         """Place the actors, give out the ranks and start the function on each."""
         config, begun = self.config, time.monotonic()
-        self.placement = place(
-            config.workers,
+        self.placement = place_largest(
+            self.worlds,
             cpus=config.cpus_per_worker,
             gpus=config.gpus_per_worker,
             timeout_s=config.start_timeout_s,
             stop=self.stop,
         )
-        self.actors = actors = [self.placement.actor(_Worker, index) for index in range(config.workers)]
-        seats = self._get([actor.describe.remote(root(), fingerprint()) for actor in actors])
-        self.seats, self.actors = _give_ranks(seats, actors)
-        job = _Job(
+        self._log_sizes = [self._log_size(rank) for rank in range(self.placement.size)]
+        self.actors = [self.placement.actor(GangWorker, index) for index in range(self.placement.size)]
+        seats = self._get([actor.describe.remote(root(), fingerprint()) for actor in self.actors])
+        self.seats, self.actors = give_ranks(seats, self.actors)
+        assignment = Assignment(
             function=function,
             arguments=arguments,
             rendezvous=self._rendezvous(),
-            world_size=config.workers,
+            world_size=self.size,
             config=config,
-            logs=logs,
+            logs=self.logs,
         )
-        shared = ray.put(job)
+        shared = ray.put(assignment)
         self._get([a.start.remote(seat, shared) for a, seat in zip(self.actors, self.seats, strict=True)])
         hosts = len({seat.host for seat in self.seats})
         logger.info(
-            "%d worker(s) on %d host(s) started in %.1f s", config.workers, hosts, time.monotonic() - begun
+            "%d worker(s) on %d host(s) started in %.1f s", self.size, hosts, time.monotonic() - begun
         )
-        for seat in self.seats if on_event else ():
-            values = {"pid": seat.pid, "host": seat.address, "restarts": restarts}
-            on_event(Event(kind="started", rank=seat.rank, values=values))
+        for seat in self.seats:
+            values = {"pid": seat.pid, "host": seat.address, "restarts": restarts, "workers": self.size}
+            self.on_event(Event(kind="started", rank=seat.rank, values=values))
 
-    def follow(self, on_event: Callable[[Event], None] | None) -> Any:
+    def follow(self) -> Any:
         """Pass events on until every worker has returned; return rank 0's result."""
-        results: dict[int, Any] = {}
-        failure: Event | None = None
-        told, deadline = False, math.inf
         pending = {actor.poll.remote(): rank for rank, actor in enumerate(self.actors)}
-        while len(results) < len(self.actors):
-            if self.stop.requested and not told:
-                told = True
+        while len(self._results) < self.size:
+            for event in self._poll(pending):
+                self._take(event)
+            if self.stop.error is not None:
+                raise self.stop.error
+            if (self.stop.requested or self.makes_room) and not self._told:
+                self._told = True
                 for actor in self.actors:
                     actor.request_stop.remote()
-            for event in self._poll(pending):
-                if event.kind == "log":
-                    show_worker_record(event)
-                elif event.kind == "result":
-                    results[event.rank] = event.values["value"]
-                elif event.kind == "failure":
-                    if event.values["error"] is not None:
-                        raise event.values["error"]
-                    if failure is None:
-                        failure, deadline = event, time.monotonic() + _DEATH_GRACE_S
-                elif on_event:
-                    on_event(event)
-            # A worker fails too when another one dies; the death shows a moment later and means a restart.
-            if failure and time.monotonic() > deadline:
-                raise RuntimeError(f"rank {failure.rank} failed:\n{failure.values['traceback']}")
+            if self._failures:
+                self._judge_failures()
+            self._look_for_room()
+            if (late := self.watchdog.late()) is not None:
+                logger.warning("%s\n%s", late, self._stacks())
             time.sleep(_POLL_S)
-        return results[0]
+        return self._results[0]
 
     def kill(self) -> None:
         """End the actors and wait until those of this machine are gone, so that none writes any more."""
@@ -255,26 +202,104 @@ class _Gang:
         if self.placement is not None:
             self.placement.remove()
         here = ray.util.get_node_ip_address()
-        deadline = time.monotonic() + 10
-        for seat in self.seats:
-            while seat.address == here and psutil.pid_exists(seat.pid) and time.monotonic() < deadline:
-                time.sleep(0.02)
+        own = [seat.pid for seat in self.seats if seat.address == here]
+        begun = time.monotonic()
+        while left := [pid for pid in own if psutil.pid_exists(pid)]:
+            waited = time.monotonic() - begun
+            if waited > _GOODBYE_S:
+                # A halted process does not hear Ray.
+                for pid in left:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+            if waited > 10:
+                break
+            time.sleep(0.02)
+
+    def _take(self, event: Event) -> None:
+        if event.kind == "log":
+            show_worker_record(event)
+        elif event.kind == "result":
+            self._results[event.rank] = event.values["value"]
+        elif event.kind == "failure":
+            if event.values["error"] is not None:
+                raise event.values["error"]
+            self._failures[event.rank] = event
+            self._failed_at = min(self._failed_at, time.monotonic())
+        else:
+            if event.kind == "stopping" and not self.stop.requested:
+                logger.warning("%s on rank %d: saving and stopping", event.values["signal"], event.rank)
+                self.stop.request()
+            self.makes_room |= event.kind == "saved" and self._may_grow
+            self.on_event(event)
+
+    def _judge_failures(self) -> None:
+        """A collective fails where another rank died or failed, which may show a moment later: that one counts."""
+        for rank, failure in sorted(self._failures.items()):
+            kind = failure.values["kind"]
+            if kind not in (None, COLLECTIVE):
+                raise _Fault(kind, f"rank {rank} failed: {kind}, {failure.values['summary']}")
+        if time.monotonic() - self._failed_at < _DEATH_GRACE_S:
+            return
+        for rank, failure in sorted(self._failures.items()):
+            if failure.values["kind"] is None:
+                raise RuntimeError(f"rank {rank} failed:\n{failure.values['traceback']}")
+        rank, failure = min(self._failures.items())
+        raise _Fault(COLLECTIVE, f"rank {rank} failed: {COLLECTIVE}, {failure.values['summary']}")
+
+    def _look_for_room(self) -> None:
+        """Notice when a larger gang fits; this one goes on until its next checkpoint."""
+        now = time.monotonic()
+        if self._may_grow or self.size == self.worlds[-1] or now - self._looked_at < _LOOK_FOR_ROOM_S:
+            return
+        self._looked_at = now
+        own = Counter(seat.host for seat in self.seats)
+        size = largest_world(self.worlds, free_room(self.placement.bundle, own))
+        if size and size > self.size:
+            self._may_grow = True
+            logger.info(
+                "the cluster has room for %d workers: growing from %d after the next checkpoint",
+                size,
+                self.size,
+            )
 
     def _poll(self, pending: dict[Any, int]) -> list[Event]:
-        events = []
+        found = []
         for reference in ray.wait(list(pending), num_returns=len(pending), timeout=_POLL_S)[0]:
             rank = pending.pop(reference)
             try:
-                events += ray.get(reference)
+                events, pulse = ray.get(reference)
             except RayActorError as error:
-                raise _WorkerDied(
-                    f"rank {rank} (pid {self.seats[rank].pid}) died: {death_cause(error)}"
-                ) from error
+                raise self._death(rank, error) from error
+            found += events
+            self.watchdog.hear(rank, pulse)
             pending[self.actors[rank].poll.remote()] = rank
-        return events
+        return found
+
+    def _death(self, rank: int, error: RayActorError) -> _Fault:
+        kind, last_words = DEATH, ""
+        if self.logs is not None:
+            kind, last_words = kind_of_death(worker_log(self.logs, rank), self._log_sizes[rank])
+        cause = f"rank {rank} (pid {self.seats[rank].pid}) died: {death_cause(error)}"
+        return _Fault(kind, f"{cause} [{kind}: {last_words}]" if last_words else cause)
+
+    def _log_size(self, rank: int) -> int:
+        """Where this attempt's lines begin: logs are appended to."""
+        path = worker_log(self.logs, rank) if self.logs else None
+        return path.stat().st_size if path and path.is_file() else 0
+
+    def _stacks(self) -> str:
+        asked = [actor.stacks.remote() for actor in self.actors]
+        answered, _ = ray.wait(asked, num_returns=len(asked), timeout=_STACKS_S)
+        texts = []
+        for rank, reference in enumerate(asked):
+            text = "it does not answer"
+            with suppress(RayActorError):
+                text = ray.get(reference) if reference in answered else text
+            texts.append(f"rank {rank} (pid {self.seats[rank].pid} on {self.seats[rank].address}): {text}")
+        return "\n".join(texts)
 
     def _rendezvous(self) -> str:
-        if len({seat.host for seat in self.seats}) == 1:
+        if {seat.host for seat in self.seats} == {ray.get_runtime_context().get_node_id()}:
             return f"file://{self.directory}/rendezvous"
         return f"tcp://{self.seats[0].address}:{self._get([self.actors[0].free_port.remote()])[0]}"
 
@@ -284,27 +309,9 @@ class _Gang:
         except RayTaskError as error:
             raise error.cause from error
         except RayActorError as error:
-            raise _WorkerDied(f"a worker died while starting: {death_cause(error)}") from error
+            raise _Fault(DEATH, f"a worker died while starting: {death_cause(error)}") from error
         except GetTimeoutError as error:
             raise ClusterError(
                 f"{len(references)} workers were to start within {self.config.start_timeout_s:.0f} s and "
                 "did not; look at the load of the machine, or raise --cluster.start-timeout-s"
             ) from error
-
-
-def _give_ranks(seats: list[_Seat], actors: list[Any]) -> tuple[list[_Seat], list[Any]]:
-    """Ranks in the order of the hosts, so that neighbours in rank are neighbours on a machine."""
-    order = sorted(range(len(seats)), key=lambda index: seats[index].host)
-    placed: list[_Seat] = []
-    for rank, index in enumerate(order):
-        on_host = [seat for seat in seats if seat.host == seats[index].host]
-        placed.append(
-            replace(
-                seats[index],
-                rank=rank,
-                local_rank=sum(seat.host == seats[index].host for seat in placed),
-                local_world_size=len(on_host),
-                host_gpus=tuple(gpu for seat in on_host for gpu in seat.gpus),
-            )
-        )
-    return placed, [actors[index] for index in order]

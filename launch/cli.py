@@ -7,7 +7,7 @@ import difflib
 import sys
 from pathlib import Path
 
-from cluster.errors import ConfigError, GrailError
+from cluster.errors import ConfigError, GrailError, ours
 from cluster.plugins import first_line, load_plugin, plugin_files
 
 COMMANDS = "launch.commands"
@@ -26,9 +26,12 @@ def run(arguments: list[str]) -> int:
             print(overview(rest))
             return 0
         return load_plugin(COMMANDS, name).run(rest) or 0
-    except GrailError as error:
-        print(f"grail: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+    except (GrailError, OSError) as error:
+        told = ours(error)
+        if told is None:
+            raise
+        print(f"grail: {told}", file=sys.stderr)
+        return 2 if isinstance(told, ConfigError) else 1
     except KeyboardInterrupt:
         print("grail: interrupted", file=sys.stderr)
         return 130

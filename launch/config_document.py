@@ -18,12 +18,12 @@ TYPE = "type"
 
 
 def to_document(config: Any) -> dict[str, Any]:
-    """Plain values of a dataclass; where a field may hold any type, the type's import path goes along."""
+    """Plain values of a dataclass; where a field may hold several types, the type's import path goes along."""
     hints = typing.get_type_hints(type(config))
     document = {}
     for entry in dataclasses.fields(config):
         value = getattr(config, entry.name)
-        if hints[entry.name] is Any and dataclasses.is_dataclass(value):
+        if _is_open(hints[entry.name]) and dataclasses.is_dataclass(value):
             document[entry.name] = {TYPE: _type_name(type(value)), **to_document(value)}
         else:
             document[entry.name] = _plain(value)
@@ -71,6 +71,11 @@ def from_yaml(text: str, source: str) -> dict[str, Any]:
     return document
 
 
+def _is_open(hint: Any) -> bool:
+    """Whether a field's type does not say which configuration it holds."""
+    return hint is Any or sum(map(dataclasses.is_dataclass, typing.get_args(hint))) > 1
+
+
 def _join(path: str, name: Any) -> str:
     return f"{path}.{name}" if path else str(name)
 
@@ -93,6 +98,11 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return _any(value, path)
+    if _is_open(hint):
+        found = _any(value, path)
+        names = ", ".join(_type_name(form) for form in arguments if form is not type(None))
+        _require(isinstance(found, arguments), path, f"a section of type {names}", value)
+        return found
     if dataclasses.is_dataclass(hint):
         return from_document(hint, value, path)
     if origin in (Union, types.UnionType):

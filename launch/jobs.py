@@ -2,14 +2,20 @@
 
 import dataclasses
 import logging
+from functools import partial
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.process import Process
 from cluster.reporter import Reporter
 from cluster.storage import Storage
 from launch.run_directory import CHECKPOINTS, load_config
 from trainer.configuration import PretrainConfig
+
+if TYPE_CHECKING:
+    from rl.configuration import AlignConfig
+    from rl.places import Places
+    from rl.rewards import RewardSetting
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +31,29 @@ def pretrain_job(
     return pretrain(process, config, document, reporter)
 
 
-def evaluate_job(
-    process: Process, config: PretrainConfig, step: int, split: str, reporter: Reporter
+def align_job(
+    process: Process,
+    config: "AlignConfig",
+    start: PretrainConfig,
+    start_step: int,
+    document: dict[str, Any],
+    setting: "RewardSetting",
+    places: "Places",
+    reporter: Reporter,
 ) -> dict[str, Any]:
-    """Rank the held-out items of a split, or the exposures of a model of answers; the content of evaluation.json."""
+    """Align to the end or to a stop; see rl.start.start_alignment."""
+    from rl.start import start_alignment
+
+    return start_alignment(process, config, start, start_step, document, setting, places, reporter)
+
+
+def evaluate_job(
+    process: Process, config: PretrainConfig, step: int, split: str, per_user: str | None, reporter: Reporter
+) -> dict[str, Any]:
+    """Rank the held-out items of a split, or the exposures of a model of answers; the content of evaluation.json.
+
+    Metrics by user go to the Parquet file `per_user`, where one is named.
+    """
     from launch.world_truth import load_truth
     from models.recommender import Ranker
     from trainer.evaluate import evaluate
@@ -48,6 +73,7 @@ def evaluate_job(
         split=split,
         seed=config.seed,
         utilities=truth and truth.utilities,
+        keep=per_user and partial(_write_per_user, per_user),
     )
     return dataclasses.replace(result, step=step).to_json()
 
@@ -60,6 +86,12 @@ def scaling_job(
 
     assembly = _load(process, config, step)
     return compare_searches(assembly, prm=_prm(assembly), split=split)
+
+
+def _write_per_user(path: str, users: Any, metrics: Any) -> None:
+    import polars as pl
+
+    pl.DataFrame({"user_row": users, **metrics}).write_parquet(path)
 
 
 def show_job(

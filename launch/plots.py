@@ -3,12 +3,13 @@
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cluster.storage import Storage
-from launch.run_directory import CURVES, EXPERTS, SCALING_PICTURE
+from launch.run_directory import ALIGNMENT_CURVES, CURVES, EXPERTS, SCALING_PICTURE
 from trainer.metric_log import read_metrics
 
 _FEW_POINTS = 50
@@ -28,7 +29,33 @@ def write_curves(run_dir: str, selection_metric: str) -> str | None:
         ("supervised targets per second", ["train/targets_per_s"]),
     ]
     figure = Figure(figsize=(10, 6.5), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+    places = list(figure.subplots(2, 2).flat)
+    _draw(places, panels, lines)
+    places[2].set_yscale("log")
+    _write_experts(run_dir, lines)
+    return _write(run_dir, CURVES, figure)
+
+
+def write_alignment_curves(run_dir: str, selection_metric: str) -> str | None:
+    """Draw what an alignment did to rewards and users; returns the file, None without numbers."""
+    lines = read_metrics(run_dir)
+    if not lines:
+        return None
+    panels = [
+        ("reward", ["align/reward"]),
+        (f"validation {selection_metric}", [f"validation/{selection_metric}"]),
+        ("illegal completions", ["align/hallucination"]),
+        ("entropy of completions", ["align/entropy"]),
+        ("distance to the stamped log-probability", ["train/log_prob_difference"]),
+        ("share of the time", [f"time/{part}_share" for part in ("rollout", "reward", "update", "transfer")]),
+    ]
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    _draw(figure.subplots(2, 3).flat, panels, lines)
+    return _write(run_dir, ALIGNMENT_CURVES, figure)
+
+
+def _draw(places: Iterable[Axes], panels: Sequence[tuple[str, Sequence[str]]], lines: Sequence[dict]) -> None:
+    for axes, (title, names) in zip(places, panels, strict=True):
         for name in names:
             steps, values = points(lines, name)
             marker = "o" if len(steps) < _FEW_POINTS else None
@@ -37,10 +64,7 @@ def write_curves(run_dir: str, selection_metric: str) -> str | None:
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)
         if len(names) > 1:
-            axes.set_yscale("log")
             axes.legend()
-    _write_experts(run_dir, lines)
-    return _write(run_dir, CURVES, figure)
 
 
 def _write_experts(run_dir: str, lines: Sequence[dict]) -> None:

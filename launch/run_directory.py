@@ -2,6 +2,9 @@
 
 config.yaml        the resolved configuration; `grail pretrain config.yaml` runs it again
 plan.txt           how the tables were sharded
+align.yaml         of an alignment: its configuration; `grail align align.yaml` runs it again
+alignment.json     of an alignment: the start, the last and the best step on held-out items
+alignment.png      of an alignment: reward, held-out metric, illegal completions, entropy, where the time went
 metrics.jsonl      a line of numbers every few steps
 curves.png         pictures of them
 experts.png        how evenly the experts are used, where the model has any
@@ -9,6 +12,9 @@ logs/rank-N.log    everything each worker said
 audit/             the users each step's loss saw
 checkpoints/       steps, LATEST and BEST
 evaluation.json    the last evaluation
+status.json        how the run is doing, for `grail status`
+faults.json        the faults it was started again after
+lease.json         there while a job works on the run
 """
 
 import dataclasses
@@ -19,11 +25,14 @@ from typing import Any
 from cluster.errors import CheckpointError, ConfigError
 from cluster.storage import Storage
 from launch.config_document import from_document, from_yaml, to_document, to_yaml
-from trainer.configuration import CHECKPOINTS, PretrainConfig
+from trainer.configuration import CHECKPOINTS, PretrainConfig, SearchConfig
 
 CONFIG = "config.yaml"
 EVALUATION = "evaluation.json"
 CURVES = "curves.png"
+ALIGN = "align.yaml"
+ALIGNMENT = "alignment.json"
+ALIGNMENT_CURVES = "alignment.png"
 EXPERTS = "experts.png"
 SEARCH_SCALING = "search_scaling.json"
 SCALING_PICTURE = "search_scaling.png"
@@ -77,6 +86,11 @@ def parse_checkpoint(text: str) -> str | int:
     if not re.fullmatch(r"\d+", text):
         raise ConfigError(f"--checkpoint must be latest, best or the number of a step, got '{text}'")
     return int(text)
+
+
+def absolute_lists(config: SearchConfig) -> SearchConfig:
+    """The same search with its files of items named from the root on."""
+    return dataclasses.replace(config, allow=absolute(config.allow), deny=absolute(config.deny))
 
 
 def absolute(path: str) -> str:

@@ -31,7 +31,7 @@ class DecodeState:
     """[B] int64: number of prompt tokens, so the position of the first code."""
     prompt: tuple[PromptKeyValues, ...]
     suffix: tuple[SuffixKeyValues | None, ...]
-    """None before the first code."""
+    """Before the first code None, or the key and value of a first token of the model's own, as of one prefix."""
 
     @property
     def num_users(self) -> int:

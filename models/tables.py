@@ -26,6 +26,23 @@ class TableSpec:
     """Rows really kept, for an unbounded vocabulary: each id is hashed twice into them and the two are summed."""
 
 
+# Two independent multiply-shift hashes over 62 bits; odd constants, fixed for ever since tables depend on them.
+_HASH_MULTIPLIERS = (0x1E3779B97F4A7C15, 0x2545F4914F6CDD1D)
+_HASH_OFFSETS = (0x0123456789ABCDE1, 0x1FEDCBA987654321)
+NUM_HASHES = len(_HASH_MULTIPLIERS)
+
+
+def hash_ids(ids: Tensor, num_rows: int, number: int = 0) -> Tensor:
+    """A row for each id of an unbounded vocabulary, by one of the hashes; the same on every machine.
+
+    Shapes: [n] int64 -> [n] int64 in 0..num_rows-1.
+    """
+    multiplier, offset = _HASH_MULTIPLIERS[number], _HASH_OFFSETS[number]
+    mixed = ids * multiplier + offset
+    mixed = (mixed ^ (mixed >> 31)) * multiplier
+    return ((mixed >> 20) & ((1 << 43) - 1)) % num_rows
+
+
 Ids = Mapping[str, Tensor]
 """Feature name -> ids [n] int64."""
 

@@ -3,11 +3,14 @@
 import asyncio
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 from cluster.configuration import ClusterConfig
 from cluster.errors import ConfigError, RewardError
+from cluster.placement import Placement
 from cluster.pool import Pool
 from rl.reward_mix import MixedRewards, RewardTerm, check_rewards, mix, prepare_terms
 from rl.rewards import RewardFunction, RewardSetting
@@ -21,7 +24,7 @@ NAME = "reward pool"
 @dataclass(frozen=True, kw_only=True)
 class RewardPoolConfig:
     workers: int = 1
-    """Processes that score completions."""
+    """Processes that score completions; with 0 the first learner scores them itself."""
     cpus_per_worker: float = 1.0
     """Processor cores reserved for each; fractions share a core, for rewards that mostly wait."""
     groups_per_call: int | None = None
@@ -30,9 +33,9 @@ class RewardPoolConfig:
     """How long a run waits for a reward worker when all have died; then it stops and can be resumed."""
 
     def __post_init__(self) -> None:
-        if self.workers < 1 or (self.groups_per_call is not None and self.groups_per_call < 1):
+        if self.workers < 0 or (self.groups_per_call is not None and self.groups_per_call < 1):
             raise ConfigError(
-                "reward.workers and reward.groups-per-call must be at least 1, got "
+                "reward.workers must be at least 0 and reward.groups-per-call at least 1, got "
                 f"{self.workers} and {self.groups_per_call}"
             )
 
@@ -53,7 +56,66 @@ class Scored:
     seconds: Mapping[str, float]
 
 
-class RewardPool:
+class Rewards(ABC):
+    """Scores batches of groups. `close` it, or use it as a context."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def submit(self, groups: Sequence[Group]) -> int:
+        """Begin to score a batch; its ticket is for `collect`. Groups of a batch have equal sizes."""
+
+    @abstractmethod
+    def collect(self, ticket: int) -> MixedRewards:
+        """The rewards of a batch, added up; each ticket is collected once.
+
+        Raises: RewardError naming reward and user, for a reward that fails or returns no reward.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the workers, if there are any."""
+
+
+class OwnRewards(Rewards):
+    """This process scores by itself, for machines too small for a pool and for notebooks."""
+
+    def __init__(self, terms: Sequence[RewardTerm], setting: RewardSetting):
+        self.terms = _prepared(terms, setting)
+        self._score = build_scorer(self.terms, setting)
+        self._batches: list[Sequence[Group]] = []
+
+    def submit(self, groups: Sequence[Group]) -> int:
+        self._batches.append(groups)
+        return len(self._batches) - 1
+
+    def collect(self, ticket: int) -> MixedRewards:
+        groups, self._batches[ticket] = self._batches[ticket], ()
+        return _mixed(self.terms, [self._score(groups)])
+
+    def close(self) -> None:
+        """There is no worker."""
+
+
+def _prepared(terms: Sequence[RewardTerm], setting: RewardSetting) -> list[RewardTerm]:
+    prepared = prepare_terms(terms, setting)
+    for term in prepared:
+        if constants := term.reward.to_log():
+            logger.info("Reward %s: %s", term.name, ", ".join(f"{k} {v}" for k, v in constants.items()))
+    return prepared
+
+
+def _mixed(terms: Sequence[RewardTerm], parts: Sequence["Scored"]) -> MixedRewards:
+    rewards = {term.name: [reward for part in parts for reward in part.rewards[term.name]] for term in terms}
+    seconds = {f"{term.name}/seconds": sum(part.seconds[term.name] for part in parts) for term in terms}
+    return mix(terms, rewards).reporting(seconds)
+
+
+class RewardPool(Rewards):
     """Scores batches of groups; several may be on their way, and work is lost by no death of a worker.
 
     Example:
@@ -70,13 +132,13 @@ class RewardPool:
         *,
         config: RewardPoolConfig,
         cluster: ClusterConfig,
+        placement: Placement | None = None,
     ):
-        """Raises: ConfigError for terms that cannot work, before any worker is started."""
-        self.terms = prepare_terms(terms, setting)
+        """`placement` is where an actor that keeps the pool must put its workers, see `cluster.pool`.
+
+        Raises: ConfigError for terms that cannot work, before any worker is started."""
+        self.terms = _prepared(terms, setting)
         self.config = config
-        for term in self.terms:
-            if constants := term.reward.to_log():
-                logger.info("Reward %s: %s", term.name, ", ".join(f"{k} {v}" for k, v in constants.items()))
         self._pool = Pool(
             *(build_scorer, self.terms, setting),
             members=config.workers,
@@ -84,16 +146,11 @@ class RewardPool:
             cpus_per_member=config.cpus_per_worker,
             patience_s=config.wait_s,
             name=NAME,
+            placement=placement,
         )
         self._batches: dict[int, _Batch] = {}
         self._part_of: dict[int, tuple[int, int]] = {}
         self._next_ticket = 0
-
-    def __enter__(self) -> "RewardPool":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     @property
     def deaths(self) -> int:
@@ -106,7 +163,7 @@ class RewardPool:
         return self._pool.pids
 
     def submit(self, groups: Sequence[Group]) -> int:
-        """Begin to score a batch; returns at once. Groups of a batch have equal sizes."""
+        """Returns at once."""
         size = self.config.groups_per_call or -(-len(groups) // self.config.workers)
         starts = range(0, len(groups), max(size, 1))
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
@@ -122,22 +179,11 @@ class RewardPool:
         return self._is_complete(ticket)
 
     def collect(self, ticket: int) -> MixedRewards:
-        """Wait for a batch and add its rewards up; each ticket is collected once.
-
-        Raises: RewardError naming reward and user, for a reward that fails or returns no reward; PoolGoneError if
-        there was no worker for too long; ClusterError if workers keep dying.
-        """
+        """Raises: as `Rewards`; PoolGoneError if there was no worker for too long; ClusterError if they keep dying."""
         while not self._is_complete(ticket):
             self._receive(timeout_s=None)
         batch = self._batches.pop(ticket)
-        parts = [batch.parts[number] for number in range(batch.num_parts)]
-        rewards = {
-            term.name: [reward for part in parts for reward in part.rewards[term.name]] for term in self.terms
-        }
-        seconds = {
-            f"{term.name}/seconds": sum(part.seconds[term.name] for part in parts) for term in self.terms
-        }
-        return mix(self.terms, rewards).reporting(seconds)
+        return _mixed(self.terms, [batch.parts[number] for number in range(batch.num_parts)])
 
     def close(self) -> None:
         self._pool.close()

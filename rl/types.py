@@ -102,6 +102,37 @@ class Completions:
         return groups
 
 
+def join_completions(parts: Sequence[Completions]) -> Completions:
+    """The users of all parts, one part behind the other; all must be drawn by the same policy."""
+    (version,) = {part.policy_version for part in parts}
+    arrays = {
+        name: np.concatenate([getattr(part, name) for part in parts])
+        for name in ("paths", "items", "log_probs")
+    }
+    return Completions(
+        prompts=_join_prompts([part.prompts for part in parts]), policy_version=version, **arrays
+    )
+
+
+def _join_prompts(parts: Sequence[Prompts]) -> Prompts:
+    def join(name: str) -> np.ndarray:
+        return np.concatenate([getattr(part, name) for part in parts])
+
+    def join_offsets(name: str) -> np.ndarray:
+        lengths = [np.diff(getattr(part, name)) for part in parts]
+        return np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
+
+    def join_columns(name: str) -> dict[str, np.ndarray]:
+        columns = [getattr(part, name) for part in parts]
+        return {column: np.concatenate([entry[column] for entry in columns]) for column in columns[0]}
+
+    return Prompts(
+        **{name: join(name) for name in ("serials", "user_rows", "history", "positives")},
+        **{name: join_offsets(name) for name in ("history_offsets", "positive_offsets")},
+        **{name: join_columns(name) for name in ("history_features", "positive_features")},
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Group:
     """The completions of one user, as the rewards see them."""

@@ -112,3 +112,21 @@ def broadcast_json(value: Any, process: Process | None) -> Any:
         content.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
     dist.broadcast(content, src=0, group=process.host_group)
     return json.loads(content.numpy().tobytes())
+
+
+def gather_objects(value: Any, process: Process | None) -> list[Any] | None:
+    """What every rank gave, in the order of ranks, on rank 0; None on the others. For a few megabytes of NumPy."""
+    if process is None or process.world_size == 1:
+        return [value]
+    found = [None] * process.world_size if process.rank == 0 else None
+    dist.gather_object(value, found, dst=0, group=process.host_group)
+    return found
+
+
+def scatter_objects(values: Sequence[Any] | None, process: Process | None) -> Any:
+    """This rank's one of the values that rank 0 gives, one for each rank."""
+    if process is None or process.world_size == 1:
+        return values[0]
+    own: list[Any] = [None]
+    dist.scatter_object_list(own, list(values) if values else None, src=0, group=process.host_group)
+    return own[0]

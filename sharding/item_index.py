@@ -73,6 +73,7 @@ class ItemIndex:
         if any(count for (count,) in bad):
             _raise_not_finite("item vectors", sum(count for (count,) in bad), num_items)
         self.blocks = _in_blocks(vectors, self.block_rows)
+        self.closed: Tensor | None = None
 
     @staticmethod
     def build(
@@ -95,6 +96,13 @@ class ItemIndex:
                 ids = model.item_ids(items)
                 parts.append(model.item_vectors(lookup(ids)[next(iter(ids))]).float())
         return ItemIndex(torch.cat(parts), num_items=num_items, process=process)
+
+    def restrict(self, items: Tensor) -> None:
+        """Find only these items from now on. Shapes: [n] int64 item rows."""
+        own = items[(items >= self.start) & (items < self.stop)] - self.start
+        closed = torch.ones(self.blocks.shape[:2], dtype=torch.bool, device=self.device)
+        closed.view(-1)[own.to(self.device)] = False
+        self.closed = closed
 
     def search(self, queries: Tensor, k: int, exclude: Jagged | None = None) -> tuple[Tensor, Tensor]:
         """The k best items of each query but for its `exclude` row; of equal scores the smaller item first.
@@ -167,6 +175,8 @@ class ItemIndex:
         with torch.autocast(self.device.type, enabled=False):
             torch.mm(queries, self.blocks[block].T, out=scores)
         scores[:, self.stop - self.start - block * self.block_rows :] = float("-inf")
+        if self.closed is not None:
+            scores.masked_fill_(self.closed[block], float("-inf"))
 
     def _pair_scores(self, queries: Tensor, vectors: Tensor) -> Tensor:
         """Score of each query with one vector, with the bits of a block. Shapes: 2 x [Q, D] -> [Q, 1]."""

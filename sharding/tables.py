@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cluster.seeds import purpose_seed
-from models.tables import TableSpec
+from models.tables import NUM_HASHES, TableSpec, hash_ids
 from sharding.state import Piece
 
 ADAGRAD_EPSILON = 1e-8
@@ -92,22 +92,12 @@ def fill_initial_rows(rows: Tensor, spec: TableSpec, start: int, seed: int) -> N
         rows[low - start : high - start].copy_(drawn[low - first : high - first])
 
 
-# Two independent multiply-shift hashes over 62 bits; odd constants, fixed for ever since tables depend on them.
-_HASH_MULTIPLIERS = (0x1E3779B97F4A7C15, 0x2545F4914F6CDD1D)
-_HASH_OFFSETS = (0x0123456789ABCDE1, 0x1FEDCBA987654321)
-
-
 def hash_twice(ids: Tensor, num_rows: int) -> Tensor:
     """Two rows for each id of an unbounded vocabulary; the same on every machine and at every sharding.
 
     Shapes: [n] int64 -> [2 n] int64 in 0..num_rows-1, the first hashes before the second ones.
     """
-    hashed = []
-    for multiplier, offset in zip(_HASH_MULTIPLIERS, _HASH_OFFSETS, strict=True):
-        mixed = ids * multiplier + offset
-        mixed = (mixed ^ (mixed >> 31)) * multiplier
-        hashed.append(((mixed >> 20) & ((1 << 43) - 1)) % num_rows)
-    return torch.cat(hashed)
+    return torch.cat([hash_ids(ids, num_rows, number) for number in range(NUM_HASHES)])
 
 
 def physical_ids(spec: TableSpec, ids: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
-"""Kills a small training again and again at random moments, and proves that nothing was lost: make chaos.
+"""Brings one fault after the other on a small training, and proves that nothing was lost: make chaos.
 
-A round is one run from its first to its last step. Each fault of a round comes at a random step, or a
-random time after a start; then the same command is started again, except where a worker died, which the
-running command has to mend by itself. In the end the audit, the metrics and the final state must be those of
-a run without faults.
+A round is one run from its first to its last step, in one of three places (tests/faults/strikes.py). Each fault of a
+round comes at a random step, or a random time after a start; then the same command is started again, but for those
+that the running command has to mend by itself. In the end the audit must count every user of every epoch once, the
+metrics and the final state must be those of a run without faults (but for rounding where the number of workers
+changed), and the quality must lie within the spread of undisturbed runs of several seeds.
 """
 
 import random
@@ -13,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import tyro
@@ -21,61 +23,67 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.errors import GrailError
+from tests.faults.strikes import (
+    ENDS_THE_COMMAND,
+    KINDS,
+    SIGKILLS,
+    Fault,
+    Scene,
+    StepWatch,
+    on_a_small_disk,
+    on_this_machine,
+    on_two_hosts,
+    strike,
+)
 from tests.faults.training import (
     Training,
+    assert_everyone_was_seen_once,
     assert_nothing_lost,
     last_step,
     metric_lines,
     pretrain_line,
-    wait_until_gone,
 )
+from tests.faults.two_hosts import NoHostsError
 from tests.tiny_run import build_tiny_data
 
-WORKER, DRIVER, JOB, WRITE = "a worker", "the driver", "the job", "the job in a write"
-FAULTS_PER_ROUND = 5
+PLACES: tuple[Callable[[Path], AbstractContextManager[Scene]], ...] = (
+    on_this_machine,
+    on_a_small_disk,
+    on_two_hosts,
+    on_this_machine,
+)
+"""Taken in turn."""
 LAST_TARGET_STEP = 30
 """No fault is aimed at later steps, of which a run has 40, so that there is time left to strike."""
 LONGEST_START_S = 12.0
-WORKERS_GONE_S = 60.0
+QUALITY = "validation/ndcg@10"
+ROUNDING = 1e-3
+SEEDS = (3, 4, 5)
+"""Of the undisturbed runs; the first is that of the disturbed ones."""
 
 console = Console()
 
 
-@dataclass(kw_only=True)
-class Fault:
-    """One kill, and what became of the run."""
-
-    kind: str
-    at: float
-    """Wall clock, as in metrics.jsonl."""
-    quiet_at: float = 0.0
-    """When nothing of the killed job was left that could take a step."""
-    recovery_s: float | None = None
-    """Until the first step after it; None where the next fault came first."""
-    survived: bool = False
-
-
-def main(minutes: float = 20.0, seed: int = 0) -> int:
+def main(minutes: float = 20.0, faults_per_round: int = 6, seed: int = 0) -> int:
     """Try faults for about so many minutes; the exit code is 1 if anything was lost."""
-    deadline, faults, losses, rounds = time.monotonic() + 60 * minutes, [], [], 0
-    folder = Path(tempfile.mkdtemp(prefix="grail-chaos-"))
-    data, undisturbed = build_tiny_data(folder / "data"), folder / "undisturbed"
-    with Training(undisturbed, pretrain_line(data, undisturbed)) as training:
-        assert training.exit_code() == 0, training.output()
-    while time.monotonic() < deadline or not rounds:
+    begun, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="grail-chaos-"))
+    data = build_tiny_data(folder / "data")
+    undisturbed = [train_undisturbed(data, folder / f"seed-{number}", number) for number in SEEDS]
+    console.print(f"undisturbed, {QUALITY} of seeds {SEEDS}: {_numbers(undisturbed)}")
+    faults, losses, rounds = [], [], 0
+    while time.monotonic() < begun + 60 * minutes or not rounds:
+        place, name = PLACES[rounds % len(PLACES)], f"round-{rounds + 1}"
         rounds += 1
         tried: list[Fault] = []
-        loss = play_round(
-            data, undisturbed, folder / f"round-{rounds}", random.Random(f"{seed} {rounds}"), tried
-        )
+        choice = random.Random(f"{seed} {rounds}")
+        loss = play_round(place, data, undisturbed, folder / name, choice, tried, faults_per_round)
         for fault in tried:
             fault.survived = loss is None
         faults += tried
-        losses += [] if loss is None else [f"round {rounds}: {loss}"]
-        console.print(
-            f"round {rounds}: {', '.join(fault.kind for fault in tried) or 'no fault came in time'}"
-        )
-    console.print(_table(faults, rounds))
+        losses += [] if loss is None else [f"{name}: {loss}"]
+        told = ", ".join(fault.kind for fault in tried) or "no fault came in time"
+        console.print(f"{name}, {place.__name__}: {told}{'' if loss is None else ': LOST'}", markup=False)
+    console.print(_table(faults, rounds, (time.monotonic() - begun) / 60))
     for loss in losses:
         console.print(f"lost in {loss}", style="red", markup=False)
     if losses:
@@ -85,34 +93,77 @@ def main(minutes: float = 20.0, seed: int = 0) -> int:
     return 0
 
 
+def train_undisturbed(data: str, run_dir: Path, seed: int) -> Path:
+    with Training(run_dir, pretrain_line(data, run_dir, "--seed", str(seed))) as training:
+        assert training.exit_code() == 0, training.output()
+    return run_dir
+
+
 def play_round(
-    data: str, undisturbed: Path, run_dir: Path, choice: random.Random, tried: list[Fault]
+    place: Callable[[Path], AbstractContextManager[Scene]],
+    data: str,
+    undisturbed: list[Path],
+    folder: Path,
+    choice: random.Random,
+    tried: list[Fault],
+    limit: int,
 ) -> str | None:
-    """One run under faults -> what was lost, None where nothing was."""
-    options = ("--train.checkpoint-every-steps", "1", "--cluster.max-restarts", str(FAULTS_PER_ROUND))
+    """One run under at most `limit` faults -> what was lost, None where nothing was."""
     try:
-        torment(pretrain_line(data, run_dir, *options), run_dir, choice, tried)
-        assert_nothing_lost(run_dir, undisturbed)
-    except (AssertionError, GrailError, subprocess.TimeoutExpired) as error:
-        return str(error)
+        with place(folder) as scene, StepWatch(scene.run_dir) as watch:
+            try:
+                torment(scene, data, choice, tried, limit)
+                judge(scene, undisturbed)
+            except (AssertionError, GrailError, subprocess.TimeoutExpired) as error:
+                return str(error)
+            finally:
+                for fault, following in zip(tried, [*tried[1:], None], strict=True):
+                    _note_recovery(fault, following, watch)
+    except NoHostsError as error:
+        console.print(f"{place.__name__} was left out: {error}", style="yellow", markup=False)
+    except subprocess.CalledProcessError as error:
+        console.print(f"{place.__name__} was left out: {error.stderr}", style="yellow", markup=False)
     return None
 
 
-def torment(line: list[str], run_dir: Path, choice: random.Random, tried: list[Fault]) -> None:
+def torment(scene: Scene, data: str, choice: random.Random, tried: list[Fault], limit: int) -> None:
     """Start the command until it finishes, with faults appended to `tried` as they happen."""
-    for _ in range(FAULTS_PER_ROUND + 1):
-        with Training(run_dir, line) as training:
-            while len(tried) < FAULTS_PER_ROUND and _wait_for_moment(training, choice):
-                _note_recovery(run_dir, tried)
-                kind = choice.choice([WORKER, DRIVER, JOB, WRITE])
-                tried.append(_strike(training, kind, choice))
-                if tried[-1].kind != WORKER:
+    kinds: list[str] = []
+    for _ in range(limit + 1):
+        scene.mend()
+        with scene.training(data) as training:
+            while len(tried) < limit and _wait_for_moment(training, choice):
+                kinds = kinds or choice.sample(scene.kinds, len(scene.kinds))
+                tried.append(strike(scene, training, kinds.pop(), choice))
+                if tried[-1].kind in ENDS_THE_COMMAND:
                     break
+                scene.mend()
             else:
                 code = training.exit_code()
-                _note_recovery(run_dir, tried)
                 assert code == 0, f"ended with {code}:\n{training.output()}"
                 return
+
+
+def judge(scene: Scene, undisturbed: list[Path]) -> None:
+    """Raises: AssertionError naming what differs."""
+    if scene.same_workers:
+        assert_nothing_lost(scene.run_dir, undisturbed[0])
+    assert_everyone_was_seen_once(scene.run_dir)
+    reached, usual = _quality(scene.run_dir), [_quality(run_dir) for run_dir in undisturbed]
+    console.print(
+        f"{QUALITY} after the faults: {reached:.4f}, undisturbed {min(usual):.4f} to {max(usual):.4f}"
+    )
+    assert min(usual) - ROUNDING <= reached <= max(usual) + ROUNDING, (
+        f"{QUALITY} is {reached}, of undisturbed runs {usual}"
+    )
+
+
+def _quality(run_dir: Path) -> float:
+    return [line[QUALITY] for line in metric_lines(run_dir) if QUALITY in line][-1]
+
+
+def _numbers(run_dirs: list[Path]) -> str:
+    return ", ".join(f"{_quality(run_dir):.4f}" for run_dir in run_dirs)
 
 
 def _wait_for_moment(training: Training, choice: random.Random) -> bool:
@@ -128,41 +179,22 @@ def _wait_for_moment(training: Training, choice: random.Random) -> bool:
     return training.driver.poll() is None and last_step(training.run_dir) < LAST_TARGET_STEP + 5
 
 
-def _strike(training: Training, kind: str, choice: random.Random) -> Fault:
-    """Kill; where there is no worker or no step yet, the whole job is killed as it is."""
-    workers = training.workers()
-    if kind in (WORKER, WRITE) and not (workers and last_step(training.run_dir)):
-        kind = JOB
-    fault = Fault(kind=kind, at=time.time())
-    if kind == WORKER:
-        choice.choice(workers).kill()
-    elif kind == DRIVER:
-        training.driver.kill()
-        training.driver.wait(30)
-        wait_until_gone(workers, WORKERS_GONE_S)
-    elif kind == WRITE:
-        training.kill_everything_during_a_write()
-    else:
-        training.kill_everything()
-    fault.quiet_at = time.time()
-    return fault
+def _note_recovery(fault: Fault, following: Fault | None, watch: StepWatch) -> None:
+    stepped_at = watch.first_after(fault.quiet_at)
+    if stepped_at is not None and (following is None or stepped_at < following.at):
+        fault.recovery_s = stepped_at - fault.at
 
 
-def _note_recovery(run_dir: Path, tried: list[Fault]) -> None:
-    """To be called before the next start takes lines out of metrics.jsonl."""
-    if tried and tried[-1].recovery_s is None:
-        times = [line["time_s"] for line in metric_lines(run_dir) if line["time_s"] > tried[-1].quiet_at]
-        tried[-1].recovery_s = min(times) - tried[-1].at if times else None
-
-
-def _table(faults: list[Fault], rounds: int) -> Table:
+def _table(faults: list[Fault], rounds: int, minutes: float) -> Table:
+    kills = sum(fault.kind in SIGKILLS for fault in faults)
     table = Table(
-        title=f"{len(faults)} SIGKILLs in {rounds} run(s)", caption="recovery: from the kill to the next step"
+        title=f"{len(faults)} faults in {rounds} runs, {kills} of them SIGKILLs, {minutes:.1f} minutes",
+        caption="recovery: from the fault to the next step; not known where another fault came before",
     )
-    for name in ("killed", "tried", "survived", "median recovery", "worst"):
-        table.add_column(name, justify="left" if name == "killed" else "right")
-    for kind in (WORKER, DRIVER, JOB, WRITE):
-        chosen = [fault for fault in faults if fault.kind == kind]
+    for name in ("fault", "tried", "survived", "median recovery", "worst"):
+        table.add_column(name, justify="left" if name == "fault" else "right")
+    for kind in (*KINDS, "all"):
+        chosen = [fault for fault in faults if kind in (fault.kind, "all")]
         seconds = [fault.recovery_s for fault in chosen if fault.recovery_s is not None]
         figures = (f"{statistics.median(seconds):.1f} s", f"{max(seconds):.1f} s") if seconds else ("-", "-")
         table.add_row(kind, str(len(chosen)), str(sum(fault.survived for fault in chosen)), *figures)

@@ -8,10 +8,17 @@ from data_streams.batch import SequenceBatch
 from models.decoder_only import DecoderOnly
 from models.generator import Generator
 from models.genrec import GenRec
+from models.layers.feedforward import FeedForwardConfig
+from models.layers.moe import MixtureConfig
+from models.layers.user_context import ContextConfig
+from models.lifelong_history import LifelongConfig
+from models.onerec import OneRec
+from models.onerec_v2 import OneRecV2
 from models.process_reward import ProcessRewardConfig
 from models.promise import Promise
 from models.semantic_ids import SemanticIds
 from models.tables import Ids, Lookup
+from models.tiger import Tiger
 from sharding.lookup import make_lookup
 from sharding.unsharded import UnshardedTables
 from tests.models.decoding.tiny_generator import make_codes
@@ -19,6 +26,17 @@ from tests.models.decoding.tiny_generator import make_codes
 CODE_SIZES = (4, 5, 3)
 NUM_ITEMS = 97
 MAX_LENGTH = 12
+TIGER = {
+    "width": 16,
+    "num_encoder_blocks": 2,
+    "num_decoder_blocks": 2,
+    "num_heads": 2,
+    "head_width": 12,
+    "feedforward_width": 32,
+    "dropout": 0.0,
+    "user_tokens": 7,
+    "init_scale": 0.3,
+}
 GENERATORS = {
     "decoder-only": DecoderOnly.Config(
         width=16,
@@ -39,6 +57,8 @@ GENERATORS = {
         item_rows=False,
         init_scale=0.3,
     ),
+    "tiger": Tiger.Config(**TIGER),
+    "tiger, causal encoder": Tiger.Config(**TIGER, encoder="causal"),
     "genrec, item by item": GenRec.Config(
         target="item",
         width=16,
@@ -57,6 +77,52 @@ GENERATORS = {
         dropout=0.0,
         init_scale=0.3,
         prm=ProcessRewardConfig(feedforward_width=32, dropout=0.0, num_negatives=8, positions=2),
+    ),
+    "onerec-v2": OneRecV2.Config(
+        width=16,
+        num_blocks=3,
+        num_heads=4,
+        kv_layers=2,
+        kv_split=2,
+        kv_groups=2,
+        feedforward=FeedForwardConfig(hidden=32),
+        context=ContextConfig(hidden=24, user_rows=50, short_length=3),
+        dropout=0.0,
+        init_scale=0.3,
+    ),
+    "onerec-v2 of experts": OneRecV2.Config(
+        width=16,
+        num_blocks=2,
+        num_heads=2,
+        feedforward=MixtureConfig(num_experts=4, top_k=2, num_shared=1, hidden=16),
+        num_dense_blocks=1,
+        dense_feedforward=FeedForwardConfig(hidden=32),
+        context=ContextConfig(hidden=24),
+        dropout=0.0,
+        init_scale=0.3,
+    ),
+    "onerec": OneRec.Config(
+        width=16,
+        num_encoder_blocks=1,
+        num_decoder_blocks=2,
+        num_heads=2,
+        encoder_feedforward=FeedForwardConfig(hidden=32),
+        decoder_feedforward=MixtureConfig(num_experts=4, top_k=2, hidden=16),
+        context=ContextConfig(hidden=24, user_rows=50, short_length=3),
+        dropout=0.0,
+        init_scale=0.2,
+    ),
+    "onerec, lifelong": OneRec.Config(
+        width=16,
+        num_encoder_blocks=1,
+        num_decoder_blocks=1,
+        num_heads=2,
+        encoder_feedforward=FeedForwardConfig(hidden=32),
+        decoder_feedforward=FeedForwardConfig(hidden=32),
+        context=ContextConfig(hidden=24, item_codes=False, short_length=2),
+        lifelong=LifelongConfig(num_queries=3, num_blocks=1, hidden=32),
+        dropout=0.0,
+        init_scale=0.3,
     ),
 }
 PAGE_WISE = {"genrec": replace(GENERATORS["genrec, item by item"], target="page")}

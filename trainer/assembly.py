@@ -1,6 +1,7 @@
 """Puts a run's parts together from its configuration: data, model, tables, engine."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from trainer.conditions import conditional_search, load_conditions, model_condit
 from trainer.configuration import PretrainConfig
 from trainer.dense_module import DenseModule, resolve_precision
 from trainer.generative_search import GenerativeSearch, PrefixReward, check_prm
+from trainer.item_lists import allowed_rows
 from trainer.search import RetrievalSearch, Search
 
 logger = logging.getLogger(__name__)
@@ -69,7 +71,12 @@ class Assembly:
                 f"{self.config.run_dir} holds a {type(self.model).__name__}, which scores given items and cannot find "
                 "any; recommend with a run of another recipe"
             )
-        parts = {"device": self.process.device, "process": self.process, "precision": precision}
+        parts = {
+            "device": self.process.device,
+            "process": self.process,
+            "precision": precision,
+            "allowed": allowed_rows(self.config.search, self.items),
+        }
         if isinstance(self.model, Generator):
             config = self.config.search
             if width is not None:
@@ -110,8 +117,8 @@ class Assembly:
             users_per_batch=self.config.evaluation.users_per_batch,
         )
 
-    def module(self) -> DenseModule:
-        """What the engine wraps; a collective call where experts are spread over ranks.
+    def module(self, wrap: Callable[[Recommender, torch.dtype], DenseModule] = DenseModule) -> DenseModule:
+        """What the engine wraps, `wrap(model, precision)`; a collective call where experts are spread over ranks.
 
         Raises: ConfigError if an option asks for blocks or experts and the model has none.
         """
@@ -122,7 +129,7 @@ class Assembly:
             compile_blocks(self.model)
         if self.config.train.activation_checkpointing:
             recompute_blocks(self.model)
-        return DenseModule(self.model, resolve_precision(self.config.train.precision, self.process.device))
+        return wrap(self.model, resolve_precision(self.config.train.precision, self.process.device))
 
 
 def assemble(config: PretrainConfig, process: Process, items: ItemTable | None = None) -> Assembly:

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from cluster.errors import CheckpointError, ConfigError
+from cluster.retries import retried
 from cluster.storage import Storage
 from sharding.state import Piece
 from trainer.checkpoint_commit import SaveTarget, commit, remove_leftovers, remove_old_steps
-from trainer.checkpoint_layout import BEST, DTYPES, Block, committed_steps, count_rows, write_pointer
+from trainer.checkpoint_layout import DTYPES, Block, committed_steps, count_rows
+from trainer.checkpoint_pointers import BEST, write_pointer
 
 BLOCK_BYTES = 32 << 20
 
@@ -160,7 +162,7 @@ class Checkpointer:
     ) -> None:
         started = time.perf_counter()
         try:
-            num_bytes = self._write_own_files(target, pieces, rank_text)
+            num_bytes = self._write_patiently(target, pieces, rank_text)
             if self._rank == 0:
                 commit(
                     self._storage,
@@ -176,6 +178,14 @@ class Checkpointer:
             raise
         seconds = time.perf_counter() - started
         logger.info("Wrote %.1f MB of checkpoint step %d in %.1f s.", num_bytes / 1e6, target.step, seconds)
+
+    def _write_patiently(self, target: SaveTarget, pieces: list[Piece], rank_text: str) -> int:
+        """Begin again where the connection to an object store was lost in mid-write; the data is still staged."""
+        if self._storage.is_local:
+            return self._write_own_files(target, pieces, rank_text)
+        return retried(
+            lambda: self._write_own_files(target, pieces, rank_text), f"writing checkpoint step {target.step}"
+        )
 
     def _write_own_files(self, target: SaveTarget, pieces: list[Piece], rank_text: str) -> int:
         bin_name, records, offset = target.bin_name(self._rank), [], 0

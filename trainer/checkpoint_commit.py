@@ -12,9 +12,7 @@ from typing import Any
 from cluster.errors import CheckpointError
 from cluster.storage import Storage
 from trainer.checkpoint_layout import (
-    BEST,
     FORMAT_VERSION,
-    LATEST,
     REPLACED,
     STATE,
     best_step,
@@ -26,8 +24,8 @@ from trainer.checkpoint_layout import (
     is_committed,
     latest_step,
     step_directory,
-    write_pointer,
 )
+from trainer.checkpoint_pointers import BEST, LATEST, write_pointer
 
 _UNIQUE_NAME = re.compile(r"rank-\d+\.([^.]+)\.(\d+)\.(?:bin|json)")
 logger = logging.getLogger(__name__)

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from cluster.errors import CheckpointError
+from cluster.errors import CheckpointError, DamagedCheckpointError
 from cluster.storage import Storage
+from trainer.checkpoint_pointers import BEST, LATEST, read_pointer
 
 FORMAT_VERSION = 1
-LATEST, BEST = "LATEST", "BEST"
 STATE = "state.json"
 REPLACED = ".replaced"
 
@@ -92,21 +92,6 @@ def best_step(storage: Storage) -> int | None:
     return named if named in committed_steps(storage) else None
 
 
-def read_pointer(storage: Storage, name: str) -> int | None:
-    """The step in LATEST or BEST; None where the file is missing or damaged."""
-    if not storage.exists(name):
-        return None
-    try:
-        step = json.loads(storage.read(name))["step"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return step if isinstance(step, int) else None
-
-
-def write_pointer(storage: Storage, name: str, step: int) -> None:
-    storage.write(name, json.dumps({"step": step}).encode())
-
-
 def encode_state(content: Mapping[str, Any]) -> bytes:
     """JSON that carries its own checksum."""
     return json.dumps({**content, "crc32": _json_checksum(content)}, indent=1).encode()
@@ -117,17 +102,34 @@ def decode_state(data: bytes, path: str) -> dict[str, Any]:
     try:
         content = json.loads(data)
     except ValueError as error:
-        raise CheckpointError(f"{path} must hold JSON but is damaged: {error}. Use another step.") from error
+        raise DamagedCheckpointError(
+            f"{path} must hold JSON but is damaged: {error}. Use another step."
+        ) from error
     if not isinstance(content, dict) or "format_version" not in content:
         raise CheckpointError(f"{path} must name its format_version but does not. It is no grail checkpoint.")
-    if content["format_version"] != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {content['format_version']!r}; this program knows version "
-            f"{FORMAT_VERSION}. Use the version of grail that wrote it."
-        )
+    if "crc32" not in content:
+        _check_version(content["format_version"], path)
     if content.pop("crc32", None) != _json_checksum(content):
-        raise CheckpointError(f"{path} does not match its checksum: the file is damaged. Use another step.")
+        raise DamagedCheckpointError(
+            f"{path} does not match its checksum: the file is damaged. Use another step."
+        )
+    _check_version(content["format_version"], path)
     return content
+
+
+def _check_version(version: Any, path: str) -> None:
+    if version == FORMAT_VERSION:
+        return
+    is_older = isinstance(version, int) and version < FORMAT_VERSION
+    advice = (
+        "an older one that nothing here translates. Go on with the version of grail that wrote it, or start a new "
+        "run directory"
+        if is_older
+        else "Use the version of grail that wrote it, or a newer one"
+    )
+    raise CheckpointError(
+        f"{path} has format version {version!r}; this program knows version {FORMAT_VERSION}. {advice}."
+    )
 
 
 def _json_checksum(content: Mapping[str, Any]) -> int:

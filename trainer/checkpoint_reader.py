@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.errors import CheckpointError
+from cluster.errors import CheckpointError, DamagedCheckpointError
 from cluster.storage import Storage
 from trainer.checkpoint_layout import (
     STATE,
@@ -92,12 +92,12 @@ class CheckpointReader:
             return self._last_block[2]
         data = self._read(file, block.offset, block.offset + block.bytes)
         if len(data) != block.bytes:
-            raise CheckpointError(
+            raise DamagedCheckpointError(
                 f"{self._path(file)} must have {self._bin_bytes[file]} bytes but ends after "
                 f"{block.offset + len(data)}: the file is truncated. Use another step."
             )
         if zlib.crc32(data) != block.crc32:
-            raise CheckpointError(
+            raise DamagedCheckpointError(
                 f"{self._path(file)} does not match its checksum in bytes {block.offset}.."
                 f"{block.offset + block.bytes}: the file is damaged. Use another step."
             )
@@ -108,7 +108,7 @@ class CheckpointReader:
         name = entry["index"]
         data = self._read(name)
         if len(data) != entry["index_bytes"] or zlib.crc32(data) != entry["index_crc32"]:
-            raise CheckpointError(
+            raise DamagedCheckpointError(
                 f"{self._path(name)} does not match its size and checksum in {STATE}: the file is damaged. "
                 "Use another step."
             )
@@ -118,7 +118,7 @@ class CheckpointReader:
         there = set(self._storage.list(self._directory))
         needed = [entry[kind] for entry in entries for kind in ("index", "bin")]
         if missing := [name for name in needed if name not in there]:
-            raise CheckpointError(
+            raise DamagedCheckpointError(
                 f"{self._path(STATE)} names {len(needed)} files of {len(entries)} ranks, but "
                 f"{', '.join(missing[:5])} ({len(missing)} in all) cannot be found. Use another step."
             )
@@ -148,8 +148,12 @@ class CheckpointReader:
     def _read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
         try:
             return self._storage.read(f"{self._directory}/{name}", start, stop)
+        except FileNotFoundError as error:
+            raise DamagedCheckpointError(
+                f"{self._path(name)} cannot be read: {error}. Use another step."
+            ) from error
         except OSError as error:
-            raise CheckpointError(f"{self._path(name)} cannot be read: {error}. Use another step.") from error
+            raise CheckpointError(f"{self._path(name)} cannot be read: {error}. Try again.") from error
 
     def _path(self, name: str) -> str:
         return self._storage.path(f"{self._directory}/{name}".rstrip("/"))

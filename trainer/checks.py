@@ -1,5 +1,6 @@
 """What can be known to fail from the options alone, before any worker is started."""
 
+from cluster.elastic import allowed_worlds
 from cluster.errors import ConfigError
 from trainer.configuration import PretrainConfig
 
@@ -13,12 +14,7 @@ def check(config: PretrainConfig) -> None:
         raise ConfigError(
             f"train.selection-metric must be one of {', '.join(metrics)}; got {config.train.selection_metric}"
         )
-    if config.cluster.workers > config.data.num_streams:
-        raise ConfigError(
-            f"data.num-streams must be at least cluster.workers ({config.cluster.workers}), got "
-            f"{config.data.num_streams}; it is a property of the run, so choose it for the largest cluster"
-        )
-    _check_experts(config)
+    _check_workers(config)
     for name in ("model", "objective"):
         if getattr(config, name) is None and not getattr(config.model, "has_own_objective", False):
             raise ConfigError(f"{name} must be set by the recipe, and recipe '{config.recipe}' leaves it out")
@@ -52,9 +48,25 @@ def check(config: PretrainConfig) -> None:
             f"data.columns must name the event columns the model reads, and {', '.join(missing)} is missing from "
             f"{config.data.columns}"
         )
+    if (prometheus := config.log.prometheus_file) is not None and not prometheus.endswith(".prom"):
+        raise ConfigError(
+            f"log.prometheus-file must end in .prom, as node_exporter wants it; got {prometheus}"
+        )
     decay = config.train.ema_decay
     if decay is not None and not 0 <= decay < 1:
         raise ConfigError(f"train.ema-decay must lie in 0..1, below 1, or be None; got {decay}")
+
+
+def _check_workers(config: PretrainConfig) -> None:
+    for name in ("workers", "max_workers"):
+        workers = getattr(config.cluster, name)
+        if workers is not None and workers > config.data.num_streams:
+            raise ConfigError(
+                f"data.num-streams must be at least cluster.{name.replace('_', '-')} ({workers}), got "
+                f"{config.data.num_streams}; it is a property of the run, so choose it for the largest cluster"
+            )
+    _check_experts(config)
+    allowed_worlds(config.cluster, multiple_of=config.sharding.workers_multiple_of)
 
 
 def _check_experts(config: PretrainConfig) -> None:
@@ -73,7 +85,8 @@ def _check_experts(config: PretrainConfig) -> None:
 
 def _at_least_one(config: PretrainConfig) -> None:
     for section, names in (
-        ("train", ("epochs", "micro_batches", "keep_last", "validate_every_steps", "checkpoint_every_steps")),
+        ("train", ("epochs", "micro_batches", "keep_last", "checkpoint_every_steps")),
+        ("train", ("validate_every_steps", "validate_every_epochs")),
         ("cluster", ("workers",)),
         ("search", ("width", "validation_width")),
         ("sharding", ("expert_parallel",)),

@@ -44,7 +44,9 @@ class TrainConfig:
     compile: bool = False
     """Compile the model's blocks with torch.compile. On the processors it was measured on, it does not pay."""
     validate_every_steps: int | None = None
-    """Steps between validations; None validates after each epoch."""
+    """Steps between validations; None counts epochs."""
+    validate_every_epochs: int = 1
+    """Epochs between validations where steps are not counted; the last epoch always ends with one."""
     patience: int | None = None
     """Validations without improvement after which training ends; None never ends early."""
     selection_metric: str = "ndcg@10"
@@ -93,6 +95,10 @@ class SearchConfig:
     space: Literal["catalogue", "free"] = "catalogue"
     """Walk only through paths of existing items that are not filtered, or through all paths of codes, of which
     those of no item are then counted (hallucination rate) and left out of the lists."""
+    allow: str = ""
+    """File of item ids, one a line: no other items are found, by any model."""
+    deny: str = ""
+    """File of item ids, one a line: these are not found, by any model."""
     over: Literal["all", "allowed"] = "all"
     """What a level's probabilities sum to one over: all codes, or those the search may take."""
     prm: bool = False
@@ -126,6 +132,9 @@ class LogConfig:
     """Weights & Biases project."""
     every_steps: int = 20
     """Steps between two lines of metrics.jsonl."""
+    prometheus_file: str | None = None
+    """File on this machine to keep the newest numbers in as Prometheus reads them, such as one in the folder of
+    node_exporter's textfile collector; its name must end in .prom."""
 
 
 @dataclass(frozen=True, kw_only=True)

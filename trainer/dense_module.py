@@ -29,9 +29,13 @@ class DenseModule(nn.Module):
         device = batch.user_ids.device.type
         forget_routings(self.mixtures)
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16):
-            loss = self.model(rows, batch, context)
+            loss = self.loss(rows, batch, context)
         self.last = with_router_losses(loss, self.mixtures, context)
         return self.last.sum * scale
+
+    def loss(self, rows: Rows, batch: SequenceBatch, context: StepContext) -> LossSum:
+        """What is trained: the model's own loss, unless a subclass says otherwise."""
+        return self.model(rows, batch, context)
 
 
 class GradientCheck:

@@ -69,11 +69,13 @@ def evaluate(
     split: str,
     seed: int = 0,
     utilities: Utilities | None = None,
+    keep: Callable[[np.ndarray, Mapping[str, np.ndarray]], None] | None = None,
 ) -> EvaluationResult:
     """Rank the held-out item of every user among all items, and look at the recommended lists.
 
     `batches` are this rank's users; ranks may have different numbers of them. `utilities` tells the true utility of
-    lists, where the truth is known. A collective call, whose result is the same on every rank.
+    lists, where the truth is known; `keep` gets the user rows and each metric by user, on rank 0. A collective call,
+    whose result is the same on every rank.
 
     Raises: DataError when there are no users, or one was evaluated twice.
     """
@@ -90,6 +92,8 @@ def evaluate(
             of_lists = utilities(ranked.users, lists, config.cutoffs)
             per_user |= {f"utility@{k}": values for k, values in of_lists.items()}
         per_user |= ranked.measures
+        if keep is not None:
+            keep(ranked.users, per_user)
         coverage = {f"coverage@{k}": coverage_at(lists, k, search.num_items) for k in config.cutoffs}
         outcome = {
             "num_users": len(ranked.users),

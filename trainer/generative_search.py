@@ -82,20 +82,35 @@ class GenerativeSearch(Search):
         device: torch.device,
         process: Process | None = None,
         precision: torch.dtype = torch.float32,
+        allowed: Tensor | None = None,
         reward: PrefixReward | None = None,
         recall_among: int | None = None,
     ):
         """`recall_among` is how many prefixes of each depth HRecall looks at, if not all that are kept.
 
-        Shapes: codes [N, L] int64.
+        Shapes: codes [N, L] int64; allowed [n] item rows.
+
+        Raises: ConfigError for a beam wider than the catalogue, and for lists of items in a free search.
         """
         self.model, self.lookup, self.trie, self.codes = model, lookup, trie, codes
+        self.allowed = allowed if allowed is None else allowed.to(device)
         self.config, self.device, self.process, self.precision = config, device, process, precision
         self.num_items = trie.num_items
-        width = config.width if config.space == "free" else min(config.width, trie.num_items)
-        self.reward, self.recall_among = reward, recall_among or width
+        if config.space == "catalogue" and config.width > trie.num_items:
+            raise ConfigError(
+                f"search.width and search.validation-width must not exceed the {trie.num_items} items of the "
+                f"catalogue, got {config.width}; lower them"
+            )
+        if config.space == "free" and allowed is not None:
+            raise ConfigError(
+                "search.allow and search.deny act inside a search through the catalogue; leave them out, or say "
+                "--search.space catalogue"
+            )
+        self.reward, self.recall_among = reward, recall_among or config.width
         self.beam = BeamSearch.Config(
-            width=width, over=config.over, guided_candidates=_num_candidates(config, model, width)
+            width=config.width,
+            over=config.over,
+            guided_candidates=_num_candidates(config, model, config.width),
         )
 
     @staticmethod
@@ -110,7 +125,7 @@ class GenerativeSearch(Search):
         precision: torch.dtype = torch.float32,
         **options: Any,
     ) -> "GenerativeSearch":
-        """Shapes: codes [N, L] of any integer type, one row per item row."""
+        """Shapes: codes [N, L] of any integer type, one row per item row; allowed [n] the only rows to be found."""
         codes = codes.long().to(device)
         trie = PrefixTrie.build(codes, model.code_sizes)
         return GenerativeSearch(
@@ -126,6 +141,11 @@ class GenerativeSearch(Search):
         )
 
     def find(self, batch: SequenceBatch, *, k: int, rank_held_out: bool, filter_seen: bool) -> Found:
+        if k > self.beam.width:
+            raise ConfigError(
+                f"lists of {k} items need a search.width of at least {k}, got {self.beam.width}; widen it, or "
+                "ask for fewer"
+            )
         targets = batch.held_out.to(self.device) if rank_held_out else None
         seen = seen_items(batch).to(self.device) if filter_seen else None
         if seen is not None and targets is not None:
@@ -175,9 +195,10 @@ class GenerativeSearch(Search):
     def _space(self, batch: SequenceBatch, seen: Jagged | None) -> PathSpace:
         if self.config.space == "free":
             return FreeSpace(self.trie.code_sizes, self.trie)
-        if seen is None:
+        if seen is None and self.allowed is None:
             return CatalogueSpace(self.trie)
-        return CatalogueSpace(self.trie, AllowedItems.build(self.trie, num_users=batch.num_users, deny=seen))
+        allowed = AllowedItems.build(self.trie, num_users=batch.num_users, allow=self.allowed, deny=seen)
+        return CatalogueSpace(self.trie, allowed)
 
     def _autocast(self) -> torch.autocast:
         is_reduced = self.precision != torch.float32

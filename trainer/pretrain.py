@@ -1,59 +1,17 @@
 """Pretraining: the loop of a worker, from the first or the restored step to the last."""
 
-import logging
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
-from cluster.process import Process
-from cluster.reporter import Reporter
-from cluster.storage import Storage
-from data_streams.stream import TrainStream
-from models.recommender import Ranker
-from trainer.assembly import Assembly
-from trainer.audit import AuditLog
-from trainer.checkpoint import Checkpointer
-from trainer.configuration import PretrainConfig, TrainConfig
-from trainer.evaluate import validation_metrics
 from trainer.feed import Feed
-from trainer.learner import Learner, StepResult
-from trainer.metric_log import MetricLog
-from trainer.ranking import answer_metrics
-from trainer.run_state import Progress, save_progress
+from trainer.job import Job, complete_step, end_epoch, finish, planned_steps, write_window
 from trainer.schedule import rate_fraction
-from trainer.weight_average import averaged
-
-logger = logging.getLogger(__name__)
 
 PROFILED_STEPS = range(10, 15)
-
-
-@dataclass(kw_only=True)
-class Job:
-    """Everything the loop works with on one rank; put together by `trainer.start`."""
-
-    config: PretrainConfig
-    config_document: dict[str, Any]
-    process: Process
-    reporter: Reporter
-    storage: Storage
-    assembly: Assembly
-    stream: TrainStream
-    learner: Learner
-    engine: Any
-    checkpointer: Checkpointer
-    audit: AuditLog
-    metric_log: MetricLog | None
-    """On rank 0 only."""
-    progress: Progress
-    clock: "CheckpointClock"
-    window: "Window" = field(default_factory=lambda: Window())
 
 
 def train(job: Job) -> dict[str, Any]:
@@ -64,6 +22,7 @@ def train(job: Job) -> dict[str, Any]:
     config, progress = job.config.train, job.progress
     feed = _make_feed(job)
     total_steps = planned_steps(config, job.stream)
+    job.reporter.stepped(progress.step)
     while progress.status == "running":
         for step_input, agreement in feed.steps(progress.epoch, progress.position, progress.step):
             fraction = rate_fraction(progress.step, total_steps, config)
@@ -71,30 +30,14 @@ def train(job: Job) -> dict[str, Any]:
                 result = job.learner.step(
                     step_input, config.learning_rate * fraction, config.table_learning_rate * fraction
                 )
-            job.audit.record(progress.step, progress.epoch, step_input.user_ids.tolist())
-            progress.step += 1
-            progress.position = step_input.position
-            job.window.add(result)
-            if progress.step % job.config.log.every_steps == 0:
-                _log(job, feed, fraction, total_steps)
-            if config.max_steps is not None and progress.step >= config.max_steps:
-                progress.status = "finished"
-            improved = _validate(job) if _validation_due(config, progress) else False
-            if agreement.stop and progress.status == "running":
-                progress.status = "stopped"
-            if improved or agreement.checkpoint_due or _checkpoint_due(config, progress):
-                _save(job, best=improved)
+            complete_step(
+                job, step_input, agreement, result, partial(write_window, job, feed, fraction, total_steps)
+            )
             if progress.status != "running":
                 break
         else:
-            _end_epoch(job)
-    return _finish(job)
-
-
-def planned_steps(config: TrainConfig, stream: TrainStream) -> int:
-    """Steps the learning-rate schedule is laid out for."""
-    steps = config.epochs * stream.steps_per_epoch()
-    return steps if config.max_steps is None else min(steps, config.max_steps)
+            end_epoch(job)
+    return finish(job)
 
 
 def _make_feed(job: Job) -> Feed:
@@ -108,181 +51,6 @@ def _make_feed(job: Job) -> Feed:
         prefetch_steps=job.config.data.prefetch_steps,
         stop_requested=job.reporter.stop_requested,
         checkpoint_due=job.clock.due,
-    )
-
-
-def _end_epoch(job: Job) -> None:
-    config, progress = job.config.train, job.progress
-    progress.epoch += 1
-    progress.position = None
-    if progress.epoch >= config.epochs:
-        progress.status = "finished"
-    if config.validate_every_steps is None and _validate(job):
-        _save(job, best=True)
-
-
-def _validation_due(config: TrainConfig, progress: Progress) -> bool:
-    if config.validate_every_steps is not None:
-        return progress.step % config.validate_every_steps == 0
-    return progress.status == "finished" and progress.epoch < config.epochs
-
-
-def _checkpoint_due(config: TrainConfig, progress: Progress) -> bool:
-    every = config.checkpoint_every_steps
-    return every is not None and progress.step % every == 0
-
-
-def _validate(job: Job) -> bool:
-    """Rank the validation items and keep account of the best step -> whether this is the best so far."""
-    config, progress = job.config.train, job.progress
-    started = time.perf_counter()
-    with averaged(job.engine):
-        metrics = _validation_metrics(job)
-    value = metrics[config.selection_metric]
-    improved = progress.best is None or value > progress.best
-    if improved:
-        progress.best, progress.best_step, progress.validations_without_gain = value, progress.step, 0
-    else:
-        progress.validations_without_gain += 1
-    if config.patience is not None and progress.validations_without_gain > config.patience:
-        progress.status = "finished"
-    logger.info(
-        "Step %d, epoch %d: validation %s %.4f%s (%.1f s)",
-        progress.step,
-        progress.epoch,
-        config.selection_metric,
-        value,
-        ", the best so far" if improved else "",
-        time.perf_counter() - started,
-    )
-    if job.metric_log:
-        job.metric_log.write(
-            progress.step, {f"validation/{name}": number for name, number in metrics.items()}
-        )
-    return improved
-
-
-def _validation_metrics(job: Job) -> dict[str, float]:
-    assembly = job.assembly
-    if isinstance(assembly.model, Ranker):
-        return answer_metrics(assembly, job.config.data)
-    users = assembly.users("valid")
-    return validation_metrics(
-        assembly.search(job.learner.module.precision, width=job.config.search.validation_width),
-        users.batches(),
-        empty_batch=users.empty_batch(),
-        config=job.config.evaluation,
-    )
-
-
-def _save(job: Job, *, best: bool) -> None:
-    job.audit.flush()
-    if job.metric_log:
-        job.progress.metric_lines = job.metric_log.num_lines
-    started = time.perf_counter()
-    save_progress(job.checkpointer, job.assembly, job.engine, job.progress, job.config_document, best=best)
-    job.clock.saved(job.progress.step)
-    if job.metric_log:
-        held = time.perf_counter() - started
-        job.metric_log.write(job.progress.step, {"checkpoint/held_s": held})
-
-
-def _finish(job: Job) -> dict[str, Any]:
-    progress = job.progress
-    if job.clock.last_step != progress.step:
-        _save(job, best=False)
-    job.checkpointer.close()
-    # Rank 0 has committed the last checkpoint once it arrives here.
-    dist.barrier(group=job.process.host_group)
-    if job.metric_log:
-        job.metric_log.close()
-    return {
-        "status": progress.status,
-        "step": progress.step,
-        "epoch": progress.epoch,
-        "best": progress.best,
-        "best_step": progress.best_step,
-    }
-
-
-class CheckpointClock:
-    """Says on rank 0 when the next checkpoint is due by time."""
-
-    def __init__(self, every_s: float | None, step: int):
-        self.every_s = every_s
-        self.last_step = step
-        self.last_time = time.monotonic()
-
-    def due(self) -> bool:
-        return self.every_s is not None and time.monotonic() - self.last_time >= self.every_s
-
-    def saved(self, step: int) -> None:
-        self.last_step, self.last_time = step, time.monotonic()
-
-
-class Window:
-    """Sums over the steps since the last log line."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.targets = self.steps = 0
-        self.started = time.perf_counter()
-        self.wait_s = 0.0
-
-    def add(self, result: StepResult) -> None:
-        for name, value in {"loss": result.loss_sum, **result.metrics}.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.targets += result.global_count
-        self.steps += 1
-
-    def close(self, process: Process, wait_s: float) -> dict[str, float]:
-        """Means over all ranks, and rates; a collective call."""
-        totals = torch.cat([value.flatten() for value in self.sums.values()]).float()
-        if process.world_size > 1:
-            dist.all_reduce(totals)
-        seconds = time.perf_counter() - self.started
-        means = {
-            f"train/{name}": total / max(self.targets, 1)
-            for name, total in zip(_element_names(self.sums), totals.tolist(), strict=True)
-        }
-        return means | {
-            "train/targets_per_s": self.targets / seconds,
-            "train/step_s": seconds / self.steps,
-            "train/targets_per_step": self.targets / self.steps,
-            "data/wait_share": (wait_s - self.wait_s) / seconds,
-        }
-
-    def restart(self, wait_s: float) -> None:
-        self.__init__()
-        self.wait_s = wait_s
-
-
-def _element_names(sums: Mapping[str, Tensor]) -> Iterator[str]:
-    """A vector's elements are reported as NAME/0, NAME/1 and so on."""
-    for name, value in sums.items():
-        yield from [f"{name}/{index}" for index in range(len(value))] if value.dim() else [name]
-
-
-def _log(job: Job, feed: Feed, fraction: float, total_steps: int) -> None:
-    config, progress = job.config.train, job.progress
-    numbers = job.window.close(job.process, feed.wait_s)
-    job.window.restart(feed.wait_s)
-    if job.metric_log is None:
-        return
-    numbers |= {
-        "train/epoch": progress.epoch,
-        "train/learning_rate": config.learning_rate * fraction,
-        "train/table_learning_rate": config.table_learning_rate * fraction,
-    }
-    job.metric_log.write(progress.step, numbers)
-    job.reporter.progress(
-        step=progress.step,
-        total_steps=total_steps,
-        epoch=progress.epoch + 1,
-        epochs=config.epochs,
-        loss=numbers["train/loss"],
-        tokens_per_s=numbers["train/targets_per_s"],
-        step_s=numbers["train/step_s"],
     )
 
 

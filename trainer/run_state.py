@@ -1,7 +1,7 @@
 """What a run keeps between starts: saving all of it as one checkpoint, and bringing it back at any world size."""
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -41,6 +41,8 @@ class Progress:
     metric_lines: int = 0
     """Lines of metrics.jsonl; counted on rank 0, whose account is the one that is saved."""
     status: str = "running"
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What a loop remembers beside, as plain JSON values."""
 
     def shared(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "position"}

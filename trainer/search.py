@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.errors import DataError
+from cluster.errors import ConfigError, DataError
 from cluster.process import Process
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
@@ -75,8 +75,19 @@ class RetrievalSearch(Search):
         process: Process | None = None,
         precision: torch.dtype = torch.float32,
         approximate: bool = False,
+        allowed: Tensor | None = None,
     ) -> "RetrievalSearch":
+        """`allowed` are the only item rows that are found, where there are such [n].
+
+        Raises: ConfigError where an approximate search is to leave out items.
+        """
+        if approximate and allowed is not None:
+            raise ConfigError(
+                "search.allow and search.deny need evaluation.index exact: a graph of neighbours cannot leave out items"
+            )
         index = ItemIndex.build(model, lookup, num_items=num_items, device=device, process=process)
+        if allowed is not None:
+            index.restrict(allowed)
         if approximate:
             index = HnswIndex(index)
         return RetrievalSearch(model, lookup, index, precision=precision)

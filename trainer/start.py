@@ -3,9 +3,11 @@
 import io
 import logging
 import secrets
+from collections.abc import Callable
 from typing import Any
 
 import polars as pl
+import torch
 
 from cluster.errors import CheckpointError, PlanError
 from cluster.process import Process
@@ -13,17 +15,20 @@ from cluster.reporter import Reporter
 from cluster.storage import Storage
 from data_streams.item_table import ITEMS_NAME
 from data_streams.stream import TrainStream
+from models.recommender import Recommender
 from sharding.plan import render_plan
 from trainer.assembly import Assembly, agree_on, assemble
 from trainer.audit import AuditLog, next_attempt
 from trainer.checkpoint import Checkpointer
-from trainer.checkpoint_layout import latest_step
+from trainer.checkpoint_fallback import newest_step, restore_newest
 from trainer.checkpoint_reader import CheckpointReader
 from trainer.configuration import CHECKPOINTS, PretrainConfig, TrainConfig
 from trainer.dense_engine import DenseEngine
+from trainer.dense_module import DenseModule
+from trainer.job import CheckpointClock, Job
 from trainer.learner import Learner
 from trainer.metric_log import MetricLog
-from trainer.pretrain import CheckpointClock, Job, train
+from trainer.pretrain import train
 from trainer.run_state import Progress, initialise_from, restore_progress
 
 logger = logging.getLogger(__name__)
@@ -36,17 +41,34 @@ def pretrain(
 
     Returns the status ("finished" or "stopped"), the last and the best step, and the best selection metric.
     """
+    return train(start_job(process, config, config_document, reporter))
+
+
+def start_job(
+    process: Process,
+    config: PretrainConfig,
+    config_document: dict[str, Any],
+    reporter: Reporter,
+    *,
+    wrap: Callable[[Recommender, torch.dtype], DenseModule] = DenseModule,
+) -> Job:
+    """Build the parts of a loop and bring the latest checkpoint back, or else the weights to start from; collective.
+
+    `wrap(model, precision)` makes the module that the engine trains.
+    """
     storage = Storage(config.run_dir)
     stream = TrainStream(config.data, seed=config.seed, rank=process.rank, world_size=process.world_size)
     assembly = assemble(config, process)
-    saved_step = agree_on(_saved_step(storage), process)
+    checkpoints = storage.folder(CHECKPOINTS)
+    saved_step = agree_on(newest_step(checkpoints), process)
     if saved_step < 0 and config.init_from:
         _initialise(config.init_from, assembly)
-    learner, engine = make_learner(assembly)
+    learner, engine = make_learner(assembly, wrap)
     progress = Progress()
     if saved_step >= 0:
-        reader = CheckpointReader(Storage(storage.path(CHECKPOINTS)), saved_step)
-        progress = restore_progress(reader, assembly, engine)
+        progress = restore_newest(
+            checkpoints, saved_step, process, lambda reader: restore_progress(reader, assembly, engine)
+        )
         _reopen(progress, config.train)
     if process.rank == 0:
         _describe_run(storage, assembly, config)
@@ -71,12 +93,12 @@ def pretrain(
     )
     # Staging memory is taken before the first step, not during it.
     job.checkpointer.prepare([*assembly.tables.pieces(), *engine.pieces()])
-    return train(job)
+    return job
 
 
 def _checkpointer(storage: Storage, process: Process, attempt: str, config: TrainConfig) -> Checkpointer:
     return Checkpointer(
-        Storage(storage.path(CHECKPOINTS)),
+        storage.folder(CHECKPOINTS),
         rank=process.rank,
         world_size=process.world_size,
         attempt=attempt,
@@ -84,10 +106,12 @@ def _checkpointer(storage: Storage, process: Process, attempt: str, config: Trai
     )
 
 
-def make_learner(assembly: Assembly) -> tuple[Learner, DenseEngine]:
+def make_learner(
+    assembly: Assembly, wrap: Callable[[Recommender, torch.dtype], DenseModule] = DenseModule
+) -> tuple[Learner, DenseEngine]:
     """Wrap the dense part in the engine, and prove that this left the tables alone."""
     before = assembly.tables.checksums()
-    module = assembly.module()
+    module = assembly.module(wrap)
     engine = DenseEngine(module, assembly.config.train, assembly.process)
     changed = [name for name, value in assembly.tables.checksums().items() if value != before[name]]
     if changed:
@@ -107,11 +131,6 @@ def make_learner(assembly: Assembly) -> tuple[Learner, DenseEngine]:
     return learner, engine
 
 
-def _saved_step(storage: Storage) -> int:
-    step = latest_step(Storage(storage.path(CHECKPOINTS)))
-    return -1 if step is None else step
-
-
 def _initialise(source: str, assembly: Assembly) -> None:
     run = Storage(source)
     if not run.exists(ITEMS_NAME):
@@ -119,7 +138,7 @@ def _initialise(source: str, assembly: Assembly) -> None:
             f"--init-from needs the directory of a run with {ITEMS_NAME} and a checkpoint; {source} has none"
         )
     saved_items = pl.read_parquet(io.BytesIO(run.read(ITEMS_NAME)))["item_id"]
-    initialise_from(CheckpointReader(Storage(run.path(CHECKPOINTS)), "best"), saved_items, assembly)
+    initialise_from(CheckpointReader(run.folder(CHECKPOINTS), "best"), saved_items, assembly)
 
 
 def _reopen(progress: Progress, config: TrainConfig) -> None:

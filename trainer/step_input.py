@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data_streams.batch import SequenceBatch
 from models.recommender import Recommender, StepContext
-from models.tables import Ids
+from models.tables import Ids, TableSpec
 from sharding.lookup import ItemFeatures, MergedIds, merge_ids
 
 
@@ -77,15 +77,27 @@ def prepare_step(
 ) -> StepInput:
     """Ask the model what it looks up, join it, gather frozen features, and send all of it to the device."""
     parts = split_users(model.training_batch(batch, context), num_micro_batches)
-    requests = [dict(model.ids(part, context)) for part in parts]
-    merged = merge_ids(model.tables(), requests)
+    asked = [(part, model.ids(part, context), model.num_targets(part)) for part in parts]
+    return join_parts(model.tables(), asked, batch, context, item_features, device)
+
+
+def join_parts(
+    specs: Sequence[TableSpec],
+    asked: Sequence[tuple[SequenceBatch, Ids, int]],
+    batch: SequenceBatch,
+    context: StepContext,
+    item_features: ItemFeatures | None,
+    device: torch.device,
+) -> StepInput:
+    """The step of a batch whose parts, with what each looks up and its number of targets, are known."""
+    merged = merge_ids(specs, [dict(ids) for _, ids, _ in asked])
     micro_batches = []
-    for part, ids in zip(parts, requests, strict=True):
+    for part, ids, num_targets in asked:
         features = {} if item_features is None else {name: item_features.gather(ids[name]) for name in ids}
         micro_batches.append(
             MicroBatch(
                 batch=part.to(device),
-                num_targets=model.num_targets(part),
+                num_targets=num_targets,
                 context=context,
                 ids={name: values.to(device, non_blocking=True) for name, values in ids.items()},
                 item_features={

@@ -27,7 +27,7 @@ def run(arguments: list[str]) -> int:
     from trainer.export import export_checkpoint
 
     run_files = Storage(config.run_dir)
-    reader = CheckpointReader(Storage(run_files.path(CHECKPOINTS)), parse_checkpoint(options.checkpoint))
+    reader = CheckpointReader(run_files.folder(CHECKPOINTS), parse_checkpoint(options.checkpoint))
     row_ids = {}
     if run_files.exists(ITEMS_NAME):
         items = pl.read_parquet(io.BytesIO(run_files.read(ITEMS_NAME)), columns=["item_id"])

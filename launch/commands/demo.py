@@ -1,4 +1,4 @@
-"""Build a synthetic world, train two workers on it, evaluate and recommend: grail demo [--scale small]"""
+"""Build a synthetic world, pretrain, recommend, and align a generator by rewards: grail demo [--scale small]"""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from cluster.configuration import ClusterConfig
 from cluster.storage import Storage
 from launch.options import parse
 from launch.progress import duration
-from launch.run_directory import CURVES, absolute
+from launch.run_directory import ALIGNMENT_CURVES, CURVES, absolute
 from trainer.configuration import PretrainConfig
 
 WORLDS: dict[str, dict[str, Any]] = {
@@ -39,24 +39,37 @@ def run(arguments: list[str]) -> int:
 
 
 def demo(options: DemoOptions) -> int:
-    """The four commands of a first day, one after another."""
+    """The commands of a first day, one after another."""
     from launch.commands import evaluate, pretrain, recommend
+    from launch.demo_alignment import AlignmentDemo
 
     begun, out = time.monotonic(), absolute(options.out)
-    _heading("1 of 4", "a world of users with drifting tastes, written as tar shards")
+    _heading("1 of 7", "a world of users with drifting tastes, written as tar shards")
     _build_world(options, f"{out}/shards")
     config = demo_config(options, f"{out}/shards", f"{out}/run")
-    _heading("2 of 4", f"{options.workers} workers train SASRec; the item table is sharded over them")
+    _heading("2 of 7", f"{options.workers} workers train SASRec; the item table is sharded over them")
     code = pretrain.train(config)
     if code:
         return code
     _heading(
-        "3 of 4", "every user's last click is ranked among all items, beside simple methods and the truth"
+        "3 of 7", "every user's last click is ranked among all items, beside simple methods and the truth"
     )
     found = evaluate.evaluate(config, baselines=True)
-    _heading("4 of 4", "what three users would be shown")
+    _heading("4 of 7", "what three users would be shown")
     recommend.show(config, num_users=3)
-    _summary(out, found, time.monotonic() - begun)
+    aligned = AlignmentDemo(out=out, seed=options.seed, scale=options.scale)
+    _heading(
+        "5 of 7", "items get semantic IDs; a generator learns to write them, another model how users answer"
+    )
+    aligned.build_pages(_world(options), options.workers)
+    aligned.tokenize()
+    if code := aligned.pretrain():
+        return code
+    _heading("6 of 7", "alignment (GRPO-SR): a worker draws, another rewards, a learner updates")
+    if code := aligned.align():
+        return code
+    _heading("7 of 7", "the generator before and after, beside the truth of the world")
+    _summary(out, found, aligned.evaluate(), time.monotonic() - begun)
     return 0
 
 
@@ -76,14 +89,18 @@ def _build_world(options: DemoOptions, path: str) -> None:
     from data_streams.build import BuildConfig, build
     from data_streams.inspect import inspect, print_report
     from data_streams.manifest import MANIFEST_NAME
-    from data_streams.sources.world import WorldSource
 
     if Storage(path).exists(MANIFEST_NAME):
         print(f"{path} is there already and is used again.")
         return
-    world = WorldSource.Config(seed=options.seed, **WORLDS[options.scale])
-    build(world, BuildConfig(out=path, cluster=ClusterConfig(workers=options.workers)))
+    build(_world(options), BuildConfig(out=path, cluster=ClusterConfig(workers=options.workers)))
     print_report(inspect(path, num_samples=2))
+
+
+def _world(options: DemoOptions) -> Any:
+    from data_streams.sources.world import WorldSource
+
+    return WorldSource.Config(seed=options.seed, **WORLDS[options.scale])
 
 
 def _heading(place: str, text: str) -> None:
@@ -92,12 +109,15 @@ def _heading(place: str, text: str) -> None:
     Console().rule(f"[bold]{place}[/bold]  {text}", align="left")
 
 
-def _summary(out: str, found: dict[str, Any], seconds: float) -> None:
+def _summary(out: str, found: dict[str, Any], generator: dict[str, dict[str, float]], seconds: float) -> None:
     metric = "ndcg@10"
     others = {name: round(metrics[metric], 4) for name, metrics in found["baselines"].items()}
     _heading("done", f"in {duration(seconds)}")
     print(f"{metric} of the test clicks: {found['metrics'][metric]:.4f}; others: {json.dumps(others)}")
-    print(f"Pictures: {out}/shards/inspect.png (the data), {out}/run/{CURVES} (the training)")
+    before, after = (generator[name]["utility@10"] for name in ("policy", "aligned"))
+    print(f"true utility of the generator's lists (random 0, best 1): {before:.4f} before, {after:.4f} after")
+    print(f"Pictures: {out}/shards/inspect.png (the data), {out}/run/{CURVES} (the training),")
+    print(f"          {out}/aligned/{ALIGNMENT_CURVES} (the alignment)")
     print(f"Numbers:  {out}/run/metrics.jsonl, {out}/run/evaluation.json")
     print("Train on your own events: grail data build events --events F --items F --out DIR, then")
     print("                          grail pretrain sasrec --data.path DIR --cluster.workers 2")

@@ -8,7 +8,7 @@ from cluster.configuration import ClusterConfig
 from cluster.errors import ConfigError
 from cluster.storage import Storage
 from launch.progress import start_console
-from launch.run_directory import EVALUATION, SEARCH_SCALING
+from launch.run_directory import EVALUATION, SEARCH_SCALING, absolute
 from launch.served_run import DataOptions, find_step, parse_served
 from trainer.configuration import EvaluationConfig, PretrainConfig, SearchConfig
 
@@ -22,6 +22,8 @@ class EvaluateOptions:
     baselines: bool = False
     """Evaluate popularity, co-occurrence and transitions beside it, and the oracle where the truth is "
     "known."""
+    per_user: str | None = None
+    """Parquet file that each user's own metrics are written to, to compare two runs user by user."""
     data: DataOptions = field(default_factory=DataOptions)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
@@ -33,12 +35,23 @@ def run(arguments: list[str]) -> int:
     if len(config.search.candidates) > 1:
         compare_candidates(config, checkpoint=options.checkpoint, split=options.split)
         return 0
-    evaluate(config, checkpoint=options.checkpoint, split=options.split, baselines=options.baselines)
+    evaluate(
+        config,
+        checkpoint=options.checkpoint,
+        split=options.split,
+        baselines=options.baselines,
+        per_user=options.per_user,
+    )
     return 0
 
 
 def evaluate(
-    config: PretrainConfig, *, checkpoint: str = "best", split: str = "test", baselines: bool = False
+    config: PretrainConfig,
+    *,
+    checkpoint: str = "best",
+    split: str = "test",
+    baselines: bool = False,
+    per_user: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run on workers, write its evaluation.json and print a table; returns the file's content."""
     from rich.console import Console
@@ -53,7 +66,10 @@ def evaluate(
         )
     step = find_step(config, checkpoint)
     start_console()
-    content = run_gang(*(evaluate_job, config, step, split), config=config.cluster, run_dir=config.run_dir)
+    kept = per_user and absolute(per_user)
+    content = run_gang(
+        *(evaluate_job, config, step, split, kept), config=config.cluster, run_dir=config.run_dir
+    )
     content["checkpoint"] = checkpoint
     intervals = {metric: tuple(interval) for metric, interval in content["intervals"].items()}
     results = {f"step {step} ({checkpoint})": EvaluationResult(**{**content, "intervals": intervals})}

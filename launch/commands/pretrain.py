@@ -2,16 +2,19 @@
 
 import dataclasses
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ConfigError
 from cluster.plugins import first_line, load_plugin, plugin_config, plugin_files, suggestion
-from cluster.reporter import StopSignal
+from cluster.reporter import Event, StopSignal
 from launch.options import parse, split_name, take_option
 from launch.progress import TrainingProgress, start_console
-from launch.run_directory import CONFIG, absolute, load_config, prepare
+from launch.run_directory import CONFIG, absolute, absolute_lists, load_config, prepare
 from trainer.checks import check
 from trainer.configuration import PretrainConfig
+
+if TYPE_CHECKING:
+    from launch.run_status import StatusKeeper
 
 RECIPES = "launch.recipes"
 OBJECTIVES = "models.objectives"
@@ -47,6 +50,7 @@ def parse_config(name: str, options: list[str]) -> PretrainConfig:
             semantic_ids=absolute(config.data.semantic_ids),
             columns=_columns(config),
         ),
+        search=absolute_lists(config.search),
     )
 
 
@@ -66,32 +70,52 @@ def train(config: PretrainConfig) -> int:
 
     Raises: ConfigError or DataError before any worker is started, and whatever the workers raise.
     """
-    from cluster.ray_start import start_ray
-    from cluster.worker_group import run_gang
+    from cluster.lease import Lease
     from data_streams.stream import open_data
-    from launch.jobs import pretrain_job
     from launch.plots import write_curves
+    from launch.run_status import StatusKeeper
 
     check(config)
     open_data(config.data)
-    document = prepare(config)
     console, stop = start_console(), StopSignal()
-    start_ray(config.cluster)
-    with TrainingProgress(console) as progress, stop.on_signals():
-        result = run_gang(
-            *(pretrain_job, config, document),
-            config=config.cluster,
-            run_dir=config.run_dir,
-            on_event=progress.on_event,
-            stop=stop,
-        )
-    curves = write_curves(config.run_dir, config.train.selection_metric)
+    keeper = StatusKeeper(config.run_dir, config.recipe, config.log.prometheus_file)
+    with Lease(config.run_dir, stop.abort), keeper:
+        result = _run(config, prepare(config), console, stop, keeper)
+        curves = write_curves(config.run_dir, config.train.selection_metric)
     if result is None or result["status"] == "stopped":
         at = f" at step {result['step']}" if result else ""
         print(f"Stopped{at}. Go on with: grail pretrain {config.run_dir}/{CONFIG}", file=sys.stderr)
         return STOPPED
     _report(config, result, curves)
     return 0
+
+
+def _run(
+    config: PretrainConfig, document: dict, console: Any, stop: StopSignal, keeper: "StatusKeeper"
+) -> dict | None:
+    """The result of the workers; None where they were stopped before they had one."""
+    from cluster.elastic import allowed_worlds
+    from cluster.ray_start import start_ray
+    from cluster.worker_group import run_gang
+    from launch.jobs import pretrain_job
+
+    def on_event(event: Event) -> None:
+        progress.on_event(event)
+        keeper.on_event(event)
+
+    start_ray(config.cluster)
+    with TrainingProgress(console) as progress, stop.on_signals():
+        result = run_gang(
+            *(pretrain_job, config, document),
+            config=config.cluster,
+            run_dir=config.run_dir,
+            on_event=on_event,
+            stop=stop,
+            worlds=allowed_worlds(config.cluster, multiple_of=config.sharding.workers_multiple_of),
+        )
+    if result is not None:
+        keeper.end(result["status"])
+    return result
 
 
 def _report(config: PretrainConfig, result: dict, curves: str | None) -> None:

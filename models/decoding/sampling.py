@@ -48,22 +48,26 @@ class Sampling(PathSearch):
     ) -> Decoded:
         check_seeds(seeds, state.num_users)
         numbers = torch.arange(k, device=state.device)
-        drawn = None
+        drawn, of_codes = None, []
         for level in range(len(space.code_sizes)):
             logits, state = next_logits(model, state, level, drawn, space)
-            drawn = self._extend(
+            drawn, log_probs = self._extend(
                 drawn or Step.root(state), level, logits, space, uniform(seeds[:, None], level, numbers)
             )
+            of_codes.append(log_probs)
         items = space.draw_items(drawn.nodes, uniform(seeds[:, None], ITEM_DRAW, numbers))
         return Decoded(
             items=items,
             log_probs=drawn.log_probs,
             scores=drawn.scores,
             paths=space.codes(len(space.code_sizes), drawn.nodes),
+            code_log_probs=torch.stack(of_codes, dim=-1),
         )
 
-    def _extend(self, drawn: Step, level: int, logits: Tensor, space: PathSpace, numbers: Tensor) -> Step:
-        """One code for each number [B, k]; at the first level all draws continue the one empty prefix."""
+    def _extend(
+        self, drawn: Step, level: int, logits: Tensor, space: PathSpace, numbers: Tensor
+    ) -> tuple[Step, Tensor]:
+        """One code for each number [B, k] and its log-probability; the first ones all continue the empty prefix."""
         candidates = space.candidates(level, drawn.nodes)
         log_probs = self._distribution.log_probabilities(logits, candidates)
         shape = (*numbers.shape, log_probs.shape[-1])
@@ -73,13 +77,15 @@ class Sampling(PathSearch):
         last = torch.searchsorted(cumulative, cumulative[..., -1:].contiguous())
         cells = torch.minimum(torch.searchsorted(cumulative, goal, right=True), last)
         parents = torch.arange(numbers.shape[1], device=numbers.device).expand_as(numbers)
-        total = drawn.log_probs + log_probs.expand(shape).gather(-1, cells)[..., 0]
-        return Step(
+        of_codes = log_probs.expand(shape).gather(-1, cells)[..., 0]
+        total = drawn.log_probs + of_codes
+        step = Step(
             nodes=candidates.nodes.expand(shape).gather(-1, cells)[..., 0],
             parents=parents if level else torch.zeros_like(parents),
             log_probs=total,
             scores=total,
         )
+        return step, of_codes
 
 
 def check_seeds(seeds: Tensor | None, num_users: int) -> None:

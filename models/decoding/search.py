@@ -28,6 +28,8 @@ class Decoded:
     """[B, k, L] int64; -1 in empty slots."""
     kept: tuple[Tensor, ...] = ()
     """By depth 1..L: [B, W] int64 nodes of the prefixes a beam kept, -1 where it had fewer; of beam search only."""
+    code_log_probs: Tensor | None = None
+    """[B, k, L] fp32: log-probability of each code in that distribution; of sampling with replacement only."""
 
     @property
     def filled(self) -> Tensor:

@@ -32,6 +32,8 @@ class BucketLayout:
     """[T] int64."""
     buckets: tuple[tuple[int, int], ...]
     """(users, length) of each bucket, in the order of the cells."""
+    is_identity: bool = False
+    """Whether every token lies in the cell of its own number, as with rows of one length: nothing has to move then."""
 
 
 def bucket_layout(sequences: Jagged) -> BucketLayout:
@@ -41,7 +43,25 @@ def bucket_layout(sequences: Jagged) -> BucketLayout:
     offsets = sequences.offsets.numpy()
     lengths = np.diff(offsets)
     users = np.argsort(-lengths, kind="stable")[: int((lengths > 0).sum())]
-    buckets = _group_lengths(lengths[users])
+    return _layout_of(offsets, users, _group_lengths(lengths[users]))
+
+
+def following_layout(sequences: Jagged, layout: BucketLayout, others: Jagged) -> BucketLayout:
+    """Rows of other lengths grouped like those of `sequences`: the same users in the same buckets and order."""
+    if sequences.offsets.device.type != "cpu":
+        return padded_layout(others)
+    rows, offsets = sequences.row_index()[layout.token_of_cell].numpy(), others.offsets.numpy()
+    users, buckets, cell = [np.zeros(0, dtype=np.int64)], [], 0
+    for count, length in layout.buckets:
+        users.append(rows[cell : cell + count * length : length])
+        buckets.append((count, int(np.diff(offsets)[users[-1]].max())))
+        cell += count * length
+    return _layout_of(offsets, np.concatenate(users), buckets)
+
+
+def _layout_of(offsets: np.ndarray, users: np.ndarray, buckets: list[tuple[int, int]]) -> BucketLayout:
+    """Cells of users in a given order. Shapes: offsets [B + 1], users [users of all buckets]."""
+    lengths = np.diff(offsets)
     widths = np.repeat([length for _, length in buckets], [count for count, _ in buckets]).astype(np.int64)
     starts = np.cumsum(widths) - widths
     within = np.arange(int(widths.sum())) - np.repeat(starts, widths)
@@ -53,6 +73,7 @@ def bucket_layout(sequences: Jagged) -> BucketLayout:
         token_of_cell=torch.from_numpy(token_of_cell),
         cell_of_token=torch.from_numpy(cell_of_token),
         buckets=tuple(buckets),
+        is_identity=np.array_equal(token_of_cell, np.arange(len(cell_of_token))),
     )
 
 
@@ -125,8 +146,9 @@ class _Rearrange(torch.autograd.Function):
 
 def to_cells(tokens: Tensor, layout: BucketLayout) -> Iterator[Tensor]:
     """One block of cells per bucket. Shapes: tokens [T, ...] -> [users, length, ...] each."""
-    flat = tokens.flatten(1)
-    cells = _Rearrange.apply(flat, layout.token_of_cell, layout.cell_of_token, None)
+    cells = tokens.flatten(1)
+    if not layout.is_identity:
+        cells = _Rearrange.apply(cells, layout.token_of_cell, layout.cell_of_token, None)
     parts = cells.split([users * length for users, length in layout.buckets])
     for part, (users, length) in zip(parts, layout.buckets, strict=True):
         yield part.view(users, length, *tokens.shape[1:])
@@ -138,8 +160,9 @@ def to_tokens(blocks: list[Tensor], layout: BucketLayout) -> Tensor:
     Shapes: [users, length, ...] -> [T, ...].
     """
     cells = torch.cat([block.reshape(-1, *block.shape[2:]).flatten(1) for block in blocks])
-    tokens = _Rearrange.apply(cells, layout.cell_of_token, layout.token_of_cell, padding_cells(layout))
-    return tokens.view(-1, *blocks[0].shape[2:])
+    if not layout.is_identity:
+        cells = _Rearrange.apply(cells, layout.cell_of_token, layout.token_of_cell, padding_cells(layout))
+    return cells.view(-1, *blocks[0].shape[2:])
 
 
 def pair_dtype(cells: Tensor, length: int) -> torch.dtype:

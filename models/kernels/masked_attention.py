@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data_streams.jagged import Jagged
 from models.kernels.length_buckets import BucketLayout, pair_dtype, to_cells, to_tokens
+from models.layers.linear import without_autocast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +136,7 @@ def _attend(
 ) -> Tensor:
     """Shapes: queries [users, heads, Q, D], keys and values [users, heads, L, D], mask [users, Q, L]."""
     dtype = pair_dtype(queries, keys.shape[2])
-    with torch.autocast(queries.device.type, enabled=False):
+    with without_autocast(queries):
         q, k, v = (part.to(dtype) for part in (queries, keys, values))
         scale, mask = q.shape[-1] ** -0.5, mask[:, None]
         scores = (q @ k.transpose(2, 3)).float() * scale

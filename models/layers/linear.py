@@ -1,5 +1,7 @@
 """Linear layers over jagged rows, whose number changes from step to step."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +18,10 @@ class Linear(nn.Linear):
 
     def forward(self, rows: Tensor) -> Tensor:
         """Shapes: [T, in] -> [T, out]."""
-        return super().forward(align_rows(rows))[: rows.shape[0]]
+        aligned = align_rows(rows)
+        if aligned is rows:
+            return super().forward(rows)
+        return super().forward(aligned)[: rows.shape[0]]
 
 
 def align_rows(rows: Tensor) -> Tensor:
@@ -24,10 +29,20 @@ def align_rows(rows: Tensor) -> Tensor:
     compiles = rows.device.type == "cpu" and (
         rows.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
     )
-    return F.pad(rows, (0, 0, 0, -rows.shape[0] % ALIGNMENT_ROWS)) if compiles else rows
+    missing = -rows.shape[0] % ALIGNMENT_ROWS
+    return F.pad(rows, (0, 0, 0, missing)) if compiles and missing else rows
 
 
 def matmul_dtype(tensor: Tensor) -> torch.dtype:
     """The autocast dtype where autocast is on: a custom autograd function has to apply it by itself."""
     device = tensor.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+    # There is no autocast on the meta device, where models are only counted.
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return tensor.dtype
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """For products whose dtype is chosen by hand."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

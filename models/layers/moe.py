@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cluster.errors import ConfigError
 from models.layers.expert_rows import collect_rows, dispatch_rows, group_rows
 from models.layers.feedforward import FeedForward, swish_gate
-from models.layers.linear import matmul_dtype
+from models.layers.linear import matmul_dtype, without_autocast
 
 _ALIGNED = 8
 """Grouped products need rows of a multiple of 16 bytes, in bf16 too."""
@@ -120,7 +120,7 @@ class Mixture(nn.Module):
     def _route(self, hidden: Tensor, token_weights: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weights and experts of each token. Shapes: [T, D] -> [T, k] and [T, k]."""
         # In fp32 whatever the rest computes in: close choices should not hang on rounding.
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden):
             logits = self.router(hidden.float())
             scores = logits.softmax(-1) if self.config.score == "softmax" else logits.sigmoid()
             chosen = (scores.detach() + self.choice_bias).topk(self.config.top_k, sorted=False).indices

@@ -139,7 +139,10 @@ def shared_prompt_attention(
 
 
 def suffix_attention(queries: Tensor, suffix: SuffixKeyValues) -> Tensor:
-    """Softmax attention of each prefix over its own keys alone. Shapes: queries [B, W, heads, D], as the result."""
+    """Softmax attention of each query over its own suffix alone.
+
+    Shapes: queries [B, W, heads, D] -> [B, W, heads, D].
+    """
     scores = (queries[:, :, None] * suffix.keys).sum(-1) * queries.shape[-1] ** -0.5
     weights = scores.float().softmax(2).to(suffix.values.dtype)
     return (weights[..., None] * suffix.values).sum(2)

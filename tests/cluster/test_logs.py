@@ -43,3 +43,24 @@ def test_a_signal_requests_a_stop_and_the_old_handler_comes_back():
         os.kill(os.getpid(), signal.SIGTERM)
     assert stop.requested
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_same_sigterm_to_a_process_and_to_its_group_counts_once():
+    stop = StopSignal()
+    with stop.on_signals():
+        stop.request()  # by a worker that got it a moment earlier
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.requested, "and this process lives"
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    program = (
+        "import os, signal, time\nfrom cluster.reporter import StopSignal\n"
+        "with StopSignal().on_signals():\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(30)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(root())}, timeout=20
+    )
+    assert ended.returncode == -signal.SIGINT

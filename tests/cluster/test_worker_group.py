@@ -162,7 +162,7 @@ def test_a_run_listens_on_the_ports_of_ray_only(tmp_path):
     for (name, _), count in open_to_all.items():
         limit = 1 if name.startswith("ray::") else allowed.get(name, 0)
         assert count <= limit, f"{name} listens on {count} open ports: {sockets}"
-    assert any(name == "ray::_Worker" and ip.startswith("127.") for name, ip, _ in sockets), (
+    assert any(name == "ray::GangWorker" and ip.startswith("127.") for name, ip, _ in sockets), (
         "gloo is on loopback"
     )
 

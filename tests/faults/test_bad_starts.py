@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster.lease import Lease
 from cluster.storage import Storage
 from data_streams.manifest import Manifest
 from launch.cli import run as grail
@@ -44,6 +45,14 @@ def test_resume_never_refuses_a_directory_with_checkpoints(data, one_epoch, caps
     assert f"--resume never needs a run directory without checkpoints, and {one_epoch} has some" in (
         capsys.readouterr().err
     )
+
+
+def test_a_second_job_on_one_run_directory_is_refused_and_touches_nothing(data, one_epoch, capsys):
+    before = {path: path.stat().st_mtime_ns for path in one_epoch.rglob("*") if path.is_file()}
+    with Lease(str(one_epoch), print):
+        assert grail(pretrain_line(data, one_epoch)) == 1
+    assert f"grail: one job at a time may write to {one_epoch}" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in one_epoch.rglob("*") if path.is_file()} == before
 
 
 class Hostile:

@@ -7,12 +7,14 @@ import signal
 import pytest
 
 from launch.cli import run as grail
+from launch.run_status import report_run
 from tests.faults.training import (
     Training,
     assert_nothing_lost,
     last_step,
     latest_step,
     pretrain_line,
+    send,
     wait_until_gone,
 )
 from tests.tiny_run import build_tiny_data
@@ -49,6 +51,8 @@ def test_a_killed_worker_is_replaced_and_the_command_finishes(data, undisturbed,
         output = training.output()
         assert f"(pid {victim.pid}) died" in output and "restart 1 of 3" in output
         assert "restart 2" not in output
+    report = report_run(str(run_dir))
+    assert (report.state, report.status.restarts, report.status.workers) == ("finished", 1, 2)
     assert "Going on from step" in (run_dir / "logs" / "rank-0.log").read_text()
     assert_nothing_lost(run_dir, undisturbed)
 
@@ -71,13 +75,22 @@ def test_a_job_killed_during_a_write_and_then_without_its_driver_goes_on(data, u
     assert_nothing_lost(run_dir, undisturbed)
 
 
+def press_ctrl_c(training: Training) -> None:
+    os.killpg(training.driver.pid, signal.SIGINT)
+
+
+def end_container(training: Training) -> None:
+    """SIGTERM to everything: driver, workers and Ray, as a container, a cgroup or a Slurm step is ended."""
+    send(training.processes(), signal.SIGTERM)
+
+
 def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(data, undisturbed, tmp_path):
     run_dir = tmp_path / "run"
     line = pretrain_line(data, run_dir)
-    for step, number in ((5, signal.SIGINT), (15, signal.SIGTERM)):
+    for step, end in ((5, press_ctrl_c), (15, end_container)):
         with Training(run_dir, line) as training:
             training.wait_for_step(step)
-            os.killpg(training.driver.pid, number)  # to Ray's processes too, as a terminal does
+            end(training)
             assert training.exit_code() == 75, training.output()
             stopped = latest_step(run_dir)
             assert f"Stopped at step {stopped}. Go on with: grail pretrain {run_dir}/config.yaml" in (

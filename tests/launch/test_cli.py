@@ -1,3 +1,5 @@
+import errno
+import os
 import subprocess
 import sys
 
@@ -25,7 +27,7 @@ def test_help_lists_every_command_and_imports_nothing_slow():
     assert shown.returncode == 0, shown.stderr
     for command in (
         "pretrain", "evaluate", "recommend", "demo", "data build", "data inspect", "checkpoint inspect",
-        "checkpoint export",
+        "checkpoint export", "status",
     ):  # fmt: skip
         (line,) = [line for line in shown.stdout.splitlines() if line.startswith(f"  {command} ")]
         assert len(line.split()) > 4, f"{command} has no description"
@@ -59,6 +61,23 @@ def test_a_missing_run_is_an_error_without_a_traceback(capsys, tmp_path):
     assert cli.run(["evaluate", str(tmp_path / "nowhere")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("grail: ") and "there is none" in error and "Traceback" not in error
+
+
+def test_a_full_disk_is_an_error_without_a_traceback_and_other_errors_of_the_system_are_mistakes(
+    capsys, monkeypatch
+):
+    def fail(number):
+        raise OSError(number, os.strerror(number), "/runs/a/lease.json")
+
+    monkeypatch.setattr(cli, "find_command", lambda arguments: fail(errno.ENOSPC))
+    assert cli.run(["pretrain"]) == 1
+    assert capsys.readouterr().err == (
+        "grail: /runs/a/lease.json must have room to write, and the system says: No space left on device; make "
+        "room, then start again to go on from the latest checkpoint\n"
+    )
+    monkeypatch.setattr(cli, "find_command", lambda arguments: fail(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        cli.run(["pretrain"])
 
 
 def test_the_first_word_of_commands_lists_those_that_begin_with_it(capsys):

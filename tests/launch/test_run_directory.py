@@ -72,6 +72,14 @@ def test_a_checkpoint_is_named_by_word_or_step():
     ("options", "message"),
     [
         (["--cluster.workers", "9"], r"data.num-streams must be at least cluster.workers \(9\), got 8"),
+        (
+            ["--cluster.max-workers", "9"],
+            r"data.num-streams must be at least cluster.max-workers \(9\), got 8",
+        ),
+        (
+            ["--cluster.min-workers", "2"],
+            "cluster.min-workers must be at least 1 and at most cluster.workers",
+        ),
         (["--train.epochs", "0"], "train.epochs must be at least 1, got 0"),
         (["--train.ema-decay", "1"], "train.ema-decay must lie in 0..1, below 1, or be None; got 1.0"),
         (["--log.every-steps", "0"], "log.every-steps must be at least 1, got 0"),

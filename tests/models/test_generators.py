@@ -1,5 +1,7 @@
 """What holds for every model that generates: decoding says what training said."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -40,7 +42,7 @@ def test_the_training_loss_is_that_of_teacher_forcing_after_every_position(name)
     batch = make_batch(sequences)
     loss = training_loss(model, batch)
     prefixes = [sequence[: stop + 1] for sequence in sequences for stop in range(1, len(sequence))]
-    prompts = make_batch(prefixes)
+    prompts = replace(make_batch(prefixes), user_ids=batch.user_ids[batch.items.row_index()])
     paths = codes[torch.stack([prefix[-1] for prefix in prefixes])][:, None]
     log_probs = model.log_probabilities(prompt_rows(model, prompts), prompts, paths)
     assert loss.count == len(prefixes)

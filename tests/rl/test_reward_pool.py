@@ -12,7 +12,7 @@ import pytest
 from cluster.configuration import ClusterConfig
 from cluster.errors import ConfigError, PoolGoneError, RewardError
 from rl.reward_mix import RewardTerm
-from rl.reward_pool import RewardPool, RewardPoolConfig, build_scorer
+from rl.reward_pool import OwnRewards, RewardPool, RewardPoolConfig, build_scorer
 from rl.rewards import RewardSetting
 from rl.rewards.hit import Hit
 from rl.rewards.python_function import PythonFunction
@@ -135,6 +135,16 @@ def test_what_is_no_reward_names_the_reward_and_the_user(name, message):
         score(groups_of(4))
 
 
+def test_a_process_that_scores_by_itself_gives_the_same_rewards():
+    terms = [RewardTerm(name="hit", reward=Hit.Config()), function("fails_for_user_99")]
+    with OwnRewards(terms, SETTING) as rewards:
+        first, second = rewards.submit(groups_of(3)), rewards.submit(groups_of(2))
+        assert rewards.collect(second).values.tolist() == [[2, 1]] * 2
+        assert rewards.collect(first).values.tolist() == [[2, 1]] * 3
+        with pytest.raises(RewardError, match="user row 99"):
+            rewards.collect(rewards.submit([group([1, 2], user=99)]))
+
+
 def test_impossible_sizes_are_refused():
     with pytest.raises(ConfigError, match=r"reward\.workers"):
-        RewardPoolConfig(workers=0)
+        RewardPoolConfig(workers=-1)

@@ -4,7 +4,7 @@ import pickle
 import pytest
 import torch
 
-from cluster.errors import CheckpointError
+from cluster.errors import CheckpointError, DamagedCheckpointError
 from cluster.storage import Storage
 from tests.trainer.checkpoint_job import Job, filled, load
 from trainer.checkpoint_layout import encode_state
@@ -68,9 +68,12 @@ def test_only_the_blocks_that_are_read_are_checked(folder):
 def test_an_unknown_format_version_is_refused(folder):
     state = json.loads((folder / "state.json").read_text())
     del state["crc32"]
-    (folder / "state.json").write_bytes(encode_state({**state, "format_version": 7}))
-    with pytest.raises(CheckpointError, match=r"has format version 7; this program knows version 1"):
-        read_all(folder)
+    for version, advice in ((7, "Use the version of grail that wrote it"), (0, "an older one that nothing")):
+        (folder / "state.json").write_bytes(encode_state({**state, "format_version": version}))
+        message = rf"has format version {version}; this program knows version 1\. {advice}"
+        with pytest.raises(CheckpointError, match=message) as refused:
+            read_all(folder)
+        assert not isinstance(refused.value, DamagedCheckpointError), "no reason to take an older checkpoint"
     (folder / "state.json").write_text("[1, 2]")
     with pytest.raises(CheckpointError, match="It is no grail checkpoint"):
         read_all(folder)

@@ -1,5 +1,6 @@
 """One process equals several, sharded equals unsharded, accumulated equals joint: loss, tables and all state."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -54,12 +55,23 @@ def test_climber_pilot_on_two_ranks_equals_the_unsharded_reference(model, object
 
 
 @pytest.mark.parametrize(
-    ("model", "zero_stage"),
-    [("decoder-only", 1), ("decoder-only, codes alone", 3), ("promise", 1), ("genrec", 2)],
+    ("model", "zero_stage", "expert_parallel"),
+    [
+        ("decoder-only", 1, 1),
+        ("decoder-only, codes alone", 3, 1),
+        ("tiger", 3, 1),
+        ("tiger, causal encoder", 1, 1),
+        ("promise", 1, 1),
+        ("genrec", 2, 1),
+        ("onerec-v2", 3, 1),
+        ("onerec-v2 of experts", 1, 2),
+        ("onerec", 1, 2),
+        ("onerec, lifelong", 3, 1),
+    ],
 )
-def test_generators_on_two_ranks_equal_the_unsharded_reference(model, zero_stage):
+def test_generators_on_two_ranks_equal_the_unsharded_reference(model, zero_stage, expert_parallel):
     case = Case(model=model, zero_stage=zero_stage, steps=12)
-    assert_same_training(case, 2, against=case)
+    assert_same_training(replace(case, expert_parallel=expert_parallel), 2, against=case)
 
 
 def test_three_ranks_with_item_features_equal_the_unsharded_reference():

@@ -24,7 +24,7 @@ def test_a_run_learns_logs_and_keeps_its_best_and_last_checkpoints(data, tmp_pat
     config = replace(config, profile=True, log=replace(config.log, every_steps=5))
     (result, _), _ = run_on_processes(run, 2, config)
     storage = Storage(config.run_dir)
-    checkpoints = Storage(storage.path("checkpoints"))
+    checkpoints = storage.folder("checkpoints")
     assert result["status"] == "finished" and result["epoch"] == 6
     assert best_step(checkpoints) == result["best_step"]
     assert set(committed_steps(checkpoints)) == {result["best_step"], result["step"]}

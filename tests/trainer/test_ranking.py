@@ -152,7 +152,7 @@ def evaluate_alone(process, config):
     from launch.jobs import evaluate_job
 
     step = load_frozen(config).step
-    return evaluate_job(process, config, step, "test", Reporter(0))
+    return evaluate_job(process, config, step, "test", None, Reporter(0))
 
 
 def test_a_reward_model_is_chosen_by_its_own_metrics():
@@ -196,6 +196,7 @@ def test_what_needs_a_search_is_refused_for_a_reward_model(tmp_path):
             embeddings=None,
         ),
         item_features=None,
+        semantic_ids=None,
         model=model,
         tables=UnshardedTables(model.tables(), seed=0, learning_rate=0.0, device=torch.device("cpu")),
     )

@@ -1,0 +1,114 @@
+"""Tokenizers and their inputs on the same decoder: `python -m benchmarks.experiments.tokenizers --help`.
+
+One table of semantic IDs for each tokenizer and input, with its collisions and how well prefixes agree with categories,
+and beside it the quality of a decoder that is trained and evaluated on it.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from matplotlib.figure import Figure
+
+from benchmarks.setting.commands import evaluated, grail
+
+METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
+TOKENIZERS: dict[str, tuple[str, ...]] = {
+    "residual-kmeans": ("residual-kmeans",),
+    "residual-kmeans, reassigned": ("residual-kmeans", "--collisions", "reassign"),
+    "balanced-kmeans": ("balanced-kmeans",),
+    "rq-vae": ("rq-vae",),
+    "finite-scalar": ("finite-scalar",),
+    "random-codes": ("random-codes",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Tokenize, train and evaluate once per tokenizer, input and seed; finished parts are not repeated."""
+
+    data: str
+    """Shards of `grail data build`."""
+    text: str
+    """Matrix (.npy) of the items' text vectors."""
+    run: str
+    """Trained run whose item vectors are the collaborative input."""
+    out: str = "runs/tokenizers"
+    """Folder of tables and runs, of table.md and of picture.png."""
+    tokenizers: tuple[str, ...] = tuple(TOKENIZERS)
+    """Which to compare."""
+    inputs: tuple[str, ...] = ("text", "run", "both")
+    """What is tokenized: text vectors, vectors of the run, or both fused."""
+    recipe: str = "decoder-amazon"
+    """Recipe of the decoder."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the decoder; tables have one seed."""
+    extra: tuple[str, ...] = ()
+    """Further options of all training runs as NAME=VALUE, such as train.epochs=4."""
+
+    def input_words(self, name: str) -> tuple[str, ...]:
+        text, run = ("--embeddings.file", self.text), ("--embeddings.from-run", self.run)
+        return {"text": text, "run": run, "both": (*text, *run)}[name]
+
+
+def main(arguments: list[str]) -> None:
+    options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.experiments.tokenizers")
+    found: dict[tuple[str, str], tuple[dict, list[dict]]] = {}
+    for seed in options.seeds:
+        for tokenizer in options.tokenizers:
+            for given in options.inputs:
+                table, report = _tokenized(options, tokenizer, given)
+                _, results = found.setdefault((tokenizer, given), (report, []))
+                results.append(_trained(options, table, seed))
+                _write(Path(options.out), found)
+
+
+def _tokenized(options: Options, tokenizer: str, given: str) -> tuple[Path, dict]:
+    """The folder of a table and its report."""
+    folder = Path(options.out) / "ids" / f"{tokenizer.replace(', ', '-')}-{given}"
+    if not (folder / "report.json").exists():
+        place = ("--data", options.data, "--out", str(folder), "--overwrite")
+        grail("tokenize", *TOKENIZERS[tokenizer], *place, *options.input_words(given))
+    return folder, json.loads((folder / "report.json").read_text())
+
+
+def _trained(options: Options, table: Path, seed: int) -> dict:
+    run_dir = Path(options.out) / "runs" / f"{table.name}-{seed}"
+    kept = run_dir / "evaluation.json"
+    if not kept.exists():
+        extra = [word for pair in options.extra for word in f"--{pair}".split("=", 1)]
+        place = ("--data.path", options.data, "--data.semantic-ids", str(table), "--run-dir", str(run_dir))
+        grail("pretrain", options.recipe, *place, "--seed", str(seed), *extra)
+        evaluated(run_dir)
+    return json.loads(kept.read_text())
+
+
+def _write(folder: Path, found: dict[tuple[str, str], tuple[dict, list[dict]]]) -> None:
+    """The table, means over seeds, and the picture."""
+    names = ["tokenizer", "input", "share a path", "purity of the first code", "seeds", *METRICS]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for (tokenizer, given), (report, results) in found.items():
+        means = [sum(result["metrics"][name] for result in results) / len(results) for name in METRICS]
+        purity = f"{report['purity'][0]:.3f}" if report.get("purity") else ""
+        cells = [tokenizer, given, f"{report['collision_rate']:.2%}", purity, str(len(results))]
+        lines.append(f"| {' | '.join([*cells, *(f'{mean:.4f}' for mean in means)])} |")
+    (folder / "table.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines), flush=True)
+    figure = Figure(figsize=(8, 1 + 0.35 * len(found)), layout="constrained")
+    axes = figure.subplots()
+    for place, (_, results) in enumerate(found.values()):
+        for result in results:
+            low, high = result["intervals"]["recall@10"]
+            axes.plot([low, high], [place, place], color="tab:blue", alpha=0.4, linewidth=4)
+            axes.plot(result["metrics"]["recall@10"], place, "o", color="tab:blue")
+    axes.set_yticks(range(len(found)), [f"{tokenizer}, {given}" for tokenizer, given in found])
+    axes.invert_yaxis()
+    axes.set_xlabel("recall@10, a point and a 95 % interval over users for each seed")
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(folder / "picture.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

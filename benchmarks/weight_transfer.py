@@ -1,0 +1,83 @@
+"""Dense weights from the learner to two rollout workers: arrays in the object store, against torch tensors there."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from torch import nn
+
+from benchmarks.setting.benchmark import Bar, Benchmark, Request, Scale, compare_times
+from benchmarks.setting.timing import interleave
+from cluster.configuration import ClusterConfig
+from cluster.pool import Pool
+from cluster.process import Process
+from cluster.ray_start import start_ray
+from cluster.shared_object import SharedObject
+from rl.weight_sync import FETCH_TIMEOUT_S, put_weights
+from trainer.plain_engine import named_trainable
+
+BENCHMARK = Benchmark(
+    unit="s from learner to 2 workers",
+    bars=(Bar(key="ratio", at_most=1.0), Bar(key="ours", at_most=1.0)),
+    threads_per_rank=1,
+)
+PARAMETERS: dict[Scale, int] = {"full": 20_000_000, "small": 100_000}
+ROUNDS: dict[Scale, int] = {"full": 5, "small": 1}
+MATRICES, WORKERS = 20, 2
+
+
+def measure(process: Process, request: Request) -> dict[str, Any]:
+    """One round gathers the weights on the host, puts them into the store, and fills a model in each worker."""
+    model = make_model(PARAMETERS[request.scale])
+    start_ray(ClusterConfig(), num_cpus=2)
+    with Pool(
+        *(build_worker, PARAMETERS[request.scale]),
+        members=WORKERS,
+        cluster=ClusterConfig(),
+        cpus_per_member=0.5,
+    ) as pool:
+        sides = {
+            "arrays": lambda: _send(pool, {name: _flat(tensor) for name, tensor in named_trainable(model)}),
+            "tensors": lambda: _send(pool, {name: t.detach().clone() for name, t in named_trainable(model)}),
+        }
+        timings = interleave(process, sides, rounds=ROUNDS[request.scale])
+    ray.shutdown()
+    return {
+        **compare_times(timings["arrays"], timings["tensors"]),
+        "bytes": sum(tensor.numel() * 4 for _, tensor in named_trainable(model)),
+        "workers": WORKERS,
+    }
+
+
+def _flat(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().numpy().reshape(-1).copy()
+
+
+def _send(pool: Pool, weights: Mapping[str, Any]) -> None:
+    shared = SharedObject.put(weights)
+    for _ in range(WORKERS):
+        pool.submit(shared)
+    while pool.pending:
+        pool.poll()
+
+
+def make_model(parameters: int) -> nn.Module:
+    width = int((parameters / MATRICES) ** 0.5)
+    return nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(MATRICES))
+
+
+def build_worker(parameters: int) -> Callable[[SharedObject], int]:
+    """What a rollout worker does with new weights."""
+    model = make_model(parameters)
+
+    def take(shared: SharedObject) -> int:
+        weights = shared.get(FETCH_TIMEOUT_S)
+        if isinstance(next(iter(weights.values())), torch.Tensor):
+            model.load_state_dict(weights)
+        else:
+            put_weights(model, weights)
+        return len(weights)
+
+    return take

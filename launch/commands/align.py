@@ -1,0 +1,188 @@
+"""Improve a pretrained policy by rewards (GRPO-SR and others): grail align RUN_DIR|ALIGN.yaml [options]"""
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.errors import CheckpointError, ConfigError
+from cluster.plugins import first_line, plugin_config, plugin_files
+from cluster.reporter import StopSignal
+from cluster.storage import Storage
+from launch.config_document import from_document, from_yaml, to_document, to_yaml
+from launch.options import parse, split_name, take_option
+from launch.progress import TrainingProgress, start_console
+from launch.reward_parts import REWARDS, located, reward_setting, reward_term, terms_form, terms_of
+from launch.run_directory import ALIGN, ALIGNMENT, absolute, load_config, prepare
+from launch.served_run import find_step
+
+if TYPE_CHECKING:
+    from rl.configuration import AlignConfig
+
+OBJECTIVES, ADVANTAGES = "rl.objectives", "rl.advantages"
+STOPPED = 75
+
+
+def run(arguments: list[str]) -> int:
+    name, options = split_name(arguments)
+    if name is None and {"-h", "--help"} & set(options):
+        print(_usage())
+        return 0
+    if name is None:
+        raise ConfigError(
+            f"grail align needs the directory of a pretrained run, or the {ALIGN} of an alignment, in front of the "
+            "options; all options: grail align RUN_DIR --help"
+        )
+    return align(parse_config(name, options))
+
+
+def _usage() -> str:
+    lines = [f"usage: grail align RUN_DIR|{ALIGN} [options]\n"]
+    for option, package in (("objective", OBJECTIVES), ("advantage", ADVANTAGES), ("rewards", REWARDS)):
+        lines += [f"--{option}, one of{' these, or several with commas' if option == 'rewards' else ''}:"]
+        lines += [f"  {name:18}{first_line(path)}" for name, path in plugin_files(package).items()]
+    return "\n".join([*lines, "\nAll options: grail align RUN_DIR --help"])
+
+
+def parse_config(name: str, options: list[str]) -> "AlignConfig":
+    """The configuration of an alignment of a run, or of a YAML file, overridden by the options.
+
+    Raises: ConfigError if the options cannot work together; CheckpointError if there is no such run.
+    """
+    from rl.configuration import AlignConfig
+
+    default = _saved(name) if name.endswith((".yaml", ".yml")) else _default(name)
+    chosen, options = _plug_ins(options)
+    default = dataclasses.replace(default, **chosen)
+    form = dataclasses.make_dataclass(
+        "AlignForm",
+        [
+            (entry.name, Any if entry.name == "rewards" else entry.type, dataclasses.field())
+            for entry in dataclasses.fields(AlignConfig)
+        ],
+        frozen=True,
+        kw_only=True,
+    )
+    values = {entry.name: getattr(default, entry.name) for entry in dataclasses.fields(AlignConfig)}
+    shown = form(**{**values, "rewards": terms_form(default.rewards)})
+    filled = parse(form, options, program=f"grail align {name}", default=shown)
+    values = {entry.name: getattr(filled, entry.name) for entry in dataclasses.fields(AlignConfig)}
+    config = AlignConfig(**{**values, "rewards": tuple(map(located, terms_of(filled.rewards)))})
+    return dataclasses.replace(
+        config,
+        run_dir=absolute(config.run_dir),
+        data=dataclasses.replace(
+            config.data, path=absolute(config.data.path), semantic_ids=absolute(config.data.semantic_ids)
+        ),
+    )
+
+
+def _default(name: str) -> "AlignConfig":
+    from rl.advantages.group import GroupRelative
+    from rl.configuration import AlignConfig
+    from rl.objectives.grpo_sr import GrpoSr
+
+    start = load_config(name)
+    config = AlignConfig(
+        start=start.run_dir,
+        run_dir=f"{start.run_dir}-aligned",
+        seed=start.seed,
+        objective=GrpoSr.Config(),
+        advantage=GroupRelative.Config(),
+        rewards=(reward_term("hybrid"),),
+        **{section: getattr(start, section) for section in ("data", "sharding", "evaluation", "search")},
+    )
+    metric = start.train.selection_metric
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, selection_metric=metric))
+
+
+def _saved(path: str) -> "AlignConfig":
+    from rl.configuration import AlignConfig
+
+    storage, name = Storage(str(Path(path).parent)), Path(path).name
+    if not storage.exists(name):
+        raise CheckpointError(
+            f"{path} must be the {ALIGN} of an alignment, and there is none; look at the path"
+        )
+    return from_document(AlignConfig, from_yaml(storage.read(name).decode(), path))
+
+
+def _plug_ins(options: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """What is chosen by name, and the other options."""
+    chosen: dict[str, Any] = {}
+    for field, package in (("objective", OBJECTIVES), ("advantage", ADVANTAGES)):
+        name, options = take_option(options, f"--{field}")
+        if name is not None:
+            chosen[field] = plugin_config(package, name)()
+    names, options = take_option(options, "--rewards")
+    if names is not None:
+        chosen["rewards"] = tuple(reward_term(name) for name in names.split(","))
+    return chosen, options
+
+
+def align(config: "AlignConfig") -> int:
+    """Run an alignment on its workers; the exit code: 0 finished, 1 ended by an alarm, 75 stopped to be resumed.
+
+    Raises: ConfigError or DataError before any worker is started, and whatever the workers raise.
+    """
+    from cluster.ray_start import start_ray
+    from cluster.worker_group import run_gang
+    from launch.jobs import align_job
+    from launch.plots import write_alignment_curves
+    from rl.configuration import check_alignment
+    from rl.places import Places
+    from trainer.checks import check
+
+    start = load_config(config.start)
+    check_alignment(config, start)
+    policy = config.policy(start)
+    check(policy)
+    start_step = find_step(start, "best")
+    setting = reward_setting(config.rewards, data_path=config.data.path, seed=config.seed)
+    document = prepare(policy)
+    Storage(config.run_dir).write(ALIGN, to_yaml(to_document(config)).encode())
+    console, stop = start_console(), StopSignal()
+    start_ray(config.cluster, num_cpus=math.ceil(config.num_cpus()))
+    with TrainingProgress(console) as progress, stop.on_signals():
+        result = run_gang(
+            *(align_job, config, start, start_step, document, setting, Places.reserve(config)),
+            config=config.cluster,
+            run_dir=config.run_dir,
+            on_event=progress.on_event,
+            stop=stop,
+        )
+    write_alignment_curves(config.run_dir, config.train.selection_metric)
+    if result is None or result["status"] == "stopped":
+        at = f" at step {result['step']}" if result else ""
+        print(f"Stopped{at}. Go on with: grail align {config.run_dir}/{ALIGN}", file=sys.stderr)
+        return STOPPED
+    return _report(config, result)
+
+
+def _report(config: "AlignConfig", result: dict[str, Any]) -> int:
+    """The start beside the last and the best step on held-out items, and what ended the run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    held_out, metric = result["notes"]["held_out"], config.train.selection_metric
+    last = max(held_out, key=int)
+    shown = {"start": held_out["0"], f"last ({last})": held_out[last], f"best ({result['best_step']})": {}}
+    shown[f"best ({result['best_step']})"] = held_out[str(result["best_step"])]
+    Storage(config.run_dir).write(ALIGNMENT, json.dumps({**result, "shown": shown}, indent=1).encode())
+    table = Table(title="held-out items of the validation split")
+    for name in ("metric", *shown):
+        table.add_column(name, justify="left" if name == "metric" else "right")
+    for name in held_out["0"]:
+        table.add_row(name, *(f"{metrics[name]:.4f}" for metrics in shown.values()))
+    Console().print(table)
+    if held_out[last][metric] < held_out["0"][metric]:
+        best = "the start itself" if result["best_step"] == 0 else f"step {result['best_step']}"
+        print(f"The last step is WORSE than the start in {metric}; the best one, which is kept, is {best}.")
+    if result["status"] == "halted":
+        alarms = ", ".join(result["notes"]["halted_by"])
+        print(f"Ended at step {result['step']} by --align.stop-on: {alarms}.", file=sys.stderr)
+        return 1
+    print(f"Finished at step {result['step']}. Next: grail evaluate {config.run_dir}")
+    return 0

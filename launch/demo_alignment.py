@@ -1,0 +1,140 @@
+"""The second half of the demo: items get semantic IDs, a generator learns to write them, and is aligned by rewards."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.storage import Storage
+from launch.run_directory import load_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What is small and quick, or large enough to be worth looking at."""
+
+    code_size: str
+    width: str
+    epochs: str
+    reward_epochs: str
+    align_steps: str
+    group_size: str
+    validate_every: str
+
+
+SIZES = {
+    "small": Sizes(
+        code_size="16",
+        width="32",
+        epochs="4",
+        reward_epochs="1",
+        align_steps="10",
+        group_size="8",
+        validate_every="5",
+    ),
+    "full": Sizes(
+        code_size="32",
+        width="48",
+        epochs="5",
+        reward_epochs="2",
+        align_steps="120",
+        group_size="16",
+        validate_every="20",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentDemo:
+    """Folders of the demo, and how large everything is."""
+
+    out: str
+    seed: int
+    scale: str
+
+    @property
+    def clicks(self) -> str:
+        return f"{self.out}/shards"
+
+    @property
+    def pages(self) -> str:
+        return f"{self.out}/pages"
+
+    def build_pages(self, world: Any, workers: int) -> None:
+        """The same world with what was shown and not chosen; the same clicks are held out."""
+        from cluster.configuration import ClusterConfig
+        from data_streams.build import BuildConfig, build
+        from data_streams.manifest import MANIFEST_NAME
+
+        if not Storage(self.pages).exists(MANIFEST_NAME):
+            build(
+                world,
+                BuildConfig(
+                    out=self.pages,
+                    keep_exposures=True,
+                    sequence_actions=("click", "cart", "purchase"),
+                    split_actions=("click",),
+                    cluster=ClusterConfig(workers=workers),
+                ),
+            )
+
+    def tokenize(self) -> None:
+        """Semantic IDs from the vectors that the retrieval model of the first half has learnt."""
+        from data_streams.semantic_ids import HEADER_NAME
+        from launch.commands import tokenize
+
+        if not Storage(f"{self.out}/ids").exists(HEADER_NAME):
+            sizes = [SIZES[self.scale].code_size] * 3
+            run = f"{self.out}/run"
+            options = ["--data", self.clicks, "--out", f"{self.out}/ids", "--embeddings.from-run", run]
+            options += ["--collisions", "reassign", "--code-sizes", *sizes]
+            tokenize.run(["residual-kmeans", *options])
+
+    def pretrain(self) -> int:
+        """The generator, and the model of answers that rewards it; evaluation calibrates the latter."""
+        from launch.commands import evaluate, pretrain
+
+        sizes, seed = SIZES[self.scale], ["--seed", str(self.seed), "--cluster.workers", "1"]
+        policy = ["--data.path", self.clicks, "--data.semantic-ids", f"{self.out}/ids"]
+        policy += [
+            "--run-dir",
+            f"{self.out}/policy",
+            "--train.epochs",
+            sizes.epochs,
+            "--model.width",
+            sizes.width,
+        ]
+        policy += ["--model.num-blocks", "1", "--model.num-depth-blocks", "1", "--model.dropout", "0.1"]
+        policy += ["--model.feedforward-width", "96", "--train.learning-rate", "3e-3"]
+        reward = ["--data.path", self.pages, "--run-dir", f"{self.out}/reward"]
+        reward += ["--train.epochs", sizes.reward_epochs]
+        for recipe, options in (("decoder-amazon", policy), ("reward-sim", reward)):
+            if code := pretrain.train(pretrain.parse_config(recipe, [*options, *seed])):
+                return code
+        evaluate.evaluate(load_config(f"{self.out}/reward"))
+        return 0
+
+    def align(self) -> int:
+        """One learner, a worker that draws and one that rewards."""
+        from launch.commands import align
+
+        sizes = SIZES[self.scale]
+        options = ["--run-dir", f"{self.out}/aligned", "--seed", str(self.seed)]
+        options += ["--rewards.hybrid.preference.run", f"{self.out}/reward"]
+        options += ["--rewards.hybrid.relevance.vectors", f"{self.out}/ids/run_embeddings.npy"]
+        options += ["--align.group-size", sizes.group_size, "--train.max-steps", sizes.align_steps]
+        options += ["--train.epochs", "100", "--train.validate-every-steps", sizes.validate_every]
+        options += ["--train.learning-rate", "3e-4", "--log.every-steps", "5"]
+        return align.align(align.parse_config(f"{self.out}/policy", options))
+
+    def evaluate(self) -> dict[str, dict[str, Any]]:
+        """The policy before and after, by the held-out clicks and by the truth of the world."""
+        from launch.commands import evaluate
+
+        return {
+            name: evaluate.evaluate(_at(load_config(f"{self.out}/{name}")))["metrics"]
+            for name in ("policy", "aligned")
+        }
+
+
+def _at(config: Any) -> Any:
+    return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, cutoffs=(10,)))

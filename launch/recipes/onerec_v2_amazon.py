@@ -1,0 +1,21 @@
+"""OneRec-V2, dense, at the size of the small Amazon 5-core sets, on two workers."""
+
+from cluster.configuration import ClusterConfig
+from data_streams.configuration import DataConfig
+from models.onerec_v2 import OneRecV2
+from trainer.configuration import PretrainConfig, TrainConfig
+
+
+def recipe() -> PretrainConfig:
+    return PretrainConfig(
+        data=DataConfig(max_length=50, tokens_per_step=1024),
+        model=OneRecV2.Config(),
+        train=TrainConfig(
+            epochs=20,
+            learning_rate=1.5e-3,
+            table_learning_rate=0.07,
+            weight_decay=0.05,
+            checkpoint_every_s=30.0,
+        ),
+        cluster=ClusterConfig(workers=2),
+    )

@@ -1,0 +1,108 @@
+"""Softmax attention of what is to be predicted over what is known of its user, both of unequal length.
+
+Every key says from which position of a target on it is known, and at which one it is forgotten again. So one copy
+of a user's keys serves all targets of that user, each with the part of the past it may see. `context_attention`
+works on length buckets; `reference_context_attention` computes target by target and is what it is tested against.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data_streams.jagged import Jagged
+from models.kernels.length_buckets import (
+    BucketLayout,
+    bucket_layout,
+    following_layout,
+    padding_cells,
+    pair_dtype,
+    to_cells,
+    to_tokens,
+)
+from models.layers.linear import without_autocast
+
+NEVER = torch.iinfo(torch.int64).max
+"""A position that no target has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextLayout:
+    """Where keys and targets lie, made once per batch for all layers. Shapes: C keys, N targets."""
+
+    keys: BucketLayout
+    targets: BucketLayout
+    hidden: tuple[Tensor, ...]
+    """By bucket: [users, targets, keys] bool, what a target may not see."""
+
+    @staticmethod
+    def build(sequences: Jagged, since: Tensor, until: Tensor, positions: Jagged) -> "ContextLayout":
+        """A target at position p sees the keys of its user with since <= p < until.
+
+        Shapes: sequences has C keys and positions N targets, a row per user; since and until [C] int64.
+        """
+        keys = bucket_layout(sequences)
+        targets = following_layout(sequences, keys, positions)
+        spans = torch.stack((since, until), dim=1)[keys.token_of_cell]
+        padding = padding_cells(keys)
+        if padding is not None:
+            spans = spans.masked_fill(padding, NEVER)
+        by_bucket = spans.split([users * length for users, length in keys.buckets])
+        hidden = []
+        for (users, length), span, at in zip(
+            keys.buckets, by_bucket, to_cells(positions.values[:, None], targets), strict=True
+        ):
+            first, last = span.view(users, 1, length, 2).unbind(-1)
+            hidden.append((at < first) | (at >= last))
+        return ContextLayout(keys=keys, targets=targets, hidden=tuple(hidden))
+
+
+def context_attention(queries: Tensor, keys: Tensor, values: Tensor, layout: ContextLayout) -> Tensor:
+    """Every target must see at least one key. With fewer groups of keys than heads, neighbouring heads share one.
+
+    Shapes: queries [N, L, heads, D], keys and values [C, groups, D] -> [N, L, heads, D].
+    """
+    if queries.shape[0] == 0:
+        return queries + 0 * (keys.sum() + values.sum())
+    groups = keys.shape[1]
+    stacked = torch.stack((keys, values), dim=1)
+    blocks = [
+        _attend(q, k_v, hidden, groups)
+        for q, k_v, hidden in zip(
+            to_cells(queries, layout.targets), to_cells(stacked, layout.keys), layout.hidden, strict=True
+        )
+    ]
+    return to_tokens(blocks, layout.targets)
+
+
+def _attend(queries: Tensor, keys_values: Tensor, hidden: Tensor, groups: int) -> Tensor:
+    """Shapes: queries [users, N, L, heads, D], keys_values [users, C, 2, groups, D], hidden [users, N, C]."""
+    users, num_targets, num_codes, heads, dim = queries.shape
+    dtype = pair_dtype(queries, keys_values.shape[1])
+    with without_autocast(queries):
+        shared = queries.unflatten(3, (groups, -1)).permute(0, 3, 1, 4, 2, 5)
+        q = shared.flatten(2, 4).to(dtype)
+        keys, values = keys_values.permute(2, 0, 3, 1, 4).to(dtype)
+        scores = (q @ keys.transpose(2, 3)).float() * dim**-0.5
+        rows = scores.view(users, groups, num_targets, heads // groups * num_codes, scores.shape[-1])
+        # Not -inf: padding targets see nothing, and would be NaN.
+        weights = rows.masked_fill(hidden[:, None, :, None], torch.finfo(torch.float32).min).softmax(-1)
+        attended = (weights.view_as(scores).to(dtype) @ values).to(queries.dtype)
+    apart = attended.view(users, groups, num_targets, heads // groups, num_codes, dim)
+    return apart.permute(0, 2, 4, 1, 3, 5).reshape(queries.shape)
+
+
+def reference_context_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, sees: list[list[int]]
+) -> Tensor:
+    """The same, target by target and written out; `sees` are the keys each target sees.
+
+    Shapes: queries [N, L, heads, D], keys and values [C, groups, D] -> [N, L, heads, D].
+    """
+    shared = queries.shape[2] // keys.shape[1]
+    outputs = torch.zeros_like(queries)
+    for number, seen in enumerate(sees):
+        k, v = (part[seen].repeat_interleave(shared, dim=1) for part in (keys, values))
+        scores_LHC = torch.einsum("lhd,chd->lhc", queries[number], k) / queries.shape[-1] ** 0.5
+        outputs[number] = torch.einsum("lhc,chd->lhd", scores_LHC.softmax(-1), v)
+    return outputs

@@ -1,0 +1,206 @@
+"""Where completions come from: the learners themselves, or a pool of workers that holds the dense weights alone.
+
+Rows of huge tables stay with the learners, who look up what prompts need and ship it with them.
+"""
+
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cluster.configuration import ClusterConfig
+from cluster.placement import Placement
+from cluster.pool import Pool
+from cluster.process import Process
+from cluster.shared_object import SharedObject
+from data_streams.batch import SequenceBatch
+from data_streams.item_table import ItemTable
+from models.tables import LookedUp, Rows
+from rl.configuration import AlignOptions, RolloutConfig
+from rl.drawing import Drawing
+from rl.prompts import PromptStep, to_batch, to_prompts
+from rl.types import Completions, Prompts, join_completions
+from rl.weight_sync import FETCH_TIMEOUT_S, SharedWeights, gather_weights, put_weights
+from sharding.collectives import gather_objects
+from trainer.assembly import Assembly, build_model, load_item_features, load_semantic_ids
+from trainer.configuration import PretrainConfig
+from trainer.dense_module import resolve_precision
+from trainer.step_input import split_users
+
+logger = logging.getLogger(__name__)
+
+NAME = "rollout pool"
+
+
+class Rollouts(ABC):
+    """Begins and ends the drawing of steps, in order; every method is a collective call of all learners."""
+
+    def __init__(self, assembly: Assembly, engine: Any, drawing: Drawing):
+        self.assembly, self.engine, self.drawing = assembly, engine, drawing
+        self.process: Process = assembly.process
+        self.version = -1
+
+    @abstractmethod
+    def publish(self, version: int) -> None:
+        """From here on completions are drawn by the weights as they are now."""
+
+    @abstractmethod
+    def begin(self, step: PromptStep) -> Any:
+        """Start to draw for a step; what is returned is for `finish`."""
+
+    @abstractmethod
+    def finish(self, begun: Any) -> list[Completions] | None:
+        """The completions of each rank's users on rank 0, None on the others.
+
+        Raises: PoolGoneError on rank 0 where there was no worker for too long.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the workers back, if there are any."""
+
+    def _shipped(self, part: SequenceBatch, serials: torch.Tensor) -> "PromptPart":
+        rows = self.assembly.lookup()(self.assembly.model.prompt_ids(part))
+        return PromptPart(prompts=to_prompts(part, serials), rows=_to_arrays(rows))
+
+
+class OwnRollouts(Rollouts):
+    """The learners draw with the weights they train."""
+
+    def publish(self, version: int) -> None:
+        self.version = version
+
+    def begin(self, step: PromptStep) -> PromptStep:
+        return step
+
+    def finish(self, begun: PromptStep) -> list[Completions] | None:
+        device, model = self.process.device, self.assembly.model
+        rows = self.assembly.lookup()(model.prompt_ids(begun.prompts))
+        prompts = to_prompts(begun.prompts, begun.serials)
+        drawn = self.drawing.draw(model, rows, begun.prompts.to(device), prompts, self.version)
+        return gather_objects(drawn, self.process)
+
+    def close(self) -> None:
+        """There is nothing to give back."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptPart:
+    """Some prompts of one rank and the rows of huge tables they need."""
+
+    prompts: Prompts
+    rows: Mapping[str, tuple[np.ndarray | None, ...]]
+    """Feature -> ids, rows and item features, as `LookedUp` has them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutWork:
+    part: PromptPart
+    weights: SharedWeights
+
+
+class PooledRollouts(Rollouts):
+    """Workers draw; rank 0 keeps their queue, and a worker that died is replaced and given the weights of its work."""
+
+    def __init__(
+        self,
+        assembly: Assembly,
+        engine: Any,
+        drawing: Drawing,
+        *,
+        config: RolloutConfig,
+        cluster: ClusterConfig,
+        placement: Placement | None = None,
+    ):
+        super().__init__(assembly, engine, drawing)
+        self._parts = math.ceil(config.workers / self.process.world_size)
+        self._pool: Pool | None = None
+        self._weights: SharedWeights | None = None
+        self._done: dict[int, Completions] = {}
+        if self.process.rank == 0:
+            self._pool = Pool(
+                *(build_worker, assembly.config, drawing.options),
+                members=config.workers,
+                cluster=cluster,
+                cpus_per_member=config.cpus_per_worker,
+                patience_s=config.wait_s,
+                name=NAME,
+                placement=placement,
+            )
+
+    @property
+    def pids(self) -> list[int]:
+        """Processes of the workers that are ready; on rank 0."""
+        return self._pool.pids
+
+    def publish(self, version: int) -> None:
+        self.version = version
+        weights = gather_weights(self.engine, self.process)
+        if self._pool is not None:
+            self._weights = SharedWeights(version=version, weights=SharedObject.put(weights))
+
+    def begin(self, step: PromptStep) -> list[list[int]] | None:
+        parts, first = [], 0
+        for part in split_users(step.prompts, self._parts):
+            parts.append(self._shipped(part, step.serials[first : first + part.num_users]))
+            first += part.num_users
+        everyone = gather_objects(parts, self.process)
+        return None if everyone is None else [[self._submit(part) for part in own] for own in everyone]
+
+    def finish(self, begun: list[list[int]] | None) -> list[Completions] | None:
+        if begun is None:
+            return None
+        wanted = {ticket for tickets in begun for ticket in tickets}
+        while not wanted <= self._done.keys():
+            self._done.update(self._pool.poll())
+        return [join_completions([self._done.pop(ticket) for ticket in tickets]) for tickets in begun]
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+
+    def _submit(self, part: PromptPart) -> int:
+        return self._pool.submit(RolloutWork(part=part, weights=self._weights))
+
+
+def build_worker(config: PretrainConfig, options: AlignOptions) -> Callable[[RolloutWork], Completions]:
+    """What a member of the pool does with some prompts; it keeps the last weights, which any work brings along."""
+    items = ItemTable.load(config.data.path)
+    semantic_ids = load_semantic_ids(config, items)
+    model = build_model(config, items, load_item_features(config, items), semantic_ids).eval()
+    codes = torch.from_numpy(semantic_ids.codes)
+    precision = resolve_precision(config.train.precision, torch.device("cpu"))
+    drawing = Drawing(options, codes, model.code_sizes, seed=config.seed, precision=precision)
+    held: list[int] = []
+
+    def work(given: RolloutWork) -> Completions:
+        if held != [given.weights.version]:
+            put_weights(model, given.weights.weights.get(FETCH_TIMEOUT_S))
+            held[:] = [given.weights.version]
+        prompts, rows = given.part.prompts, _to_rows(given.part.rows)
+        return drawing.draw(model, rows, to_batch(prompts), prompts, given.weights.version)
+
+    return work
+
+
+def _to_arrays(rows: Rows) -> dict[str, tuple[np.ndarray | None, ...]]:
+    return {
+        name: tuple(
+            None if tensor is None else tensor.cpu().numpy()
+            for tensor in (found.ids, found.rows, found.item_features)
+        )
+        for name, found in rows.items()
+    }
+
+
+def _to_rows(arrays: Mapping[str, tuple[np.ndarray | None, ...]]) -> Rows:
+    found = {}
+    for name, parts in arrays.items():
+        ids, rows, features = (None if part is None else torch.tensor(part) for part in parts)
+        found[name] = LookedUp(ids=ids, rows=rows, item_features=features)
+    return found

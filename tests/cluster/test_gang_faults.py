@@ -1,0 +1,137 @@
+"""Faults that a start from the latest checkpoint mends, and those that it does not."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from cluster.configuration import ClusterConfig
+from cluster.errors import ClusterError
+from cluster.faults import COLLECTIVE, DEATH, MEMORY, FaultHistory, kind_of, kind_of_death
+from cluster.process import Process
+from cluster.reporter import Pulse, Reporter, StopSignal
+from cluster.watchdog import Watchdog
+from cluster.worker_group import run_gang
+
+TWO = ClusterConfig(workers=2, start_timeout_s=60, collective_timeout_s=60)
+
+
+def _run_out_of_memory(process: Process, reporter: Reporter) -> None:
+    reporter.stepped(8)
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+def _halt_once(process: Process, marker: str, reporter: Reporter) -> str:
+    first = not Path(marker).exists()
+    dist.barrier()
+    for step in range(1, 9):
+        time.sleep(0.05)
+        dist.barrier()
+        reporter.stepped(step)
+        if step == 7 and first and process.rank == 1:
+            Path(marker).touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+    return "finished"
+
+
+def _work_until_stopped(process: Process, reporter: Reporter) -> str:
+    reporter.progress(pid=os.getpid())
+    while not reporter.stop_requested():
+        time.sleep(0.05)
+    return "saved"
+
+
+def test_the_same_fault_at_the_same_step_three_times_ends_the_job_with_a_report(tmp_path, caplog):
+    config = ClusterConfig(workers=1, max_restarts=10, start_timeout_s=60)
+    with pytest.raises(ClusterError) as ended:
+        run_gang(_run_out_of_memory, config=config, run_dir=str(tmp_path))
+    lines = str(ended.value).splitlines()
+    assert lines[0].startswith("out of memory at step 8 must not come back") and "3 times" in lines[0]
+    assert len(lines) == 5 and "raise --train.micro-batches" in lines[-1]
+    assert all("1 workers" in line and "CUDA out of memory. Tried to" in line for line in lines[1:4])
+    assert "rank 0 failed: out of memory" in caplog.text and "restart 1 of 10" in caplog.text
+    written = json.loads((tmp_path / "faults.json").read_text())
+    assert [(fault["kind"], fault["step"]) for fault in written] == [(MEMORY, 8)] * 3
+
+
+def test_a_halted_worker_is_shown_by_the_watchdog_and_left_behind_after_the_time_out(tmp_path, caplog):
+    config = ClusterConfig(workers=2, start_timeout_s=60, collective_timeout_s=3)
+    result = run_gang(_halt_once, str(tmp_path / "marker"), config=config, run_dir=str(tmp_path))
+    assert result == "finished"
+    assert "step 8 has taken" in caplog.text and "what every rank is doing" in caplog.text
+    assert "dist.barrier()" in caplog.text, "the stack of the rank that waits"
+    assert "it does not answer" in caplog.text, "the rank that is halted"
+    assert "rank 0 failed: a failed collective" in caplog.text and "restart 1 of 3" in caplog.text
+
+
+def test_sigterm_to_a_worker_alone_stops_the_whole_gang_in_good_order(tmp_path, caplog):
+    stop = StopSignal()
+
+    def send(event) -> None:
+        if event.kind == "progress" and event.rank == 1:
+            os.kill(event.values["pid"], signal.SIGTERM)
+
+    result = run_gang(_work_until_stopped, config=TWO, run_dir=str(tmp_path), on_event=send, stop=stop)
+    assert result == "saved" and stop.requested
+    assert "SIGTERM on rank 1: saving and stopping" in caplog.text
+
+
+def test_errors_are_told_apart():
+    gloo = (
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:9"
+    )
+    assert kind_of(torch.OutOfMemoryError("no")) == MEMORY
+    assert kind_of(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")) == MEMORY
+    assert kind_of(dist.DistBackendError("NCCL communicator was aborted")) == COLLECTIVE
+    assert kind_of(RuntimeError(gloo)) == COLLECTIVE
+    assert kind_of(RuntimeError("shapes cannot be multiplied")) is None
+
+
+def test_the_log_of_a_dead_worker_tells_a_time_out_from_other_deaths(tmp_path):
+    log = tmp_path / "rank-0.log"
+    assert kind_of_death(log, 0) == (DEATH, "")
+    old = "torch.OutOfMemoryError: CUDA out of memory.\n"
+    line = "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3) ran for 600000 milliseconds"
+    log.write_text(f"{old}step 4\n")
+    assert kind_of_death(log, 0)[0] == MEMORY
+    assert kind_of_death(log, len(old)) == (DEATH, ""), "lines of an earlier start do not count"
+    log.write_text(f"step 4\n{line}\nterminate called\n")
+    assert kind_of_death(log, 0) == (COLLECTIVE, line)
+
+
+def _add(history: FaultHistory, step: int, kind: str = DEATH) -> None:
+    history.add(kind, "rank 0 died", step=step, workers=2, lasted_s=1.0)
+
+
+def test_restarts_are_counted_anew_once_the_gang_gets_further(tmp_path):
+    history = FaultHistory(str(tmp_path), max_restarts=2)
+    for step in (0, 10, 20, 30):
+        _add(history, step)
+    _add(history, 30, COLLECTIVE)
+    with pytest.raises(ClusterError, match=r"the 2 workers must live to the end .* after 2 restarts"):
+        _add(history, 25)
+
+
+def test_different_faults_at_one_step_are_not_the_same(tmp_path):
+    history = FaultHistory(str(tmp_path), max_restarts=9)
+    for kind in (DEATH, DEATH, MEMORY, DEATH, DEATH):
+        _add(history, 7, kind)
+    with pytest.raises(ClusterError, match="a dead worker at step 7 must not come back"):
+        _add(history, 7)
+
+
+def test_the_watchdog_speaks_once_for_a_step_of_ten_times_the_median():
+    watchdog = Watchdog()
+    watchdog.hear(0, Pulse(step=7, steps_s=(1.0,) * 7, waiting_s=9.0))
+    assert watchdog.late() is None, "nine times the median is not enough"
+    watchdog.hear(0, Pulse(step=7, waiting_s=10.1))
+    assert "step 8 has taken 10.1 s so far, and the median is 1.000 s" in watchdog.late()
+    assert watchdog.late() is None
+    watchdog.hear(0, Pulse(step=7))
+    watchdog.hear(0, Pulse(step=8, waiting_s=99.0))
+    assert "step 9" in watchdog.late()

@@ -1,0 +1,74 @@
+"""Options of `grail align`: plug-ins by name, rewards as sections, and a file that says all of it again."""
+
+import dataclasses
+
+import pytest
+
+from cluster.errors import CheckpointError, ConfigError
+from launch.commands import align
+from launch.config_document import to_document, to_yaml
+from launch.run_directory import absolute
+from models.decoder_only import DecoderOnly
+from rl.advantages.binary import Binary
+from rl.objectives.ecpo import Ecpo
+from rl.objectives.grpo_sr import GrpoSr
+from rl.reward_mix import RewardTerm
+from rl.rewards.hybrid import Hybrid
+from rl.rewards.legality import Legality
+from trainer.configuration import PretrainConfig, TrainConfig
+
+
+@pytest.fixture
+def start(tmp_path):
+    config = PretrainConfig(
+        recipe="tiny",
+        run_dir=str(tmp_path / "policy"),
+        seed=4,
+        model=DecoderOnly.Config(),
+        train=TrainConfig(selection_metric="recall@10"),
+    )
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "config.yaml").write_text(to_yaml(to_document(config)))
+    return config
+
+
+def test_without_options_it_is_grpo_sr_from_the_run_with_the_hybrid_reward(start):
+    config = align.parse_config(start.run_dir, [])
+    assert config.start == start.run_dir and config.run_dir == f"{start.run_dir}-aligned"
+    assert isinstance(config.objective, GrpoSr.Config) and config.seed == 4
+    assert [term.name for term in config.rewards] == ["hybrid"]
+    assert config.train.selection_metric == "recall@10" and config.train.table_learning_rate == 0
+
+
+def test_names_choose_and_sections_set(start, tmp_path):
+    line = (
+        "--objective ecpo --objective.clip 0.3 --advantage=binary --rewards hybrid,legality,python-function "
+        "--rewards.hybrid.preference.run reward --rewards.hybrid.no-gate --rewards.legality.direct "
+        "--rewards.legality.weight 0.1 --rewards.python-function.path a.b:c --align.group-size 8 "
+        "--align.stop-on entropy-collapse --rollout.workers 3 --reward.workers 2 --cluster.workers 4"
+    )
+    config = align.parse_config(start.run_dir, line.split())
+    assert config.objective == Ecpo.Config(clip=0.3) and config.advantage == Binary.Config()
+    hybrid, legality, function = config.rewards
+    assert isinstance(hybrid.reward, Hybrid.Config) and not hybrid.reward.gate
+    assert hybrid.reward.preference.run == absolute("reward")
+    assert legality == RewardTerm(name="legality", reward=Legality.Config(), weight=0.1, direct=True)
+    assert function.name == "python-function" and function.reward.path == "a.b:c"
+    assert config.align.group_size == 8 and config.align.stop_on == ("entropy-collapse",)
+    assert (config.rollout.workers, config.reward.workers, config.cluster.workers) == (3, 2, 4)
+    assert config.num_cpus() == 9
+    (tmp_path / "align.yaml").write_text(to_yaml(to_document(config)))
+    again = align.parse_config(str(tmp_path / "align.yaml"), ["--align.temperature", "1.5"])
+    assert again == dataclasses.replace(config, align=dataclasses.replace(config.align, temperature=1.5))
+
+
+def test_help_names_what_can_be_chosen_and_errors_say_what_is_missing(capsys, start, tmp_path):
+    assert align.run(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("grpo-sr", "leave-one-out", "python-function"))
+    with pytest.raises(ConfigError, match="directory of a pretrained run"):
+        align.run([])
+    with pytest.raises(CheckpointError, match="there is none"):
+        align.parse_config(str(tmp_path / "missing.yaml"), [])
+    with pytest.raises(ConfigError, match="did you mean 'grpo-sr'"):
+        align.parse_config(start.run_dir, ["--objective", "grpo-rs"])

@@ -1,0 +1,80 @@
+"""A run over semantic IDs as a person would type it: it recommends, and refuses tables that are not its own."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from data_streams.item_table import ItemTable
+from data_streams.semantic_ids import SemanticIdTable
+from launch.cli import run as grail
+from tests.tiny_run import NUM_ITEMS, build_tiny_data
+
+TINY = (
+    "--cluster.workers 1 --model.width 16 --model.num-encoder-blocks 1 --model.num-decoder-blocks 1 "
+    "--model.num-heads 2 --model.head-width 8 --model.feedforward-width 32 --data.num-streams 2 "
+    "--train.max-steps 3 --train.precision fp32"
+).split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return build_tiny_data(tmp_path_factory.mktemp("data"))
+
+
+def save_table(data: str, folder, seed: int = 0) -> str:
+    items = ItemTable.load(data).item_ids
+    paths = np.random.default_rng(seed).permutation(100)[:NUM_ITEMS]
+    codes = np.stack((paths // 10, paths % 10), axis=1).astype(np.int32)
+    SemanticIdTable(item_ids=items, codes=codes, code_sizes=(10, 10)).save(str(folder))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """A run, and the folder of its table."""
+    folder = tmp_path_factory.mktemp("run")
+    table = save_table(data, folder / "ids")
+    assert grail(pretrain_line(data, table, folder / "run")) == 0
+    return folder / "run", table
+
+
+def pretrain_line(data, table, run_dir, *options: str) -> list[str]:
+    line = ["pretrain", "tiger-amazon", "--data.path", data, "--run-dir", str(run_dir)]
+    return [*line, "--data.semantic-ids", str(table), *TINY, *options]
+
+
+def test_only_items_of_an_allow_list_are_recommended(data, trained, tmp_path, capsys):
+    run_dir, _ = trained
+    (tmp_path / "allow.txt").write_text("i1\ni2\ni3\ni4\n")
+    line = ["recommend", str(run_dir), "--users", "2", "--search.allow", str(tmp_path / "allow.txt")]
+    assert grail([*line, "--evaluation.no-filter-seen"]) == 0
+    shown = capsys.readouterr().out
+    assert all(shown.count(f"Title {item} ") >= 2 for item in (1, 2, 3, 4))
+    assert grail([*line[:2], "--search.width", str(NUM_ITEMS + 1)]) == 2
+    assert f"must not exceed the {NUM_ITEMS} items of the catalogue" in capsys.readouterr().err
+
+
+def test_a_model_refuses_another_table_when_it_resumes_and_when_it_is_evaluated(
+    data, trained, tmp_path, capsys
+):
+    run_dir, table = trained
+    kept = tmp_path / "kept"
+    shutil.copytree(table, kept)
+    try:
+        save_table(data, table, seed=1)
+        assert grail(["evaluate", str(run_dir)]) == 1
+        assert "the model was trained with the semantic IDs" in capsys.readouterr().err
+        assert grail(pretrain_line(data, table, run_dir, "--train.max-steps", "5")) == 1
+        assert "semantic_ids" in capsys.readouterr().err
+    finally:
+        shutil.copytree(kept, table, dirs_exist_ok=True)
+
+
+def test_a_table_of_another_catalogue_is_refused(data, tmp_path, capsys):
+    other = build_tiny_data(tmp_path, first_item=1000)
+    line = pretrain_line(data, save_table(other, tmp_path / "ids"), tmp_path / "run")
+    assert grail(line) == 1
+    assert f"must have the {NUM_ITEMS} items of the data set" in capsys.readouterr().err
+    assert grail(pretrain_line(data, tmp_path / "nothing", tmp_path / "run")) == 1
+    assert "must hold semantic IDs, and there is no semantic_ids.json" in capsys.readouterr().err

@@ -1,0 +1,84 @@
+"""Attention to a context whose tokens are known from some position on, against the written-out form."""
+
+import pytest
+import torch
+
+from data_streams.jagged import Jagged
+from models.kernels import context_attention as kernel
+from models.kernels.context_attention import (
+    NEVER,
+    ContextLayout,
+    context_attention,
+    reference_context_attention,
+)
+from models.kernels.length_buckets import padded_layout
+
+KEYS, TARGETS = (5, 40, 1, 9, 44), (2, 7, 1, 0, 40)
+HEADS, GROUPS, LEVELS, DIM = 4, 2, 3, 6
+
+
+def case():
+    generator = torch.Generator().manual_seed(0)
+    random = lambda *size: torch.randn(*size, generator=generator, requires_grad=True)  # noqa: E731
+    sequences = Jagged.from_lengths(torch.zeros(sum(KEYS)), torch.tensor(KEYS))
+    lengths = torch.tensor(TARGETS)
+    positions = Jagged.from_lengths(torch.randint(1, 45, (sum(TARGETS),), generator=generator), lengths)
+    since = torch.randint(0, 40, (sum(KEYS),), generator=generator)
+    until = since + torch.randint(1, 20, since.shape, generator=generator)
+    firsts = sequences.offsets[:-1]
+    since[firsts], until[firsts] = 0, NEVER
+    queries = random(sum(TARGETS), LEVELS, HEADS, DIM)
+    return (
+        sequences,
+        positions,
+        since,
+        until,
+        queries,
+        random(sum(KEYS), GROUPS, DIM),
+        random(sum(KEYS), GROUPS, DIM),
+    )
+
+
+@pytest.mark.parametrize("on_accelerator", [False, True])
+def test_buckets_equal_the_written_out_form_forward_and_backward(on_accelerator, monkeypatch):
+    sequences, positions, since, until, *parts = case()
+    if on_accelerator:
+        monkeypatch.setattr(kernel, "bucket_layout", padded_layout)
+        monkeypatch.setattr(kernel, "following_layout", lambda _, __, others: padded_layout(others))
+    layout = ContextLayout.build(sequences, since, until, positions)
+    users = sequences.row_index()
+    sees = [
+        torch.nonzero((users == user) & (since <= at) & (at < until))[:, 0].tolist()
+        for user, at in zip(positions.row_index(), positions.values, strict=True)
+    ]
+    ours, expected = context_attention(*parts, layout), reference_context_attention(*parts, sees)
+    torch.testing.assert_close(ours, expected)
+    weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
+    for own, other in zip(
+        torch.autograd.grad((ours * weights).sum(), parts),
+        torch.autograd.grad((expected * weights).sum(), parts),
+        strict=True,
+    ):
+        torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-4)
+
+
+def test_without_targets_nothing_is_attended_to_and_gradients_exist():
+    nobody = Jagged.from_lengths(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
+    layout = ContextLayout.build(nobody, nobody.values, nobody.values, nobody)
+    parts = [torch.zeros(0, *size, requires_grad=True) for size in ((LEVELS, HEADS, DIM), (GROUPS, DIM))]
+    attended = context_attention(*parts, parts[1], layout)
+    assert attended.shape == (0, LEVELS, HEADS, DIM)
+    attended.sum().backward()
+    assert all(part.grad is not None for part in parts)
+
+
+def test_users_of_unequal_history_with_one_target_each_keep_their_own():
+    sequences = Jagged.from_lengths(torch.arange(9), torch.tensor([2, 3, 4]))
+    positions = Jagged.from_lengths(torch.full((3,), 9), torch.ones(3, dtype=torch.int64))
+    layout = ContextLayout.build(sequences, torch.zeros(9).long(), torch.full((9,), NEVER), positions)
+    generator = torch.Generator().manual_seed(1)
+    parts = [torch.randn(*shape, generator=generator) for shape in ((3, 1, 2, 4), (9, 2, 4), (9, 2, 4))]
+    sees = [[0, 1], [2, 3, 4], [5, 6, 7, 8]]
+    torch.testing.assert_close(
+        context_attention(*parts, layout), reference_context_attention(*parts, sees), atol=1e-6, rtol=1e-5
+    )

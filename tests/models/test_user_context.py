@@ -1,0 +1,112 @@
+"""Tokens of a context: which events they are, from when to when they are known, and what describes them."""
+
+import pytest
+import torch
+
+from cluster.errors import ConfigError
+from data_streams.jagged import Jagged
+from models.kernels.context_attention import NEVER
+from models.layers.event_features import EventFeatures, play_time_bucket, played_share_bucket
+from models.layers.pathways import ContextTokens, TokenOrder, latest, positive_feedback
+from models.layers.rotary import rotate
+from models.layers.user_context import ContextConfig, UserContext
+from tests.generator_cases import semantic_ids
+
+ITEMS = Jagged.from_lengths(torch.arange(7), torch.tensor([4, 0, 3]))
+
+
+def test_the_latest_events_are_known_behind_them_and_forgotten_again():
+    since, until = latest(ITEMS, 2)
+    assert since.tolist() == [1, 2, 3, 4, 1, 2, 3]
+    assert until.tolist() == [3, 4, 5, 6, 3, 4, 5]
+    assert latest(ITEMS, None)[1].tolist() == [NEVER] * 7
+
+
+def test_a_liked_event_is_forgotten_when_enough_others_were_liked():
+    liked = torch.tensor([True, False, True, True, True, True, False])
+    since, until = positive_feedback(ITEMS, liked, 2)
+    assert since.tolist() == [1, NEVER, 3, 4, 1, 2, NEVER]
+    assert until[liked].tolist() == [4, NEVER, NEVER, NEVER, NEVER]
+    nobody = torch.zeros(7, dtype=torch.bool)
+    assert positive_feedback(ITEMS, nobody, 2)[0].tolist() == [NEVER] * 7
+
+
+def test_pathways_stand_behind_each_other_user_by_user():
+    user, first, second = torch.arange(100, 103), torch.arange(7), torch.arange(10, 17)
+    order = TokenOrder.build(ITEMS, with_user=True, num_pathways=2)
+    expected = [100, 0, 1, 2, 3, 10, 11, 12, 13, 101, 102, 4, 5, 6, 14, 15, 16]
+    assert order.arrange([user, first, second]).tolist() == expected
+    assert order.kinds.tolist() == [0, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert order.places.values.tolist() == [0, 0, 1, 2, 3, 0, 1, 2, 3, 0, 0, 0, 1, 2, 0, 1, 2]
+    assert order.places.offsets.tolist() == [0, 9, 10, 17] and order.places.max_length == 9
+    spans = (torch.zeros(3), torch.full((3,), NEVER)), latest(ITEMS, 1), latest(ITEMS, None)
+    tokens = ContextTokens(
+        vectors=order.arrange([user, first, second]),
+        places=order.places,
+        since=order.arrange([since.long() for since, _ in spans]),
+        until=order.arrange([until for _, until in spans]),
+    )
+    last = tokens.last_ones(ITEMS.lengths)
+    assert last.vectors.tolist() == [100, 3, 10, 11, 12, 13, 101, 102, 6, 14, 15, 16]
+    assert last.places.lengths.tolist() == [6, 1, 5]
+
+
+def test_play_times_fall_into_buckets():
+    seconds = torch.tensor([float("nan"), 0.0, 1.0, 3.0, 100.0, 1e9])
+    assert play_time_bucket(seconds).tolist() == [0, 1, 2, 3, 7, 15]
+    durations = torch.tensor([10.0, 10.0, 10.0, 0.0, 200.0, 10.0])
+    assert played_share_bucket(seconds, durations).tolist() == [0, 1, 2, 0, 6, 15]
+
+
+def test_features_stand_side_by_side():
+    features = EventFeatures(widths=[2, 3], num_actions=4, play_time=True, feedback_width=5)
+    columns = {
+        "action": torch.tensor([3]),
+        "play_time_s": torch.tensor([3.0]),
+        "duration_s": torch.tensor([6.0]),
+    }
+    seen = features([torch.ones(1, 2), torch.zeros(1, 3)], columns)
+    assert features.width == seen.shape[1] == 20
+    own = [features.actions.weight[3], features.play_times.weight[3], features.played_shares.weight[6]]
+    assert torch.equal(seen[0], torch.cat((torch.ones(2), torch.zeros(3), *own)))
+
+
+def test_rotated_vectors_know_their_distance_alone():
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 1, 8, generator=generator)
+    at = lambda vector, place: rotate(vector, torch.tensor([place]))  # noqa: E731
+    near, far = ((at(query, first) * at(key, second)).sum() for first, second in ((5, 3), (105, 103)))
+    torch.testing.assert_close(near, far)
+    torch.testing.assert_close(
+        at(torch.tensor([[[1.0, 0.0]]]), 1)[0, 0], torch.tensor([0.5403, 0.8415]), rtol=1e-4, atol=1e-4
+    )
+    assert torch.equal(at(query, 0), query)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"item_rows": False, "item_codes": False}, "keep one of item-rows, item-codes and item-features on"),
+        ({"positive_length": 3}, "needs both positive-length and positive-actions, got 3"),
+        ({"short_length": -1}, "must be 0 or more, got 0, -1 and 0"),
+    ],
+)
+def test_impossible_contexts_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        ContextConfig(**options)
+
+
+def test_a_positive_action_that_the_data_lacks_is_refused():
+    config = ContextConfig(positive_length=3, positive_actions=("adored",))
+    with pytest.raises(ConfigError, match="adored is none; it has click, like"):
+        UserContext(
+            config,
+            width=8,
+            dim=8,
+            dropout=0.0,
+            num_items=97,
+            item_feature_dim=0,
+            semantic_ids=semantic_ids(),
+            actions=("click", "like"),
+            init_scale=0.02,
+        )

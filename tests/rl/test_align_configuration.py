@@ -1,0 +1,77 @@
+"""What cannot work together is said before any worker is started, with the option's name."""
+
+import pytest
+
+from cluster.configuration import ClusterConfig
+from cluster.errors import ConfigError
+from models.decoder_only import DecoderOnly
+from models.sasrec import SASRec
+from rl.advantages.group import GroupRelative
+from rl.configuration import AlignConfig, AlignOptions, RolloutConfig, check_alignment
+from rl.objectives.ecpo import Ecpo
+from rl.objectives.grpo_sr import GrpoSr
+from rl.reward_mix import RewardTerm
+from rl.rewards.hit import Hit
+from trainer.configuration import PretrainConfig
+
+POLICY = PretrainConfig(run_dir="runs/policy", model=DecoderOnly.Config())
+ONE_OLD = AlignOptions(max_staleness=1)
+
+
+def config(**options):
+    chosen = {
+        "objective": GrpoSr.Config(),
+        "advantage": GroupRelative.Config(),
+        "rewards": (RewardTerm(name="hit", reward=Hit.Config()),),
+    }
+    return AlignConfig(**{**chosen, **options})
+
+
+def test_what_can_work_passes():
+    check_alignment(config(), POLICY)
+    check_alignment(config(objective=Ecpo.Config(), align=ONE_OLD), POLICY)
+
+
+@pytest.mark.parametrize(
+    ("options", "start", "message"),
+    [
+        ({}, PretrainConfig(run_dir="runs/x", model=SASRec.Config()), "generates semantic IDs.*SASRec"),
+        ({"rewards": ()}, POLICY, "at least one reward"),
+        (
+            {"cluster": ClusterConfig(workers=2, min_workers=1)},
+            POLICY,
+            "cluster.min-workers is for pretraining",
+        ),
+        ({"align": ONE_OLD}, POLICY, "align.max-staleness 1 needs an objective.*GrpoSr does not"),
+        (
+            {"align": ONE_OLD, "objective": Ecpo.Config(), "rollout": RolloutConfig(workers=0)},
+            POLICY,
+            "learners that draw themselves cannot",
+        ),
+    ],
+)
+def test_what_cannot_work_is_said(options, start, message):
+    with pytest.raises(ConfigError, match=message):
+        check_alignment(config(**options), start)
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "message"),
+    [
+        (AlignOptions, {"users_per_step": 0}, "align.users-per-step"),
+        (AlignOptions, {"group_size": 1}, "align.group-size at least 2"),
+        (AlignOptions, {"temperature": 0.0}, "align.temperature must be above 0"),
+        (AlignOptions, {"max_staleness": 2}, "align.max-staleness 0 or 1"),
+        (RolloutConfig, {"workers": -1}, "rollout.workers must be at least 0"),
+    ],
+)
+def test_impossible_numbers_are_refused(form, options, message):
+    with pytest.raises(ConfigError, match=message):
+        form(**options)
+
+
+def test_the_policy_of_an_alignment_has_no_dropout_and_starts_from_the_run(monkeypatch):
+    monkeypatch.setattr("rl.configuration.with_users_per_step", lambda data, users: data)
+    policy = config(run_dir="runs/aligned").policy(POLICY)
+    assert policy.model.dropout == 0 and policy.init_from == "runs/policy"
+    assert policy.run_dir == "runs/aligned" and policy.train.table_learning_rate == 0

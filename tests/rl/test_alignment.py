@@ -1,0 +1,171 @@
+"""Whole alignments on real processes: world sizes agree, a resumed run equals an undisturbed one, users come once."""
+
+import dataclasses
+import json
+import random
+import re
+import signal
+import time
+
+import psutil
+import pytest
+
+from cluster.storage import Storage
+from launch.cli import run as grail
+from launch.config_document import to_document, to_yaml
+from rl.configuration import AlignOptions, RolloutConfig
+from rl.objectives.grpo import Grpo
+from rl.reward_pool import RewardPoolConfig
+from tests.faults.training import Training, send
+from tests.process_group import run_on_processes
+from tests.rl.tiny_alignment import (
+    EPOCHS,
+    HIT,
+    SLOWLY,
+    alignment,
+    all_users,
+    make_start,
+    run_alignment,
+    saved_state,
+)
+from tests.tiny_run import assert_same_state, with_train
+from trainer.audit import read_audit
+from trainer.metric_log import read_metrics
+
+SEED = 20251125
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return make_start(tmp_path_factory.mktemp("start"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(start, tmp_path_factory):
+    config = alignment(start, tmp_path_factory.mktemp("undisturbed"))
+    (result,) = run_on_processes(run_alignment, 1, config, start)
+    return config, result
+
+
+def numbers(run_dir, name):
+    return {line["step"]: line[name] for line in read_metrics(str(run_dir)) if name in line}
+
+
+def test_an_alignment_raises_its_reward_and_keeps_the_start_beside_the_best_step(undisturbed):
+    config, result = undisturbed
+    assert result["status"] == "finished" and result["epoch"] == EPOCHS
+    rewards = list(numbers(config.run_dir, "align/reward").values())
+    assert sum(rewards[-4:]) > sum(rewards[:4])
+    held_out = result["notes"]["held_out"]
+    assert {"0", str(result["step"])} <= set(held_out)
+    assert max(metrics["ndcg@10"] for metrics in held_out.values()) == pytest.approx(result["best"])
+    assert max(numbers(config.run_dir, "train/log_prob_difference").values()) < 1e-4
+    assert set(numbers(config.run_dir, "align/policy_age").values()) == {0.0}
+    shares = [f"time/{part}_share" for part in ("rollout", "reward", "update", "transfer")]
+    assert all(
+        0 < sum(line[name] for name in shares) <= 1
+        for line in read_metrics(config.run_dir)
+        if shares[0] in line
+    )
+
+
+def test_every_user_is_a_prompt_once_in_each_epoch(undisturbed):
+    audit = read_audit(Storage(undisturbed[0].run_dir))
+    assert [sorted(audit[epoch]) for epoch in range(EPOCHS)] == [all_users()] * EPOCHS
+
+
+def test_two_learners_do_what_one_does(start, undisturbed, tmp_path):
+    config = alignment(start, tmp_path)
+    results = run_on_processes(run_alignment, 2, config, start)
+    assert results[0]["step"] == undisturbed[1]["step"]
+    for name in ("align/reward", "align/entropy", "train/loss"):
+        expected = numbers(undisturbed[0].run_dir, name)
+        assert numbers(tmp_path, name) == {
+            step: pytest.approx(value, abs=1e-4) for step, value in expected.items()
+        }
+    assert_same_state(saved_state(tmp_path), saved_state(undisturbed[0].run_dir), tolerance=1e-5)
+
+
+def test_a_resumed_run_equals_an_undisturbed_one_and_never_reuses_a_version(start, undisturbed, tmp_path):
+    config = alignment(start, tmp_path)
+    (stopped,) = run_on_processes(run_alignment, 1, config, start, 5)
+    assert stopped["status"] == "stopped"
+    (result,) = run_on_processes(run_alignment, 1, config, start)
+    assert result["status"] == "finished"
+    assert result["notes"]["held_out"] == undisturbed[1]["notes"]["held_out"]
+    assert_same_state(saved_state(tmp_path), saved_state(undisturbed[0].run_dir), tolerance=0.0)
+    audit = read_audit(Storage(tmp_path))
+    assert [sorted(audit[epoch]) for epoch in range(EPOCHS)] == [all_users()] * EPOCHS
+    versions = list(numbers(tmp_path, "align/policy_version").values())
+    assert versions == sorted(set(versions))
+    assert json.loads((tmp_path / "policy_starts.json").read_text()) == {"starts": 2}
+
+
+def test_a_reference_an_alarm_and_constrained_draws(start, tmp_path):
+    config = alignment(
+        start,
+        tmp_path,
+        objective=Grpo.Config(kl_weight=0.01),
+        align=AlignOptions(users_per_step=20, group_size=4, space="catalogue", stop_on=("entropy-collapse",)),
+    )
+    fast = dataclasses.replace(config.train, learning_rate=0.02, epochs=8)
+    (result,) = run_on_processes(run_alignment, 1, dataclasses.replace(config, train=fast), start)
+    assert result["status"] == "halted" and result["notes"]["halted_by"] == ["entropy-collapse"]
+    assert set(numbers(tmp_path, "align/hallucination").values()) == {0.0}
+    divergences = numbers(tmp_path, "train/kl")
+    assert divergences[1] == pytest.approx(0.0, abs=1e-6) and divergences[max(divergences)] > 0.01
+
+
+def members(training, pool):
+    """Processes of a pool that were announced last, by their place in it."""
+    found = re.findall(rf"member (\d+) of the {pool} is ready \(pid (\d+)\)", training.output())
+    alive = {place: int(pid) for place, pid in found}
+    return [psutil.Process(pid) for pid in alive.values() if psutil.pid_exists(pid)]
+
+
+def kill_one_of(training, pool, choice):
+    training.wait_for(lambda: members(training, pool))
+    choice.choice(members(training, pool)).kill()
+
+
+def kill_until_the_end(training, pool):
+    deadline = time.monotonic() + 60
+    while training.driver.poll() is None and time.monotonic() < deadline:
+        send(members(training, pool), signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def test_whoever_is_killed_the_users_and_the_result_stay_the_same(start, undisturbed, tmp_path):
+    config = with_train(
+        alignment(
+            start,
+            tmp_path / "run",
+            rewards=(SLOWLY, HIT),
+            rollout=RolloutConfig(workers=1, cpus_per_worker=0.5),
+            reward=RewardPoolConfig(workers=2, cpus_per_worker=0.25, wait_s=0.2),
+        ),
+        checkpoint_every_steps=2,
+    )
+    (tmp_path / "align.yaml").write_text(to_yaml(to_document(config)))
+    choice = random.Random(SEED)
+    with Training(tmp_path / "run", ["align", str(tmp_path / "align.yaml")]) as training:
+        training.wait_for_step(2)
+        kill_one_of(training, "rollout pool", choice)
+        training.wait_for_step(4)
+        kill_one_of(training, "reward pool", choice)
+        training.wait_for_step(7)
+        (learner,) = training.workers()
+        learner.kill()
+        training.wait_for(lambda: "reward pool is ready" in training.output().partition("restart 1 of 3")[2])
+        kill_until_the_end(training, "reward pool")
+        assert training.exit_code() == 75, training.output()
+        output = training.output()
+    assert "member 0 of the rollout pool died" in output
+    assert "the reward pool needs at least one of its 2 members" in output
+    assert f"Go on with: grail align {tmp_path}/run/align.yaml" in output
+    assert (
+        grail(["align", f"{tmp_path}/run/align.yaml", "--reward.workers", "0", "--rollout.workers", "0"]) == 0
+    )
+    audit = read_audit(Storage(tmp_path / "run"))
+    assert [sorted(audit[epoch]) for epoch in range(EPOCHS)] == [all_users()] * EPOCHS
+    assert_same_state(saved_state(tmp_path / "run"), saved_state(undisturbed[0].run_dir), tolerance=1e-5)

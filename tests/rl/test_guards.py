@@ -1,0 +1,56 @@
+"""Alarms: each kind shows when it should, once, and survives being saved."""
+
+import json
+import logging
+
+import pytest
+
+from rl.guards import Guards
+
+
+def guards():
+    watched = Guards.of(None)
+    watched.observe_held_out(0.10)
+    watched.observe(reward=0.5, entropy=8.0, hallucination=0.02)
+    return watched
+
+
+def observe(watched, **numbers):
+    for _ in range(60):
+        watched.observe(**{"reward": 0.5, "entropy": 8.0, "hallucination": 0.02, **numbers})
+
+
+@pytest.mark.parametrize(
+    ("numbers", "held_out", "expected"),
+    [
+        ({}, 0.10, []),
+        ({"reward": 0.9}, 0.095, []),
+        ({"reward": 0.9}, 0.08, ["reward-hacking"]),
+        ({"reward": 0.4}, 0.08, []),
+        ({"entropy": 2.0}, 0.10, ["entropy-collapse"]),
+        ({"hallucination": 0.06}, 0.10, []),
+        ({"hallucination": 0.09}, 0.10, ["hallucination"]),
+    ],
+)
+def test_alarms_say_what_went_wrong(numbers, held_out, expected, caplog):
+    watched = guards()
+    observe(watched, **numbers)
+    watched.observe_held_out(held_out)
+    with caplog.at_level(logging.WARNING):
+        assert watched.new_alarms() == expected
+    assert [record.message.split(":")[0] for record in caplog.records] == expected
+
+
+def test_an_alarm_is_given_once_also_after_a_restart():
+    watched = guards()
+    observe(watched, entropy=1.0)
+    again = Guards.of(json.loads(json.dumps(watched.saved())))
+    assert watched.new_alarms() == ["entropy-collapse"] and watched.new_alarms() == []
+    assert again.new_alarms() == ["entropy-collapse"]
+    assert Guards.of(json.loads(json.dumps(again.saved()))).new_alarms() == []
+
+
+def test_one_bad_step_is_no_alarm():
+    watched = guards()
+    watched.observe(reward=0.5, entropy=0.0, hallucination=0.3)
+    assert watched.new_alarms() == []

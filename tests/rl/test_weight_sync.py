@@ -1,0 +1,59 @@
+"""Weights reach those who draw, whole, from learners that each keep a part; versions are never used twice."""
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.process import Process
+from cluster.storage import Storage
+from rl.policy_version import age, new_start, version_of
+from rl.weight_sync import gather_weights, put_weights
+from tests.generator_cases import make_generator
+from tests.process_group import run_on_processes
+from tests.training_cases import Case, make_learner, run_steps
+from trainer.plain_engine import named_state, named_trainable
+
+
+def trained(process: Process, case: Case):
+    learner = make_learner(case, process)
+    run_steps(case, process, learner, 0, case.steps)
+    return gather_weights(learner.engine, process)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_all_weights_of_two_learners_reach_a_model_elsewhere(zero_stage):
+    case = Case(model="decoder-only", zero_stage=zero_stage, steps=2)
+    expected = make_learner(case, None)
+    run_steps(case, None, expected, 0, case.steps)
+    gathered, nothing = run_on_processes(trained, 2, case)
+    assert nothing is None
+    model = make_generator("decoder-only", seed=9)
+    put_weights(model, gathered)
+    wanted = dict([*named_trainable(expected.module), *named_state(expected.module)])
+    assert wanted.keys() == gathered.keys()
+    for name, tensor in named_trainable(model):
+        torch.testing.assert_close(tensor, wanted[name], atol=2e-5, rtol=1e-3, msg=name)
+
+
+def test_weights_read_in_place_are_copied():
+    model = make_generator("decoder-only")
+    weights = {name: tensor.detach().numpy().reshape(-1) + 1 for name, tensor in named_trainable(model)}
+    for array in weights.values():
+        array.flags.writeable = False
+    put_weights(model, weights)
+    name, tensor = named_trainable(model)[0]
+    assert np.array_equal(tensor.detach().numpy().reshape(-1), weights[name])
+    tensor.data.zero_()
+    assert weights[name].any()
+
+
+def test_versions_of_a_lost_start_are_never_given_again(tmp_path):
+    process = Process(
+        rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), host_group=None, num_threads=1
+    )
+    first, second = (new_start(Storage(tmp_path), process) for _ in range(2))
+    assert second == first + 1
+    lost, now = version_of(first, 47), version_of(second, 41)
+    assert now > lost
+    assert age(lost, now) is None
+    assert age(version_of(second, 40), now) == 1
