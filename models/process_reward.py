@@ -90,9 +90,20 @@ class PathReward(nn.Module):
             ScoringBlock(self.width, num_heads, config.feedforward_width, config.dropout)
             for _ in range(config.num_blocks)
         )
+        self.final_norm = nn.RMSNorm(self.width)
         self.hidden = Linear(self.width, self.width // 2)
         # Scores are only compared with each other: a bias would have no gradient but rounding.
         self.output = Linear(self.width // 2, 1, bias=False)
+
+    def initialise(self) -> None:
+        """To be called behind whatever initialises all layers of a model.
+
+        By fan-in: with the small weights that suit the generator, scores and their gradients vanish at first and the
+        PRM stays far behind it.
+        """
+        for module in (*self.blocks.modules(), self.hidden, self.output):
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
 
     @property
     def depths(self) -> range:
@@ -151,7 +162,7 @@ class PathReward(nn.Module):
         for block, of_block in zip(self.blocks, memory, strict=True):
             hidden = block(hidden, block.queries(hidden) if queries is None else queries, of_block)
             queries = None
-        inner = nn.functional.silu(self.hidden(hidden.flatten(0, 1)))
+        inner = nn.functional.silu(self.hidden(self.final_norm(hidden.flatten(0, 1))))
         return self.output(inner).float().view(hidden.shape[:2])
 
     def draw_negatives(self, context: StepContext) -> dict[int, Tensor]:
@@ -248,6 +259,10 @@ class RewardedHistory(CodedHistory):
     def __init__(self, config: RewardedHistoryConfig, *, semantic_ids: SemanticIds, **parts: Any):
         super().__init__(config, semantic_ids=semantic_ids, **parts)
         self.prm = PathReward(config.prm, config, semantic_ids)
+
+    def initialise(self) -> None:
+        super().initialise()
+        self.prm.initialise()
 
     def tables(self) -> list[TableSpec]:
         return [*super().tables(), *self.prm.tables()]

@@ -21,7 +21,7 @@ from trainer.configuration import LogConfig, PretrainConfig, SearchConfig
 from trainer.metric_log import read_metrics
 
 CODE_SIZES = (4, 5, 4)
-WIDTH = 5
+WIDTH = 10
 ENCODER = {"width": 16, "num_blocks": 1, "num_heads": 2, "feedforward_width": 32, "dropout": 0.0}
 
 
@@ -78,7 +78,7 @@ def train_and_compare(process: Process, folder: Path) -> dict:
     configs = make_configs(folder)
     results = {name: run(process, config)[0] for name, config in configs.items()}
     config, alone = configs["promise"], configs["prm of decoder"]
-    searched = replace(config, search=replace(config.search, candidates=(5, 10, 20)))
+    searched = replace(config, search=replace(config.search, candidates=(10, 20, 40)))
     own = compare_searches(load(searched), prm=None, split="test")
     other = compare_searches(load(searched), prm=load(alone), split="test")
     frozen = load_frozen(alone, "latest")
@@ -119,8 +119,8 @@ def test_promise_learns_and_a_prm_alone_starts_from_the_encoder_of_a_generator(o
 def test_more_candidates_cost_the_prm_alone_and_the_table_names_each_search(outcome):
     folder, found = outcome
     assert [(line["kind"], line["number"]) for line in found["own"]] == [
-        *[("plain", number) for number in (5, 10, 20)],
-        *[("prm", number) for number in (5, 10, 20)],
+        *[("plain", number) for number in (10, 20, 40)],
+        *[("prm", number) for number in (10, 20, 40)],
     ]
     plain, guided = found["own"][:3], found["own"][3:]
     costs = [line["gflop_per_user"] for line in guided]
