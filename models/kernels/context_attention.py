@@ -57,37 +57,51 @@ class ContextLayout:
         return ContextLayout(keys=keys, targets=targets, hidden=tuple(hidden))
 
 
-def context_attention(queries: Tensor, keys: Tensor, values: Tensor, layout: ContextLayout) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class ContextCells:
+    """Keys and values as they lie in the buckets: laid out once, read by many layers."""
+
+    keys: tuple[Tensor, ...]
+    """By bucket: [users, groups, length, D]."""
+    values: tuple[Tensor, ...]
+    whole: tuple[Tensor, Tensor]
+    """What they were made of, [C, groups, D] each."""
+
+    @staticmethod
+    def build(keys: Tensor, values: Tensor, layout: ContextLayout) -> "ContextCells":
+        """Shapes: keys and values [C, groups, D]."""
+        by_group = lambda tokens: tuple(  # noqa: E731
+            cells.to(pair_dtype(cells, cells.shape[1])).transpose(1, 2).contiguous()
+            for cells in to_cells(tokens, layout.keys)
+        )
+        return ContextCells(keys=by_group(keys), values=by_group(values), whole=(keys, values))
+
+
+def context_attention(queries: Tensor, context: ContextCells, layout: ContextLayout) -> Tensor:
     """Every target must see at least one key. With fewer groups of keys than heads, neighbouring heads share one.
 
-    Shapes: queries [N, L, heads, D], keys and values [C, groups, D] -> [N, L, heads, D].
+    Shapes: queries [N, L, heads, D] -> [N, L, heads, D].
     """
     if queries.shape[0] == 0:
-        return queries + 0 * (keys.sum() + values.sum())
-    groups = keys.shape[1]
-    stacked = torch.stack((keys, values), dim=1)
+        return queries + 0 * sum(part.sum() for part in context.whole)
+    cells = to_cells(queries, layout.targets)
     blocks = [
-        _attend(q, k_v, hidden, groups)
-        for q, k_v, hidden in zip(
-            to_cells(queries, layout.targets), to_cells(stacked, layout.keys), layout.hidden, strict=True
-        )
+        _attend(*parts) for parts in zip(cells, context.keys, context.values, layout.hidden, strict=True)
     ]
     return to_tokens(blocks, layout.targets)
 
 
-def _attend(queries: Tensor, keys_values: Tensor, hidden: Tensor, groups: int) -> Tensor:
-    """Shapes: queries [users, N, L, heads, D], keys_values [users, C, 2, groups, D], hidden [users, N, C]."""
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
+    """Shapes: queries [users, N, L, heads, D], keys and values [users, groups, C, D], hidden [users, N, C]."""
     users, num_targets, num_codes, heads, dim = queries.shape
-    dtype = pair_dtype(queries, keys_values.shape[1])
+    groups = keys.shape[1]
     with without_autocast(queries):
         shared = queries.unflatten(3, (groups, -1)).permute(0, 3, 1, 4, 2, 5)
-        q = shared.flatten(2, 4).to(dtype)
-        keys, values = keys_values.permute(2, 0, 3, 1, 4).to(dtype)
-        scores = (q @ keys.transpose(2, 3)).float() * dim**-0.5
+        scores = (shared.flatten(2, 4).to(keys.dtype) @ keys.transpose(2, 3)).float() * dim**-0.5
         rows = scores.view(users, groups, num_targets, heads // groups * num_codes, scores.shape[-1])
         # Not -inf: padding targets see nothing, and would be NaN.
         weights = rows.masked_fill(hidden[:, None, :, None], torch.finfo(torch.float32).min).softmax(-1)
-        attended = (weights.view_as(scores).to(dtype) @ values).to(queries.dtype)
+        attended = (weights.view_as(scores).to(values.dtype) @ values).to(queries.dtype)
     apart = attended.view(users, groups, num_targets, heads // groups, num_codes, dim)
     return apart.permute(0, 2, 4, 1, 3, 5).reshape(queries.shape)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.kernels.context_attention import ContextLayout, context_attention
+from models.kernels.context_attention import ContextCells, ContextLayout, context_attention
 from models.layers.dropout import Dropout
 from models.layers.linear import Linear
 from models.layers.shared_prompt_attention import (
@@ -54,11 +54,13 @@ class CodeBlock(nn.Module):
         """
         return queries
 
-    def forward(self, hidden: Tensor, positions: Tensor, context: KeyValues, layout: ContextLayout) -> Tensor:
+    def forward(
+        self, hidden: Tensor, positions: Tensor, context: ContextCells, layout: ContextLayout
+    ) -> Tensor:
         """Shapes: hidden [N, L, D], positions [N] -> [N, L, D]."""
 
         def read_context(queries: Tensor) -> Tensor:
-            return context_attention(self.place(queries, positions), context.keys, context.values, layout)
+            return context_attention(self.place(queries, positions), context, layout)
 
         return self._compute(hidden, read_context, causal_attention)
 
@@ -112,8 +114,9 @@ class CodeDecoder(nn.Module):
         self, hidden: Tensor, positions: Tensor, context: Sequence[KeyValues], layout: ContextLayout
     ) -> Tensor:
         """Shapes: hidden [N, L, D], positions [N] -> [N, L, D]."""
+        cells = [ContextCells.build(own.keys, own.values, layout) for own in context]
         for block, source in zip(self.blocks, self.sources, strict=True):
-            hidden = block(hidden, positions, context[source], layout)
+            hidden = block(hidden, positions, cells[source], layout)
         return hidden
 
     def extend(

@@ -69,7 +69,7 @@ class TokenOrder:
 
     def arrange(self, parts: Sequence[Tensor]) -> Tensor:
         """Shapes: [B, ...] of the users, where they are tokens, and [T, ...] of each pathway -> [C, ...]."""
-        return torch.cat(list(parts))[self.order]
+        return parts[0] if len(parts) == 1 else torch.cat(list(parts))[self.order]
 
 
 class Pathway(nn.Module):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.kernels.context_attention import ContextLayout, context_attention
+from models.kernels.context_attention import ContextCells, ContextLayout, context_attention
 from models.layers.dropout import Dropout
 from models.layers.linear import Linear
 from models.layers.rotary import rotate
@@ -33,8 +33,8 @@ class QFormerBlock(nn.Module):
         size, flat = hidden.shape[:2], hidden.flatten(0, 1)
         queries = self.query(self.query_norm(flat)).unflatten(-1, (self.num_heads, -1)).unflatten(0, size)
         keys, values = self.key_value(events).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
-        queries, keys = rotate(queries, positions[:, None]), rotate(keys, places)
-        attended = context_attention(queries, keys, values, layout)
+        context = ContextCells.build(rotate(keys, places), values, layout)
+        attended = context_attention(rotate(queries, positions[:, None]), context, layout)
         flat = flat + self.dropout(self.output(attended.flatten(2).flatten(0, 1)))
         return (flat + self.dropout(self.feedforward(self.feedforward_norm(flat)))).unflatten(0, size)
 

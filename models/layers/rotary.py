@@ -10,13 +10,13 @@ BASE = 10_000.0
 
 
 def rotate(vectors: Tensor, positions: Tensor) -> Tensor:
-    """Pairs of elements (i, i + D / 2) turned by position * 10000 ** (-2 i / D).
+    """Neighbouring elements 2 i and 2 i + 1 turned as a pair by position * 10000 ** (-2 i / D).
 
     Shapes: vectors [..., heads, D] with an even D, positions [...] -> [..., heads, D].
     """
     half = vectors.shape[-1] // 2
     places = torch.arange(half, device=vectors.device)
     angles = positions[..., None, None] * BASE ** (-places / half)
-    cosine, sine = angles.cos().to(vectors.dtype), angles.sin().to(vectors.dtype)
-    first, second = vectors[..., :half], vectors[..., half:]
-    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+    turns = torch.polar(torch.ones_like(angles), angles)
+    pairs = torch.view_as_complex(vectors.float().unflatten(-1, (half, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2).to(vectors.dtype)

@@ -7,6 +7,7 @@ from data_streams.jagged import Jagged
 from models.kernels import context_attention as kernel
 from models.kernels.context_attention import (
     NEVER,
+    ContextCells,
     ContextLayout,
     context_attention,
     reference_context_attention,
@@ -51,7 +52,9 @@ def test_buckets_equal_the_written_out_form_forward_and_backward(on_accelerator,
         torch.nonzero((users == user) & (since <= at) & (at < until))[:, 0].tolist()
         for user, at in zip(positions.row_index(), positions.values, strict=True)
     ]
-    ours, expected = context_attention(*parts, layout), reference_context_attention(*parts, sees)
+    queries, keys, values = parts
+    ours = context_attention(queries, ContextCells.build(keys, values, layout), layout)
+    expected = reference_context_attention(*parts, sees)
     torch.testing.assert_close(ours, expected)
     weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
     for own, other in zip(
@@ -66,7 +69,8 @@ def test_without_targets_nothing_is_attended_to_and_gradients_exist():
     nobody = Jagged.from_lengths(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
     layout = ContextLayout.build(nobody, nobody.values, nobody.values, nobody)
     parts = [torch.zeros(0, *size, requires_grad=True) for size in ((LEVELS, HEADS, DIM), (GROUPS, DIM))]
-    attended = context_attention(*parts, parts[1], layout)
+    queries, keys = parts
+    attended = context_attention(queries, ContextCells.build(keys, keys, layout), layout)
     assert attended.shape == (0, LEVELS, HEADS, DIM)
     attended.sum().backward()
     assert all(part.grad is not None for part in parts)
