@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import psutil
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from cluster.errors import ClusterError
 
@@ -55,6 +56,7 @@ def start_process(
     if use_gpu:
         torch.cuda.set_device(device)
     timeout = datetime.timedelta(seconds=timeout_s)
+    _set_default_timeout(timeout)
     try:
         dist.init_process_group(
             backend="nccl" if use_gpu else "gloo",
@@ -78,6 +80,16 @@ def start_process(
         host_group=host_group,
         num_threads=num_threads,
     )
+
+
+def _set_default_timeout(timeout: datetime.timedelta) -> None:
+    """Also for the groups that libraries make: torch 2.13 gives those 30 minutes (NCCL 10) whatever the first has.
+
+    DeepSpeed speaks through such groups alone, so a halted worker would hold the others for as long.
+    """
+    distributed_c10d.default_pg_timeout = timeout
+    if distributed_c10d.default_pg_nccl_timeout is not None:
+        distributed_c10d.default_pg_nccl_timeout = timeout
 
 
 def stop_process() -> None:

@@ -31,7 +31,8 @@ _GAUGES = {
     "checkpoint_at_s": ("grail_checkpoint_timestamp_seconds", "When it was taken."),
     "updated_at_s": ("grail_updated_timestamp_seconds", "When these numbers were written."),
 }
-STATES = ("running", "finished", "stopped", "failed")
+STATES = ("running", "finished", "stopped", "halted", "failed")
+"""An alignment is halted by an alarm."""
 
 logger = logging.getLogger(__name__)
 

@@ -127,10 +127,12 @@ def align(config: "AlignConfig") -> int:
 
     Raises: ConfigError or DataError before any worker is started, and whatever the workers raise.
     """
+    from cluster.lease import Lease
     from cluster.ray_start import start_ray
     from cluster.worker_group import run_gang
     from launch.jobs import align_job
     from launch.plots import write_alignment_curves
+    from launch.run_status import StatusKeeper
     from rl.configuration import check_alignment
     from rl.places import Places
     from trainer.checks import check
@@ -141,18 +143,22 @@ def align(config: "AlignConfig") -> int:
     check(policy)
     start_step = find_step(start, "best")
     setting = reward_setting(config.rewards, data_path=config.data.path, seed=config.seed)
-    document = prepare(policy)
-    Storage(config.run_dir).write(ALIGN, to_yaml(to_document(config)).encode())
     console, stop = start_console(), StopSignal()
-    start_ray(config.cluster, num_cpus=math.ceil(config.num_cpus()))
-    with TrainingProgress(console) as progress, stop.on_signals():
-        result = run_gang(
-            *(align_job, config, start, start_step, document, setting, Places.reserve(config)),
-            config=config.cluster,
-            run_dir=config.run_dir,
-            on_event=progress.on_event,
-            stop=stop,
-        )
+    keeper = StatusKeeper(config.run_dir, policy.recipe, policy.log.prometheus_file)
+    with Lease(config.run_dir, stop.abort), keeper:
+        document = prepare(policy)
+        Storage(config.run_dir).write(ALIGN, to_yaml(to_document(config)).encode())
+        start_ray(config.cluster, num_cpus=math.ceil(config.num_cpus()))
+        with TrainingProgress(console) as progress, stop.on_signals():
+            result = run_gang(
+                *(align_job, config, start, start_step, document, setting, Places.reserve(config)),
+                config=config.cluster,
+                run_dir=config.run_dir,
+                on_event=lambda event: (progress.on_event(event), keeper.on_event(event)),
+                stop=stop,
+            )
+        if result is not None:
+            keeper.end(result["status"])
     write_alignment_curves(config.run_dir, config.train.selection_metric)
     if result is None or result["status"] == "stopped":
         at = f" at step {result['step']}" if result else ""

@@ -13,6 +13,7 @@ import pytest
 from cluster.storage import Storage
 from launch.cli import run as grail
 from launch.config_document import to_document, to_yaml
+from launch.run_status import report_run
 from rl.configuration import AlignOptions, RolloutConfig
 from rl.objectives.grpo import Grpo
 from rl.reward_pool import RewardPoolConfig
@@ -160,12 +161,14 @@ def test_whoever_is_killed_the_users_and_the_result_stay_the_same(start, undistu
         kill_until_the_end(training, "reward pool")
         assert training.exit_code() == 75, training.output()
         output = training.output()
+    assert report_run(f"{tmp_path}/run").state == "stopped"
     assert "member 0 of the rollout pool died" in output
     assert "the reward pool needs at least one of its 2 members" in output
     assert f"Go on with: grail align {tmp_path}/run/align.yaml" in output
     assert (
         grail(["align", f"{tmp_path}/run/align.yaml", "--reward.workers", "0", "--rollout.workers", "0"]) == 0
     )
+    assert report_run(f"{tmp_path}/run").state == "finished"
     audit = read_audit(Storage(tmp_path / "run"))
     assert [sorted(audit[epoch]) for epoch in range(EPOCHS)] == [all_users()] * EPOCHS
     assert_same_state(saved_state(tmp_path / "run"), saved_state(undisturbed[0].run_dir), tolerance=1e-5)
