@@ -27,18 +27,18 @@ SIZES = {
         width="32",
         epochs="4",
         reward_epochs="1",
-        align_steps="10",
-        group_size="8",
-        validate_every="5",
+        align_steps="24",
+        group_size="16",
+        validate_every="12",
     ),
     "full": Sizes(
         code_size="32",
         width="48",
         epochs="5",
         reward_epochs="2",
-        align_steps="120",
-        group_size="16",
-        validate_every="20",
+        align_steps="180",
+        group_size="32",
+        validate_every="60",
     ),
 }
 
@@ -123,7 +123,8 @@ class AlignmentDemo:
         options += ["--rewards.hybrid.relevance.vectors", f"{self.out}/ids/run_embeddings.npy"]
         options += ["--align.group-size", sizes.group_size, "--train.max-steps", sizes.align_steps]
         options += ["--train.epochs", "100", "--train.validate-every-steps", sizes.validate_every]
-        options += ["--train.learning-rate", "3e-4", "--log.every-steps", "5"]
+        options += ["--train.learning-rate", "3e-4", "--train.ema-decay", "0.99", "--log.every-steps", "4"]
+        options += ["--align.users-per-step", "32", "--objective.alpha", "0.3", "--data.pages", "recorded"]
         return align.align(align.parse_config(f"{self.out}/policy", options))
 
     def evaluate(self) -> dict[str, dict[str, Any]]:

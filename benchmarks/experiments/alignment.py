@@ -25,9 +25,9 @@ WORLDS = {
 VARIANTS = {
     "GRPO": "--objective grpo",
     "GRPO without gate": "--objective grpo --rewards.hybrid.no-gate",
-    "GRPO-SR": "--objective grpo-sr",
-    "ECPO": "--objective ecpo",
-    "GBPO": "--objective gbpo --advantage binary",
+    "GRPO-SR": "--objective grpo-sr --objective.alpha 0.3",
+    "ECPO": "--objective ecpo --objective.alpha 0.3",
+    "GBPO": "--objective gbpo --objective.alpha 0.3 --advantage binary",
 }
 POLICY = (
     "--cluster.workers 1 --model.width 48 --model.num-blocks 1 --model.num-depth-blocks 1 "
@@ -57,7 +57,10 @@ class Options:
     """Which step is shown: latest, or best on held-out items."""
     policy: str = POLICY
     """Options of the generator's pretraining."""
-    align: str = "--train.learning-rate 3e-4 --rollout.workers 0 --reward.workers 0"
+    align: str = (
+        "--train.learning-rate 3e-4 --train.ema-decay 0.99 --align.users-per-step 32 --align.group-size 32 "
+        "--data.pages recorded --train.validate-every-steps 100 --rollout.workers 0 --reward.workers 0"
+    )
     """Options of all alignments."""
 
 

@@ -15,6 +15,7 @@ from launch.cli import run as grail
 from launch.config_document import to_document, to_yaml
 from launch.run_status import report_run
 from rl.configuration import AlignOptions, RolloutConfig
+from rl.objectives.ecpo import Ecpo
 from rl.objectives.grpo import Grpo
 from rl.reward_pool import RewardPoolConfig
 from tests.faults.training import Training, send
@@ -100,6 +101,22 @@ def test_a_resumed_run_equals_an_undisturbed_one_and_never_reuses_a_version(star
     versions = list(numbers(tmp_path, "align/policy_version").values())
     assert versions == sorted(set(versions))
     assert json.loads((tmp_path / "policy_starts.json").read_text()) == {"starts": 2}
+
+
+def test_with_staleness_the_next_completions_are_drawn_during_an_update(start, tmp_path):
+    config = alignment(
+        start,
+        tmp_path,
+        objective=Ecpo.Config(),
+        align=AlignOptions(users_per_step=20, group_size=4, max_staleness=1),
+        rollout=RolloutConfig(workers=1, cpus_per_worker=0.5),
+    )
+    (result,) = run_on_processes(run_alignment, 1, with_train(config, epochs=1), start)
+    ages = numbers(tmp_path, "align/policy_age")
+    assert ages == {step: min(step - 1, 1) for step in range(1, result["step"] + 1)}
+    differences = numbers(tmp_path, "train/log_prob_difference")
+    assert differences[1] < 1e-4 < max(differences.values())
+    assert sorted(read_audit(Storage(tmp_path))[0]) == all_users()
 
 
 def test_a_reference_an_alarm_and_constrained_draws(start, tmp_path):
