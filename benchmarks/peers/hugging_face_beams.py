@@ -6,6 +6,7 @@ Runs as `python -m benchmarks.peers.hugging_face_beams FOLDER THREADS`; see benc
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from benchmarks.peers.answers import answer_questions
 from benchmarks.peers.nested_trie import allowed_codes, build_nested_trie
 
 
@@ -63,10 +65,7 @@ class HuggingFaceBeams:
 
 def main(folder: Path, num_threads: int) -> None:
     torch.set_num_threads(num_threads)
-    answers, sys.stdout = sys.stdout, sys.stderr
-    peer = HuggingFaceBeams(folder)
-    for line in sys.stdin:
-        print(json.dumps(_answer(peer, **json.loads(line))), file=answers, flush=True)
+    answer_questions(partial(_answer, HuggingFaceBeams(folder)))
 
 
 def _answer(peer: HuggingFaceBeams, beams: int, tell: bool) -> dict[str, Any]:

@@ -3,19 +3,19 @@
 Runs as `python -m benchmarks.peers.one_worker FOLDER THREADS`; see benchmarks/setting/peer_process.py.
 """
 
-import json
 import logging
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+from benchmarks.peers.answers import answer_questions
 from benchmarks.setting.recipe import first_batches, start_recipe
 from cluster.process import start_process
 
 
 def main(folder: Path, num_threads: int) -> None:
     """Each line is answered by training on all users of the folder once."""
-    answers, sys.stdout = sys.stdout, sys.stderr
     logging.disable(logging.WARNING)
     process = start_process(
         rank=0,
@@ -28,10 +28,13 @@ def main(folder: Path, num_threads: int) -> None:
     )
     recipe = start_recipe(process, (folder / "data").read_text(), (folder / "recipe").read_text())
     batches = first_batches(recipe.stream, 10**6)
-    for _ in sys.stdin:
+
+    def answer(**_: Any) -> dict[str, Any]:
         started = time.process_time()
         recipe.take_steps(batches)
-        print(json.dumps({"cpu_s": time.process_time() - started}), file=answers, flush=True)
+        return {"cpu_s": time.process_time() - started}
+
+    answer_questions(answer)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
+
+from benchmarks.peers.answers import answer_questions
 
 PADDING = 0
 
@@ -72,10 +75,7 @@ class PaddedT5:
 
 def main(folder: Path, num_threads: int) -> None:
     torch.set_num_threads(num_threads)
-    answers, sys.stdout = sys.stdout, sys.stderr
-    peer = PaddedT5(folder)
-    for line in sys.stdin:
-        print(json.dumps(_answer(peer, **json.loads(line))), file=answers, flush=True)
+    answer_questions(partial(_answer, PaddedT5(folder)))
 
 
 def _answer(peer: PaddedT5, trimmed: bool, precision: str) -> dict[str, Any]:

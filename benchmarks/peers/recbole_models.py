@@ -17,6 +17,8 @@ from recbole.model.sequential_recommender.gru4rec import GRU4Rec
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.peers.answers import answer_questions
+
 MODELS = {"SASRec": SASRec, "GRU4Rec": GRU4Rec}
 
 
@@ -106,13 +108,14 @@ def _prefixes(
 
 def main(folder: Path, num_threads: int) -> None:
     torch.set_num_threads(num_threads)
-    answers, sys.stdout = sys.stdout, sys.stderr
     peer = RecBolePeer(folder)
-    for line in sys.stdin:
+
+    def answer(**question: Any) -> dict[str, Any]:
         started = time.process_time()
-        peer.step(**json.loads(line))
-        told: dict[str, Any] = {"cpu_s": time.process_time() - started}
-        print(json.dumps(told), file=answers, flush=True)
+        peer.step(**question)
+        return {"cpu_s": time.process_time() - started}
+
+    answer_questions(answer)
 
 
 if __name__ == "__main__":

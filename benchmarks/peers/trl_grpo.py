@@ -19,6 +19,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from benchmarks.peers.answers import answer_questions
+
 END, PADDING = -2, -1
 """Words of the vocabulary that no prompt has, counted from its end."""
 
@@ -108,9 +110,7 @@ def main(folder: Path, num_threads: int) -> None:
     torch.set_num_threads(num_threads)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)  # those of the benchmark's own process group
-    answers, sys.stdout = sys.stdout, sys.stderr
-    for line in sys.stdin:
-        print(json.dumps({"steps": train(folder, **json.loads(line))}), file=answers, flush=True)
+    answer_questions(lambda **question: {"steps": train(folder, **question)})
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers.answers import ANSWERS
 from cluster.errors import ClusterError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,22 +66,32 @@ class PeerProcess:
 
     def __init__(self, module: str, folder: Path, num_threads: int):
         threads = {"OMP_NUM_THREADS": str(num_threads), "MKL_NUM_THREADS": str(num_threads)}
+        answers, write_end = os.pipe()
         self._process = subprocess.Popen(
             [peer_python(), "-m", module, str(folder), str(num_threads)],
             cwd=ROOT,
-            env={**os.environ, **threads, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+            env={
+                **os.environ,
+                **threads,
+                "HF_HUB_OFFLINE": "1",
+                "PYTHONPATH": str(ROOT),
+                ANSWERS: str(write_end),
+            },
+            pass_fds=(write_end,),
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             text=True,
         )
+        os.close(write_end)
+        self._answers = os.fdopen(answers)
 
     def ask(self, **question: Any) -> dict[str, Any]:
         """Raises: ClusterError where the peer has died."""
         try:
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
-            answer = self._process.stdout.readline()
+            answer = self._answers.readline()
         except BrokenPipeError:
             answer = ""
         if not answer:
@@ -93,3 +104,4 @@ class PeerProcess:
     def close(self) -> None:
         self._process.stdin.close()
         self._process.wait(timeout=60)
+        self._answers.close()

@@ -83,6 +83,8 @@ def test_users_of_unequal_history_with_one_target_each_keep_their_own():
     generator = torch.Generator().manual_seed(1)
     parts = [torch.randn(*shape, generator=generator) for shape in ((3, 1, 2, 4), (9, 2, 4), (9, 2, 4))]
     sees = [[0, 1], [2, 3, 4], [5, 6, 7, 8]]
+    queries, keys, values = parts
+    attended = context_attention(queries, ContextCells.build(keys, values, layout), layout)
     torch.testing.assert_close(
-        context_attention(*parts, layout), reference_context_attention(*parts, sees), atol=1e-6, rtol=1e-5
+        attended, reference_context_attention(queries, keys, values, sees), atol=1e-6, rtol=1e-5
     )

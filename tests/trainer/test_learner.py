@@ -88,7 +88,7 @@ def broken_start(process):
         tables, model, process = learner.tables, make_model(Case()), None
         config = mock.Mock()
 
-        def module(self):
+        def module(self, _wrap):
             return None
 
     def overwrite(*_arguments):
