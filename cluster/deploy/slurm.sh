@@ -7,7 +7,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --time=24:00:00
-#SBATCH --signal=B:TERM@120
+#SBATCH --signal=B:USR1@120
 #
 # Starts Ray on every host of the job and runs one grail command on it, from the top of the checkout:
 #
@@ -18,8 +18,8 @@
 # each GPU of a host, or one a host without any; give --cluster.workers for another number, --cluster.min-workers to go
 # on when hosts are lost (--no-kill keeps the job then).
 #
-# Two minutes before the end of its time, and on scancel, the run saves and ends with 75. With GRAIL_REQUEUE=1 the job
-# then queues itself again and goes on where it stopped.
+# Two minutes before the end of its time (SIGUSR1 to this script), and on scancel (SIGTERM), the run saves and ends
+# with 75. With GRAIL_REQUEUE=1 the job then queues itself again after the former, and goes on where it stopped.
 set -euo pipefail
 
 cd "${GRAIL_HOME:-${SLURM_SUBMIT_DIR:?run this with sbatch}}"
@@ -68,7 +68,9 @@ if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then
 fi
 grail "$1" "$2" "${workers[@]}" "${@:3}" &
 driver=$!
+warned=0
 trap 'kill -TERM $driver 2>/dev/null' TERM
+trap 'warned=1; kill -TERM $driver 2>/dev/null' USR1
 code=0
 wait $driver || code=$?
 # A signal ends the wait, not the driver.
@@ -77,9 +79,12 @@ while [ $code -gt 128 ] && kill -0 $driver 2>/dev/null; do
     wait $driver || code=$?
 done
 
-if [ $code -eq 75 ] && [ "${GRAIL_REQUEUE:-0}" = 1 ]; then
+# The steps alone, and before the job is queued again: a signal to the whole job would cancel it while it waits there.
+for step in 0 1; do
+    scancel --quiet --signal=KILL "$SLURM_JOB_ID.$step" || true
+done
+if [ $code -eq 75 ] && [ $warned -eq 1 ] && [ "${GRAIL_REQUEUE:-0}" = 1 ]; then
     echo "saved; queueing again"
     scontrol requeue "$SLURM_JOB_ID"
 fi
-scancel --quiet --signal=KILL "$SLURM_JOB_ID" || true
 exit $code

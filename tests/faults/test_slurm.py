@@ -34,6 +34,10 @@ FAKES = {
         echo "$@" >>"$FAKE_SLURM/scontrol" """,
     "scancel": """
         echo "$@" >>"$FAKE_SLURM/scancel"
+        if [[ "${@: -1}" != *.* ]] || grep --quiet requeue "$FAKE_SLURM/scontrol"; then
+            echo "the whole job, or the one that was queued again, would be cancelled" >&2
+            exit 1
+        fi
         for task in $(cat "$FAKE_SLURM/tasks"); do kill -KILL -- "-$task"; done""",
 }
 
@@ -67,7 +71,7 @@ def write_command(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def test_a_job_spans_its_hosts_saves_at_the_end_of_its_time_and_queues_again(slurm, tmp_path):
+def test_a_job_spans_its_hosts_and_saves_when_it_is_cancelled(slurm, tmp_path):
     data, run_dir = build_tiny_data(tmp_path / "data"), tmp_path / "run"
     run_dir.mkdir()
     line = pretrain_line(data, run_dir, "--train.epochs", "200")
@@ -89,8 +93,39 @@ def test_a_job_spans_its_hosts_saves_at_the_end_of_its_time_and_queues_again(slu
     output = log.read_text()
     assert "2 worker(s) on 2 host(s) started" in output
     assert f"Stopped at step {latest_step(run_dir)}" in output and latest_step(run_dir) >= 5
+    assert "requeue" not in (tmp_path / "scontrol").read_text(), "who cancels a job does not want it back"
+    assert steps_killed(tmp_path) == [f"{slurm['SLURM_JOB_ID']}.{step}" for step in (0, 1)]
+    assert "would be cancelled" not in output
+
+
+def steps_killed(folder: Path) -> list[str]:
+    lines = (folder / "scancel").read_text().splitlines()
+    assert all("--signal=KILL" in line for line in lines)
+    return [line.split()[-1] for line in lines]
+
+
+def test_a_job_that_is_warned_before_the_end_of_its_time_queues_again(slurm, tmp_path):
+    """Ray and grail are made up here: one listens, the other saves on SIGTERM."""
+    commands = tmp_path / "checkout/.venv/bin"
+    port = 20000 + int(slurm["SLURM_JOB_ID"])
+    listen = f"import socket, time; kept = socket.create_server(('127.0.0.1', {port})); time.sleep(60)"
+    write_command(
+        commands / "ray", f'[[ $* == *--head* ]] || exec sleep 60\nexec {sys.executable} -c "{listen}"'
+    )
+    write_command(
+        commands / "grail", 'trap "exit 75" TERM; touch "$FAKE_SLURM/runs"; while :; do sleep 0.1; done'
+    )
+    script = [str(ROOT / "cluster/deploy/slurm.sh"), "pretrain", "sasrec"]
+    job = subprocess.Popen(script, env=slurm, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "runs").exists():
+        assert job.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    output, _ = job.communicate(timeout=20)
+    assert job.returncode == 75 and "would be cancelled" not in output, output
     assert f"requeue {slurm['SLURM_JOB_ID']}" in (tmp_path / "scontrol").read_text()
-    assert "--signal=KILL" in (tmp_path / "scancel").read_text()
+    assert len(steps_killed(tmp_path)) == 2
 
 
 def test_a_job_without_a_command_says_what_is_missing(slurm):
