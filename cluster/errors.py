@@ -39,6 +39,10 @@ class ClusterError(GrailError):
     """Machines or workers are missing, did not start in time, or died too often."""
 
 
+class MeetingError(ClusterError):
+    """The workers of a gang could not all reach each other at its start; another start may mend it."""
+
+
 class PoolGoneError(ClusterError):
     """A pool has had no member for too long; the work can be taken up again later."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, MeetingError
 from cluster.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,13 @@ _ADVICE = {
     COLLECTIVE: "look at the network between the hosts and for a worker that hangs; raise "
     "--cluster.collective-timeout-s if it was only slow",
 }
-_GLOO = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
+_GLOO = (
+    "gloo/transport",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+    "Wait timeout",
+)
 _NCCL = ("Watchdog caught collective operation timeout", "NCCL error", "ncclRemoteError", "ncclSystemError")
 _OUT_OF_MEMORY = ("CUDA out of memory", "DefaultCPUAllocator: can't allocate memory")
 
@@ -56,7 +62,7 @@ def kind_of(error: BaseException) -> str | None:
         sign in text for sign in _OUT_OF_MEMORY
     ):
         return MEMORY
-    if isinstance(error, dist.DistError) or any(sign in text for sign in (*_GLOO, *_NCCL)):
+    if isinstance(error, dist.DistError | MeetingError) or any(sign in text for sign in (*_GLOO, *_NCCL)):
         return COLLECTIVE
     return None
 

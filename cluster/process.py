@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, MeetingError
+from cluster.faults import COLLECTIVE, kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def start_process(
     `rendezvous` is `file:///path` on one machine, where no port of the store is opened then, or
     `tcp://host:port` between machines; gloo speaks over loopback or over the interface towards that host.
 
-    Raises: ClusterError if the other processes do not arrive within `timeout_s`.
+    Raises: MeetingError if the other processes do not arrive within `timeout_s`, or the port is taken.
     """
     _set_environment(rank, world_size, local_rank, local_world_size, num_threads, use_gpu)
     os.environ["GLOO_SOCKET_IFNAME"] = _interface(rendezvous)
@@ -66,8 +67,10 @@ def start_process(
             timeout=timeout,
         )
         host_group = dist.new_group(backend="gloo", timeout=timeout)
-    except (dist.DistStoreError, dist.DistNetworkError, TimeoutError) as error:
-        raise ClusterError(
+    except (RuntimeError, TimeoutError) as error:
+        if isinstance(error, RuntimeError) and kind_of(error) != COLLECTIVE:
+            raise
+        raise MeetingError(
             f"{world_size} processes were expected at {rendezvous} within {timeout_s:.0f} s, and rank {rank} "
             f"could not reach all of them ({error}); look at the logs of the other ranks"
         ) from error

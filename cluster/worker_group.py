@@ -311,7 +311,8 @@ class _Gang:
         except RayActorError as error:
             raise _Fault(DEATH, f"a worker died while starting: {death_cause(error)}") from error
         except GetTimeoutError as error:
-            raise ClusterError(
+            raise _Fault(
+                COLLECTIVE,
                 f"{len(references)} workers were to start within {self.config.start_timeout_s:.0f} s and "
-                "did not; look at the load of the machine, or raise --cluster.start-timeout-s"
+                "did not; look at the load of the machine, or raise --cluster.start-timeout-s",
             ) from error

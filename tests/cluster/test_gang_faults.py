@@ -3,17 +3,22 @@
 import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from ray.exceptions import GetTimeoutError
+from torch.distributed import distributed_c10d
 
+from cluster import gang_worker, worker_group
 from cluster.configuration import ClusterConfig
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, MeetingError
 from cluster.faults import COLLECTIVE, DEATH, MEMORY, FaultHistory, kind_of, kind_of_death
-from cluster.process import Process
+from cluster.gang_worker import Assignment, Seat
+from cluster.process import Process, start_process
 from cluster.reporter import Pulse, Reporter, StopSignal
 from cluster.watchdog import Watchdog
 from cluster.worker_group import run_gang
@@ -91,7 +96,57 @@ def test_errors_are_told_apart():
     assert kind_of(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")) == MEMORY
     assert kind_of(dist.DistBackendError("NCCL communicator was aborted")) == COLLECTIVE
     assert kind_of(RuntimeError(gloo)) == COLLECTIVE
+    assert kind_of(MeetingError("2 processes were expected")) == COLLECTIVE
     assert kind_of(RuntimeError("shapes cannot be multiplied")) is None
+
+
+@pytest.mark.parametrize("way", ["a file alone", "no host", "a taken port"])
+def test_workers_that_do_not_meet_are_a_fault_that_a_new_start_may_mend(way, tmp_path, monkeypatch):
+    """Each in a process group of its own, never made: the torch of this process stays as it was."""
+    monkeypatch.setattr(distributed_c10d, "default_pg_timeout", distributed_c10d.default_pg_timeout)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        if way == "no host":
+            taken.close()
+        with pytest.raises(
+            MeetingError, match=r"2 processes were expected at .* within 1 s, and rank"
+        ) as met:
+            start_process(
+                rank=int(way == "no host"),
+                world_size=2,
+                local_rank=0,
+                local_world_size=2,
+                rendezvous=f"file://{tmp_path}/x" if way == "a file alone" else f"tcp://127.0.0.1:{port}",
+                num_threads=1,
+                timeout_s=1,
+            )
+    assert kind_of(met.value) == COLLECTIVE
+
+
+def test_workers_that_did_not_meet_start_again(tmp_path, monkeypatch):
+    def alone(**_: object) -> None:
+        raise MeetingError("2 processes were expected")
+
+    monkeypatch.setattr(gang_worker, "start_process", alone)
+    reporter = Reporter()
+    assignment = Assignment(
+        function=_work_until_stopped, arguments=(), rendezvous="", world_size=2, config=TWO, logs=None
+    )
+    gang_worker._run(Seat(pid=1, host="a", address="a", gpus=()), assignment, reporter)
+    (event,) = reporter.drain()
+    assert (event.kind, event.values["error"], event.values["kind"]) == ("failure", None, COLLECTIVE)
+
+
+def test_a_worker_that_halts_while_it_starts_is_a_fault(tmp_path, monkeypatch):
+    def late(*_: object, **__: object) -> None:
+        raise GetTimeoutError
+
+    monkeypatch.setattr(worker_group.ray, "get", late)
+    gang = worker_group._Gang(TWO, [2], tmp_path, StopSignal(), None, None)
+    with pytest.raises(worker_group._Fault, match="2 workers were to start within 60 s") as ended:
+        gang._get([None, None])
+    assert ended.value.kind == COLLECTIVE
 
 
 def test_the_log_of_a_dead_worker_tells_a_time_out_from_other_deaths(tmp_path):
