@@ -46,8 +46,8 @@ class Fault:
     kind: str
     cause: str
     """A sentence without its end: which rank, and what happened."""
-    step: int
-    """Steps that were done when it happened; of a death, those the driver had heard of."""
+    step: int | None
+    """Steps that were done when it happened; of a death, those the driver had heard of; None before any was told."""
     workers: int
     lasted_s: float
     """From the start of the attempt."""
@@ -85,16 +85,19 @@ def kind_of_death(log: Path, first_byte: int) -> tuple[str, str]:
 
 
 class FaultHistory:
-    """The faults of one run of a gang; decides whether to start again, and keeps them in the run directory."""
+    """The faults of a run; decides whether to start again, and keeps them in the run directory.
+
+    What earlier commands on the same run met counts as far as the same fault at the same step is concerned.
+    """
 
     def __init__(self, run_dir: str, max_restarts: int):
         self._storage, self._run_dir, self._max_restarts = Storage(run_dir), run_dir, max_restarts
-        self.faults: list[Fault] = []
+        self.faults = self._read()
         self.without_gain = 0
         """Restarts since the gang last got further than ever before."""
         self._furthest = 0
 
-    def add(self, kind: str, cause: str, *, step: int, workers: int, lasted_s: float) -> None:
+    def add(self, kind: str, cause: str, *, step: int | None, workers: int, lasted_s: float) -> None:
         """Note a fault that is to be followed by a restart.
 
         Raises: ClusterError with a report where the same fault came three times at the same step, or too many
@@ -110,10 +113,13 @@ class FaultHistory:
         )
         self.faults.append(fault)
         self._write()
-        if step > self._furthest:
+        if step is not None and step > self._furthest:
             self._furthest, self.without_gain = step, 0
         last = self.faults[-SAME_FAULT_LIMIT:]
-        if step and len(last) == SAME_FAULT_LIMIT and len({(entry.kind, entry.step) for entry in last}) == 1:
+        if (
+            step is not None
+            and [(entry.kind, entry.step) for entry in last] == [(kind, step)] * SAME_FAULT_LIMIT
+        ):
             raise ClusterError(
                 f"{kind} at step {step} must not come back after every restart, and it came "
                 f"{SAME_FAULT_LIMIT} times:\n{self._report(last)}\n{_ADVICE[kind]}, then start again to go on "
@@ -133,6 +139,15 @@ class FaultHistory:
             f"{fault.lasted_s:.1f} s after the start: {fault.cause}"
             for fault in faults
         )
+
+    def _read(self) -> list[Fault]:
+        try:
+            return [Fault(**entry) for entry in json.loads(self._storage.read(FAULTS_NAME))]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, TypeError) as error:
+            logger.warning("%s is begun anew: %s", self._storage.path(FAULTS_NAME), error)
+            return []
 
     def _write(self) -> None:
         content = [asdict(fault) for fault in self.faults[-_KEPT:]]

@@ -31,8 +31,8 @@ class Event:
 class Pulse:
     """How a worker's steps go, as its driver hears with every answer."""
 
-    step: int = 0
-    """Steps done."""
+    step: int | None = None
+    """Steps done; None before the worker has said so."""
     steps_s: tuple[float, ...] = ()
     """Seconds that those since the last pulse took, but for those that something else came before."""
     waiting_s: float | None = None
@@ -46,7 +46,8 @@ class Reporter:
         self.rank = rank
         self._events: deque[Event] = deque()
         self._stop = threading.Event()
-        self._step, self._stepped_at = 0, None
+        self._step: int | None = None
+        self._stepped_at: float | None = None
         self._steps_s: deque[float] = deque(maxlen=_KEPT_STEPS)
 
     def progress(self, **numbers: float | int | str) -> None:

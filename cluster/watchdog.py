@@ -27,9 +27,9 @@ class Watchdog:
         self._said_for = -1
 
     @property
-    def step(self) -> int:
-        """The furthest step any worker has told of."""
-        return max((pulse.step for pulse in self._last.values()), default=0)
+    def step(self) -> int | None:
+        """The furthest step any worker has told of; None before any has."""
+        return max((pulse.step for pulse in self._last.values() if pulse.step is not None), default=None)
 
     def hear(self, rank: int, pulse: Pulse) -> None:
         self._seconds.extend(pulse.steps_s)

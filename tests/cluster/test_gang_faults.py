@@ -161,7 +161,7 @@ def test_the_log_of_a_dead_worker_tells_a_time_out_from_other_deaths(tmp_path):
     assert kind_of_death(log, 0) == (COLLECTIVE, line)
 
 
-def _add(history: FaultHistory, step: int, kind: str = DEATH) -> None:
+def _add(history: FaultHistory, step: int | None, kind: str = DEATH) -> None:
     history.add(kind, "rank 0 died", step=step, workers=2, lasted_s=1.0)
 
 
@@ -180,6 +180,38 @@ def test_different_faults_at_one_step_are_not_the_same(tmp_path):
         _add(history, 7, kind)
     with pytest.raises(ClusterError, match="a dead worker at step 7 must not come back"):
         _add(history, 7)
+
+
+def test_a_fault_in_the_first_step_is_the_same_and_one_before_any_step_is_not(tmp_path):
+    history = FaultHistory(str(tmp_path), max_restarts=9)
+    for step in (None, None, None, 0, 0):
+        _add(history, step)
+    with pytest.raises(ClusterError, match="a dead worker at step 0 must not come back"):
+        _add(history, 0)
+
+
+def test_the_same_fault_counts_over_starts_of_the_command(tmp_path):
+    for _ in range(2):
+        _add(FaultHistory(str(tmp_path), max_restarts=1), 7)
+    again = FaultHistory(str(tmp_path), max_restarts=9)
+    with pytest.raises(ClusterError, match="a dead worker at step 7 must not come back"):
+        _add(again, 7)
+    assert len(json.loads((tmp_path / "faults.json").read_text())) == 3
+
+
+def test_a_damaged_list_of_faults_is_begun_anew(tmp_path, caplog):
+    (tmp_path / "faults.json").write_text('[{"kind"')
+    assert FaultHistory(str(tmp_path), max_restarts=9).faults == []
+    assert "faults.json is begun anew" in caplog.text
+
+
+def test_a_worker_tells_no_step_before_its_first(tmp_path):
+    reporter, watchdog = Reporter(), Watchdog()
+    watchdog.hear(0, reporter.pulse())
+    assert watchdog.step is None and watchdog.late() is None
+    reporter.stepped(0)
+    watchdog.hear(0, reporter.pulse())
+    assert watchdog.step == 0
 
 
 def test_the_watchdog_speaks_once_for_a_step_of_ten_times_the_median():
