@@ -18,7 +18,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from cluster.configuration import ClusterConfig
 from cluster.elastic import largest_world
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, PlanError
 from cluster.faults import COLLECTIVE, DEATH, FaultHistory, kind_of_death
 from cluster.gang_worker import Assignment, GangWorker, Seat, give_ranks
 from cluster.logs import show_worker_record, worker_log
@@ -60,7 +60,8 @@ def run_gang(
     When a worker dies, runs out of memory or a collective fails, the whole gang is started again and the
     function goes on from its own checkpoint. With `worlds` (see `allowed_worlds`) the gang has as many workers
     as the cluster has room for; where there is room for more, it stops at its next `reporter.saved` and starts
-    again larger, so the function must honour `stop_requested` and be able to go on.
+    again larger, so the function must honour `stop_requested` and be able to go on. A world on which the plan does
+    not work (PlanError) is left for a larger one.
 
     Log records of the workers are shown here, other events go to `on_event`. A SIGTERM that reaches any worker
     requests the stop. Returns None where a stop was requested and the gang had not started or had died.
@@ -83,6 +84,8 @@ def run_gang(
                 fault = None
             except _Fault as error:
                 fault = error
+            except PlanError as error:
+                worlds, fault = _larger_than(gang.size, worlds, error), None
             except ClusterError:
                 if stop.requested and stop.error is None:
                     return None
@@ -102,6 +105,15 @@ def run_gang(
     if stop.error is not None:
         raise stop.error
     return None
+
+
+def _larger_than(size: int, worlds: Sequence[int], error: PlanError) -> list[int]:
+    """The worlds left once tables did not fit on `size` workers. Raises: the error where none is."""
+    larger = [world for world in worlds if world > size]
+    if not larger:
+        raise error
+    logger.warning("%s; going on with %s workers as soon as there is room", error, _range(larger))
+    return larger
 
 
 def _range(worlds: Sequence[int]) -> str:

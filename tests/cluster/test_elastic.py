@@ -1,4 +1,5 @@
 import logging
+from typing import ClassVar
 
 import pytest
 import ray
@@ -7,7 +8,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from cluster import placement, worker_group
 from cluster.configuration import ClusterConfig
 from cluster.elastic import allowed_worlds, largest_world
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, PlanError
 from cluster.ray_start import start_ray
 from cluster.reporter import Event
 from cluster.worker_group import run_gang
@@ -20,7 +21,6 @@ def test_the_limits_give_the_numbers_of_workers():
     assert allowed_worlds(ClusterConfig(workers=3, max_workers=5)) == [3, 4, 5]
     both = ClusterConfig(workers=4, min_workers=2, max_workers=8)
     assert allowed_worlds(both, multiple_of=2) == [2, 4, 6, 8]
-    assert allowed_worlds(both, multiple_of=2, allowed=lambda workers: workers > 5) == [6, 8]
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,37 @@ def test_limits_without_any_multiple_are_refused():
 
 def test_the_largest_world_that_fits():
     assert [largest_world([2, 4, 6], room) for room in (1, 2, 5, 100)] == [None, 2, 4, 6]
+
+
+class _Gang:
+    """As many workers as the smallest of the worlds; fewer than three are too few for the plan."""
+
+    tried: ClassVar[list[int]] = []
+
+    def __init__(self, config, worlds, *_: object):
+        self.size, self.makes_room = worlds[0], False
+
+    def start(self, *_: object) -> None:
+        self.tried.append(self.size)
+
+    def follow(self) -> int:
+        if self.size < 3:
+            raise PlanError(f"table item does not fit on {self.size} workers")
+        return self.size
+
+    def kill(self) -> None:
+        pass
+
+
+def test_a_world_that_is_too_small_for_the_plan_is_left_for_a_larger_one(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(worker_group, "start_ray", lambda config: None)
+    monkeypatch.setattr(worker_group, "_Gang", _Gang)
+    config = ClusterConfig(workers=4, min_workers=1)
+    assert run_gang(print, config=config, run_dir=str(tmp_path), worlds=allowed_worlds(config)) == 3
+    assert _Gang.tried == [1, 2, 3]
+    assert "does not fit on 2 workers; going on with 3 to 4 workers" in caplog.text
+    with pytest.raises(PlanError, match="does not fit on 2 workers"):
+        run_gang(print, config=config, run_dir=str(tmp_path), worlds=[1, 2])
 
 
 def test_a_gang_starts_with_the_room_there_is_and_grows_at_a_checkpoint(tmp_path, monkeypatch, caplog):
