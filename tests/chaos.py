@@ -25,9 +25,11 @@ from rich.table import Table
 from cluster.errors import GrailError
 from tests.faults.strikes import (
     ENDS_THE_COMMAND,
+    EPOCHS,
     KINDS,
     SIGKILLS,
     Fault,
+    NoDiskError,
     Scene,
     StepWatch,
     on_a_small_disk,
@@ -53,8 +55,10 @@ PLACES: tuple[Callable[[Path], AbstractContextManager[Scene]], ...] = (
     on_this_machine,
 )
 """Taken in turn."""
-LAST_TARGET_STEP = 30
-"""No fault is aimed at later steps, of which a run has 40, so that there is time left to strike."""
+LAST_TARGET_STEP = 70
+"""No fault is aimed at later steps, of which a run has 80, so that there is time left to strike."""
+SOONEST, LATEST = 2, 6
+"""Steps from one fault to the next. The driver must hear of one between two, or they are the same fault to it."""
 LONGEST_START_S = 12.0
 QUALITY = "validation/ndcg@10"
 ROUNDING = 1e-3
@@ -64,8 +68,10 @@ SEEDS = (3, 4, 5)
 console = Console()
 
 
-def main(minutes: float = 20.0, faults_per_round: int = 6, seed: int = 0) -> int:
-    """Try faults for about so many minutes; the exit code is 1 if anything was lost."""
+def main(minutes: float = 20.0, kills: int = 50, seed: int = 0) -> int:
+    """Try faults for about so many minutes, which shall be enough for so many SIGKILLs; the exit code is 1 if anything
+    was lost.
+    """
     begun, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="grail-chaos-"))
     data = build_tiny_data(folder / "data")
     undisturbed = [train_undisturbed(data, folder / f"seed-{number}", number) for number in SEEDS]
@@ -76,7 +82,7 @@ def main(minutes: float = 20.0, faults_per_round: int = 6, seed: int = 0) -> int
         rounds += 1
         tried: list[Fault] = []
         choice = random.Random(f"{seed} {rounds}")
-        loss = play_round(place, data, undisturbed, folder / name, choice, tried, faults_per_round)
+        loss = play_round(place, data, undisturbed, folder / name, choice, tried)
         for fault in tried:
             fault.survived = loss is None
         faults += tried
@@ -84,6 +90,7 @@ def main(minutes: float = 20.0, faults_per_round: int = 6, seed: int = 0) -> int
         told = ", ".join(fault.kind for fault in tried) or "no fault came in time"
         console.print(f"{name}, {place.__name__}: {told}{'' if loss is None else ': LOST'}", markup=False)
     console.print(_table(faults, rounds, (time.monotonic() - begun) / 60))
+    console.print(f"{count_kills(faults)} of {kills} SIGKILLs were made.")
     for loss in losses:
         console.print(f"lost in {loss}", style="red", markup=False)
     if losses:
@@ -94,7 +101,9 @@ def main(minutes: float = 20.0, faults_per_round: int = 6, seed: int = 0) -> int
 
 
 def train_undisturbed(data: str, run_dir: Path, seed: int) -> Path:
-    with Training(run_dir, pretrain_line(data, run_dir, "--seed", str(seed))) as training:
+    with Training(
+        run_dir, pretrain_line(data, run_dir, "--seed", str(seed), "--train.epochs", str(EPOCHS))
+    ) as training:
         assert training.exit_code() == 0, training.output()
     return run_dir
 
@@ -106,33 +115,33 @@ def play_round(
     folder: Path,
     choice: random.Random,
     tried: list[Fault],
-    limit: int,
 ) -> str | None:
-    """One run under at most `limit` faults -> what was lost, None where nothing was."""
+    """One run under faults, which are appended to `tried` -> what was lost, None where nothing was."""
+    loss = None
     try:
         with place(folder) as scene, StepWatch(scene.run_dir) as watch:
             try:
-                torment(scene, data, choice, tried, limit)
+                torment(scene, data, choice, tried)
                 judge(scene, undisturbed)
             except (AssertionError, GrailError, subprocess.TimeoutExpired) as error:
-                return str(error)
+                loss = str(error)
             finally:
                 for fault, following in zip(tried, [*tried[1:], None], strict=True):
                     _note_recovery(fault, following, watch)
-    except NoHostsError as error:
+    except (NoHostsError, NoDiskError) as error:
         console.print(f"{place.__name__} was left out: {error}", style="yellow", markup=False)
     except subprocess.CalledProcessError as error:
-        console.print(f"{place.__name__} was left out: {error.stderr}", style="yellow", markup=False)
-    return None
+        loss = loss or f"{error}: {error.stderr}"
+    return loss
 
 
-def torment(scene: Scene, data: str, choice: random.Random, tried: list[Fault], limit: int) -> None:
+def torment(scene: Scene, data: str, choice: random.Random, tried: list[Fault]) -> None:
     """Start the command until it finishes, with faults appended to `tried` as they happen."""
     kinds: list[str] = []
-    for _ in range(limit + 1):
+    for _ in range(scene.most_faults + 1):
         scene.mend()
         with scene.training(data) as training:
-            while len(tried) < limit and _wait_for_moment(training, choice):
+            while len(tried) < scene.most_faults and _wait_for_moment(training, choice):
                 kinds = kinds or choice.sample(scene.kinds, len(scene.kinds))
                 tried.append(strike(scene, training, kinds.pop(), choice))
                 if tried[-1].kind in ENDS_THE_COMMAND:
@@ -147,8 +156,8 @@ def torment(scene: Scene, data: str, choice: random.Random, tried: list[Fault], 
 def judge(scene: Scene, undisturbed: list[Path]) -> None:
     """Raises: AssertionError naming what differs."""
     if scene.same_workers:
-        assert_nothing_lost(scene.run_dir, undisturbed[0])
-    assert_everyone_was_seen_once(scene.run_dir)
+        assert_nothing_lost(scene.run_dir, undisturbed[0], EPOCHS)
+    assert_everyone_was_seen_once(scene.run_dir, EPOCHS)
     reached, usual = _quality(scene.run_dir), [_quality(run_dir) for run_dir in undisturbed]
     console.print(
         f"{QUALITY} after the faults: {reached:.4f}, undisturbed {min(usual):.4f} to {max(usual):.4f}"
@@ -173,7 +182,7 @@ def _wait_for_moment(training: Training, choice: random.Random) -> bool:
         until = time.monotonic() + choice.uniform(0, LONGEST_START_S)
         training.wait_for(lambda: training.driver.poll() is not None or time.monotonic() > until)
     elif done < LAST_TARGET_STEP:
-        target = choice.randint(done + 1, min(done + 12, LAST_TARGET_STEP))
+        target = done + choice.randint(SOONEST, LATEST)
         training.wait_for_step(target)
         time.sleep(choice.uniform(0, 0.1))
     return training.driver.poll() is None and last_step(training.run_dir) < LAST_TARGET_STEP + 5
@@ -185,10 +194,13 @@ def _note_recovery(fault: Fault, following: Fault | None, watch: StepWatch) -> N
         fault.recovery_s = stepped_at - fault.at
 
 
+def count_kills(faults: list[Fault]) -> int:
+    return sum(fault.kind in SIGKILLS for fault in faults)
+
+
 def _table(faults: list[Fault], rounds: int, minutes: float) -> Table:
-    kills = sum(fault.kind in SIGKILLS for fault in faults)
     table = Table(
-        title=f"{len(faults)} faults in {rounds} runs, {kills} of them SIGKILLs, {minutes:.1f} minutes",
+        title=f"{len(faults)} faults in {rounds} runs, {count_kills(faults)} of them SIGKILLs, {minutes:.1f} minutes",
         caption="recovery: from the fault to the next step; not known where another fault came before",
     )
     for name in ("fault", "tried", "survived", "median recovery", "worst"):

@@ -42,6 +42,12 @@ FULL_DISK_S = 120.0
 PAUSE_S = (0.5, 3.0)
 COLLECTIVE_TIMEOUT_S = 20
 DISK_MIB = 24
+EPOCHS = 10
+"""Of 8 steps each."""
+
+
+class NoDiskError(Exception):
+    """A file system of its own cannot be mounted here."""
 
 
 @dataclass(kw_only=True)
@@ -63,6 +69,9 @@ class Scene:
 
     run_dir: Path
     kinds: tuple[str, ...]
+    """One of them is named as often as it shall come among so many."""
+    most_faults: int = 12
+    """Of one run."""
     same_workers: bool = True
     """Whether the number of workers stays, so that the run must be equal to an undisturbed one."""
     options: tuple[str, ...] = ()
@@ -84,7 +93,15 @@ class Scene:
             self.hosts.start_ray(2)
 
     def training(self, data: str) -> Training:
-        options = ("--train.checkpoint-every-steps", "1", "--cluster.max-restarts", "9", *self.options)
+        options = (
+            "--train.epochs",
+            str(EPOCHS),
+            "--train.checkpoint-every-steps",
+            "1",
+            "--cluster.max-restarts",
+            "9",
+            *self.options,
+        )
         line = pretrain_line(data, self.run_dir, *options)
         return Training(self.run_dir, line, prefix=self.prefix, environment=self.environment)
 
@@ -95,7 +112,7 @@ def on_this_machine(folder: Path) -> Iterator[Scene]:
     folder.mkdir()
     scene = Scene(
         run_dir=folder / "run",
-        kinds=(WORKER, DRIVER, JOB, WRITE, PAUSE, CLOCK),
+        kinds=(*[WORKER] * 4, DRIVER, JOB, WRITE, WRITE, PAUSE, CLOCK),
         options=("--cluster.collective-timeout-s", str(COLLECTIVE_TIMEOUT_S)),
     )
     _make_hostile(scene)
@@ -104,11 +121,13 @@ def on_this_machine(folder: Path) -> Iterator[Scene]:
 
 @contextmanager
 def on_a_small_disk(folder: Path) -> Iterator[Scene]:
-    """The run directory is a file system of a few MiB. Raises: CalledProcessError without root."""
-    scene = Scene(run_dir=folder / "run", kinds=(FULL, SLOW, WRITE))
+    """The run directory is a file system of a few MiB. Raises: NoDiskError without root."""
+    scene = Scene(run_dir=folder / "run", kinds=(FULL, SLOW, WRITE, WORKER, WORKER), most_faults=6)
     scene.run_dir.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", str(scene.run_dir)]
-    subprocess.run(mount, check=True, capture_output=True, text=True)
+    mounted = subprocess.run(mount, capture_output=True, text=True)
+    if mounted.returncode:
+        raise NoDiskError(mounted.stderr)
     try:
         _make_hostile(scene)
         yield scene
@@ -125,6 +144,7 @@ def on_two_hosts(folder: Path) -> Iterator[Scene]:
         yield Scene(
             run_dir=folder / "run",
             kinds=(HOST, DRIVER),
+            most_faults=4,
             same_workers=False,
             options=("--cluster.address", hosts.ray_address, "--cluster.min-workers", "1"),
             prefix=tuple(hosts.prefix(1)),
@@ -148,37 +168,43 @@ def strike(scene: Scene, training: Training, kind: str, choice: random.Random) -
     if kind == HOST and len(workers) < 2:
         kind = DRIVER
     fault = Fault(kind=kind)
-    _STRIKES[kind](scene, training, choice)
+    try:
+        _STRIKES[kind](scene, training, choice, workers)
+    except psutil.NoSuchProcess:  # the victim had ended since it was listed
+        fault.kind = JOB
+        training.kill_everything()
     fault.quiet_at = time.monotonic()
     return fault
 
 
-def _kill_worker(scene: Scene, training: Training, choice: random.Random) -> None:
-    choice.choice(training.workers()).kill()
+Workers = list[psutil.Process]
 
 
-def _kill_driver(scene: Scene, training: Training, choice: random.Random) -> None:
-    workers = scene.workers(training)
+def _kill_worker(scene: Scene, training: Training, choice: random.Random, workers: Workers) -> None:
+    choice.choice(workers).kill()
+
+
+def _kill_driver(scene: Scene, training: Training, choice: random.Random, workers: Workers) -> None:
     training.driver.kill()
     training.driver.wait(30)
     wait_until_gone(workers, WORKERS_GONE_S)
 
 
-def _pause_worker(scene: Scene, training: Training, choice: random.Random) -> None:
+def _pause_worker(scene: Scene, training: Training, choice: random.Random, workers: Workers) -> None:
     """Half of them go on before the others lose patience, half never do."""
-    victim = choice.choice(training.workers())
-    send([victim], signal.SIGSTOP)
+    victim = choice.choice(workers)
+    victim.suspend()
     if choice.random() < 0.5:
         time.sleep(choice.uniform(*PAUSE_S))
         send([victim], signal.SIGCONT)
 
 
-def _jump(scene: Scene, training: Training, choice: random.Random) -> None:
+def _jump(scene: Scene, training: Training, choice: random.Random, workers: Workers) -> None:
     hours = choice.choice([-1, 1]) * choice.uniform(0.5, 48)
     (scene.controls / "clock").write_text(str(3600 * hours))
 
 
-def _fill_disk(scene: Scene, training: Training, choice: random.Random) -> None:
+def _fill_disk(scene: Scene, training: Training, choice: random.Random, workers: Workers) -> None:
     """Not a byte is left until the job has ended, which must say why; then there is room again."""
     ballast = scene.run_dir / "ballast"
     deadline = time.monotonic() + FULL_DISK_S
@@ -196,7 +222,7 @@ def _fill_disk(scene: Scene, training: Training, choice: random.Random) -> None:
     assert "No space left on device" in output and "Traceback" not in output, output
 
 
-def _slow_disk(scene: Scene, training: Training, choice: random.Random) -> None:
+def _slow_disk(scene: Scene, training: Training, choice: random.Random, workers: Workers) -> None:
     """Every write takes up to a second longer for a few steps."""
     control = scene.controls / "slow"
     control.write_text(str(choice.uniform(0.2, 1.0)))
@@ -205,16 +231,16 @@ def _slow_disk(scene: Scene, training: Training, choice: random.Random) -> None:
     control.unlink()
 
 
-_STRIKES: dict[str, Callable[[Scene, Training, random.Random], None]] = {
+_STRIKES: dict[str, Callable[[Scene, Training, random.Random, Workers], None]] = {
     WORKER: _kill_worker,
     DRIVER: _kill_driver,
-    JOB: lambda scene, training, choice: training.kill_everything(),
-    WRITE: lambda scene, training, choice: training.kill_everything_during_a_write(),
+    JOB: lambda scene, training, choice, workers: training.kill_everything(),
+    WRITE: lambda scene, training, choice, workers: training.kill_everything_during_a_write(),
     PAUSE: _pause_worker,
     CLOCK: _jump,
     FULL: _fill_disk,
     SLOW: _slow_disk,
-    HOST: lambda scene, training, choice: scene.hosts.kill_host(2),
+    HOST: lambda scene, training, choice, workers: scene.hosts.kill_host(2),
 }
 
 
