@@ -10,7 +10,7 @@ from cluster.errors import StorageError
 
 Result = TypeVar("Result")
 
-TRIES = 6
+TRIES = 7
 FIRST_PAUSE_S = 0.5
 """Before the second try; doubled before each further one: half a minute in all, beside the client's own tries."""
 

@@ -106,7 +106,9 @@ def decode_state(data: bytes, path: str) -> dict[str, Any]:
             f"{path} must hold JSON but is damaged: {error}. Use another step."
         ) from error
     if not isinstance(content, dict) or "format_version" not in content:
-        raise CheckpointError(f"{path} must name its format_version but does not. It is no grail checkpoint.")
+        raise DamagedCheckpointError(
+            f"{path} must name its format_version but does not: damaged, or no grail checkpoint. Use another step."
+        )
     if "crc32" not in content:
         _check_version(content["format_version"], path)
     if content.pop("crc32", None) != _json_checksum(content):

@@ -4,7 +4,8 @@
 # terminationGracePeriodSeconds.
 set -u
 
-running='^ray::GangWorker|grail (pretrain|evaluate)'
+# Python alone: the shell of a RayJob, whose line names the command too, has to hand on the exit code.
+running='^ray::GangWorker|^[^ ]*python[0-9.]* [^ ]*grail (pretrain|align|evaluate) '
 pkill -TERM -f "$running" || exit 0
 while pgrep -f "$running" >/dev/null; do
     sleep 0.5

@@ -153,12 +153,21 @@ def test_the_dockerfile_makes_images_for_both_kinds_of_machines():
     assert kinds[-1] == "WORKDIR" and ("USER", "1000") in lines, "not as root"
 
 
-def test_a_pod_ends_only_when_its_workers_have_saved():
+def test_a_pod_ends_only_when_its_command_and_workers_have_saved(tmp_path):
     """In a space of process ids of its own, since the script asks all processes it sees."""
     if os.geteuid() or not shutil.which("unshare"):
         pytest.skip("needs root and unshare for a pod's own process ids")
-    worker = "exec -a ray::GangWorker.poll bash -c 'trap \"sleep 1; exit\" TERM; while :; do sleep 0.1; done'"
-    script = f"({worker}) & sleep 0.3; bash {DEPLOY}/pre-stop.sh; jobs -r"
+    saves = "trap 'sleep 1; exit' TERM; while :; do sleep 0.1; done"
+    (tmp_path / "grail").write_text(saves)
+    script = f"""
+        (exec -a ray::GangWorker.poll bash -c "{saves}") &
+        (exec -a /opt/python3.12 bash {tmp_path}/grail align x) & align=$!
+        bash -c "sleep 20; grail pretrain sasrec" & shell=$!
+        sleep 0.3
+        bash {DEPLOY}/pre-stop.sh
+        kill -0 $align 2>/dev/null && echo the command runs
+        kill $shell && echo its shell is left alone
+    """
     begun = time.monotonic()
     ended = subprocess.run(
         ["unshare", "--pid", "--fork", "--mount-proc", "bash", "-c", script],
@@ -166,5 +175,11 @@ def test_a_pod_ends_only_when_its_workers_have_saved():
         text=True,
         timeout=30,
     )
-    assert ended.returncode == 0 and ended.stdout == "", ended
+    assert ended.returncode == 0 and ended.stdout == "its shell is left alone\n", ended
     assert time.monotonic() - begun > 1.0, "it waits for the save"
+
+
+def test_what_a_cloud_host_sets_up_lies_in_the_home_of_its_user():
+    config = yaml.safe_load((DEPLOY / "ray-cloud.yaml").read_text())
+    assert all(place.startswith("~/") for place in config["file_mounts"])
+    assert config["setup_commands"] == ["cd ~/grail && ./setup.sh"]

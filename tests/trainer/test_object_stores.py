@@ -111,7 +111,7 @@ def test_a_store_that_never_answers_ends_in_an_error_that_names_the_address(tmp_
     FaultyStore.misbehave(failure_rate=1.0)
     try:
         with pytest.raises(
-            StorageError, match=rf"exists of {tmp_path}/run/x must be answered, and failed 6 times.*hung up"
+            StorageError, match=rf"exists of {tmp_path}/run/x must be answered, and failed 7 times.*hung up"
         ):
             Storage(f"faulty://{tmp_path}/run").exists("x")
     finally:
