@@ -26,7 +26,10 @@ _GAUGES = {
     "step_s": ("grail_train_step_seconds", "Mean seconds of an optimizer step."),
     "workers": ("grail_workers", "Training processes."),
     "hosts": ("grail_hosts", "Hosts they run on."),
-    "restarts": ("grail_restarts", "Times the workers were started again."),
+    "restarts": (
+        "grail_restarts",
+        "Times the workers were started again by this command, after faults and to grow.",
+    ),
     "checkpoint_step": ("grail_checkpoint_step", "Step of the last checkpoint."),
     "checkpoint_at_s": ("grail_checkpoint_timestamp_seconds", "When it was taken."),
     "updated_at_s": ("grail_updated_timestamp_seconds", "When these numbers were written."),
@@ -66,13 +69,19 @@ class StatusKeeper:
 
     def __init__(self, run_dir: str, recipe: str, prometheus_file: str | None = None):
         self._storage, self._prometheus_file, self._run_dir = Storage(run_dir), prometheus_file, run_dir
-        # A run that goes on keeps its numbers until there are newer ones.
-        before = read_status(self._storage)
-        self.status = replace(before, state="running", recipe=recipe, error="", started_at_s=time.time())
+        self.status = Status(recipe=recipe)
         self._places: dict[int, str] = {}
         self._written_at = 0.0
 
     def __enter__(self) -> "StatusKeeper":
+        # A run that goes on keeps its numbers until there are newer ones; read now that the lease is held.
+        self.status = replace(
+            read_status(self._storage),
+            state="running",
+            recipe=self.status.recipe,
+            error="",
+            started_at_s=time.time(),
+        )
         self._write()
         return self
 

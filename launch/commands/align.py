@@ -145,7 +145,8 @@ def align(config: "AlignConfig") -> int:
     setting = reward_setting(config.rewards, data_path=config.data.path, seed=config.seed)
     console, stop = start_console(), StopSignal()
     keeper = StatusKeeper(config.run_dir, policy.recipe, policy.log.prometheus_file)
-    with Lease(config.run_dir, stop.abort), keeper:
+    # Here for a stop before Ray runs, and once more behind its start, which takes SIGTERM to itself.
+    with stop.on_signals(), Lease(config.run_dir, stop.abort), keeper:
         document = prepare(policy)
         Storage(config.run_dir).write(ALIGN, to_yaml(to_document(config)).encode())
         start_ray(config.cluster, num_cpus=math.ceil(config.num_cpus()))

@@ -79,7 +79,8 @@ def train(config: PretrainConfig) -> int:
     open_data(config.data)
     console, stop = start_console(), StopSignal()
     keeper = StatusKeeper(config.run_dir, config.recipe, config.log.prometheus_file)
-    with Lease(config.run_dir, stop.abort), keeper:
+    # Here for a stop before Ray runs, and once more behind its start, which takes SIGTERM to itself.
+    with stop.on_signals(), Lease(config.run_dir, stop.abort), keeper:
         result = _run(config, prepare(config), console, stop, keeper)
         curves = write_curves(config.run_dir, config.train.selection_metric)
     if result is None or result["status"] == "stopped":

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import signal
 import time
 
 import pytest
@@ -9,7 +10,9 @@ from cluster.lease import LEASE_NAME, Lease
 from cluster.reporter import Event
 from cluster.storage import Storage
 from launch.cli import run as grail
+from launch.commands.pretrain import STOPPED, train
 from launch.run_status import StatusKeeper, read_status, report_run
+from tests.tiny_run import build_tiny_data, tiny_config
 from trainer.checkpoint_pointers import LATEST, write_pointer
 
 PROGRESS = {
@@ -55,6 +58,14 @@ def test_a_run_is_seen_while_it_works_and_after_its_end(run_dir, capsys):
     assert re.search(r"step 30, \d s ago +\d s ago$", line)
     assert grail(["status", run_dir, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["status"]["loss"] == 2.5
+
+
+def test_the_numbers_of_a_run_that_goes_on_are_those_its_last_holder_left(run_dir):
+    late = StatusKeeper(run_dir, "sasrec")
+    with StatusKeeper(run_dir, "sasrec") as first:
+        first.status.step = 7
+    with late:
+        assert late.status.step == 7
 
 
 def test_an_error_is_kept_and_an_interruption_is_a_stop(run_dir):
@@ -103,3 +114,12 @@ def test_a_status_that_cannot_be_written_does_not_end_the_run(run_dir, caplog):
     with StatusKeeper(run_dir, "sasrec", "/nowhere/at/all.prom"):
         pass
     assert "the status of the run could not be written" in caplog.text
+
+
+def test_sigterm_before_ray_runs_ends_with_the_code_of_a_stop(tmp_path, monkeypatch):
+    config = tiny_config(build_tiny_data(tmp_path / "data"), tmp_path / "run")
+    monkeypatch.setattr("cluster.ray_start.start_ray", lambda config: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("cluster.worker_group.start_ray", lambda config: None)
+    before = signal.getsignal(signal.SIGTERM)
+    assert train(config) == STOPPED
+    assert signal.getsignal(signal.SIGTERM) == before
