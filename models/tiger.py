@@ -54,6 +54,9 @@ class Tiger(Generator):
         encoder: Literal["bidirectional", "causal"] = "bidirectional"
         """What a token of the history sees: all of the history, as published, so that each prefix of a user is encoded
         by itself; or what comes before it, so that a user is encoded once and each target attends to its prefix."""
+        item_sums: bool = True
+        """Each code of the history also carries the sum of its item's codes, so a token knows its whole item from the
+        first block on, and the first level is learnt several times earlier. RECONSTRUCTED: not so as published."""
         label_smoothing: float = 0.0
         """Share of the target's probability that is spread over all codes of the level."""
         init_scale: float = 0.02
@@ -162,7 +165,10 @@ class Tiger(Generator):
 
     def _embed(self, user_ids: Tensor, items: Jagged, history: "History") -> Tensor:
         """Shapes: -> [E, D]."""
-        codes = self.codes(self.item_codes[items.values]) + self.positions(items.places())[:, None]
+        codes = self.codes(self.item_codes[items.values])
+        if self.config.item_sums:
+            codes = codes + codes.sum(dim=1, keepdim=True)
+        codes = codes + self.positions(items.places())[:, None]
         users = self.users(hash_ids(user_ids, self.config.user_tokens))
         return self.input_dropout(self._scaled(torch.cat((users, codes.flatten(0, 1)))[history.order]))
 
