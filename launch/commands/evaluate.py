@@ -20,8 +20,7 @@ class EvaluateOptions:
     split: Literal["valid", "test"] = "test"
     """Which held-out items are ranked."""
     baselines: bool = False
-    """Evaluate popularity, co-occurrence and transitions beside it, and the oracle where the truth is "
-    "known."""
+    """Evaluate popularity, co-occurrence and transitions beside it, and the oracle where the truth is known."""
     per_user: str | None = None
     """Parquet file that each user's own metrics are written to, to compare two runs user by user."""
     data: DataOptions = field(default_factory=DataOptions)

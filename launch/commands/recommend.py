@@ -101,8 +101,7 @@ def show(config: PretrainConfig, *, num_users: int, checkpoint: str = "best", k:
 
 
 def write_all(config: PretrainConfig, out: str, *, checkpoint: str = "best", k: int = 10) -> None:
-    """Write recommendations for every user; workers write parts, which are then merged in the users' "
-    "order."""
+    """Write recommendations for every user; workers write parts, which are then merged in the users' order."""
     from cluster.worker_group import run_gang
     from launch.jobs import part_file, write_job
 
@@ -124,8 +123,7 @@ def write_all(config: PretrainConfig, out: str, *, checkpoint: str = "best", k: 
 
 
 def _merge(parts: list[str], data_path: str, out: str) -> int:
-    """Join rows with raw ids and titles, sorted by user; streamed, and there under its name only when "
-    "whole."""
+    """Join rows with raw ids and titles, sorted by user; streamed, and there under its name only when whole."""
     import polars as pl
 
     from data_streams.item_table import ItemTable

@@ -2,7 +2,8 @@
 
 The function gets a list of groups (`rl.types.Group`) and returns an array [G] (or [G, L]) for each; it may be async.
 
-Example: `--reward python-function --reward.path my_rewards:freshness` calls `freshness(groups)` of `my_rewards.py`.
+Example: `--rewards python-function --rewards.python-function.path my_rewards:freshness` calls `freshness(groups)` of
+`my_rewards.py`, which must lie on PYTHONPATH.
 """
 
 import importlib
