@@ -153,6 +153,12 @@ def check_alignment(config: AlignConfig, start: PretrainConfig) -> None:
                 f"{config.cluster.workers} learners beside their rollout and reward workers; leave it out"
             )
     check_terms(config.rewards)
+    for term in config.rewards:
+        if term.reward.reads_positive_features and config.data.pages != "none":
+            raise ConfigError(
+                f"the reward {term.name} reads columns of the observed item, and prompts of pages do not carry any; "
+                "give --data.pages none"
+            )
     objective = config.objective.build()
     if config.align.max_staleness and not objective.has_ratio:
         raise ConfigError(

@@ -32,6 +32,11 @@ class EvaluateOptions:
 def run(arguments: list[str]) -> int:
     config, options = parse_served("evaluate", arguments, EvaluateOptions)
     if len(config.search.candidates) > 1:
+        if options.baselines or options.per_user:
+            raise ConfigError(
+                "several --search.candidates are compared in one table without --baselines and --per-user; give one "
+                "number of candidates, or leave those out"
+            )
         compare_candidates(config, checkpoint=options.checkpoint, split=options.split)
         return 0
     evaluate(

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from rl.types import Group, Reward
 from trainer.configuration import PretrainConfig
@@ -34,6 +34,9 @@ class RewardFunction(ABC):
 @dataclass(frozen=True, kw_only=True)
 class RewardOptions(ABC):
     """The configuration of a reward."""
+
+    reads_positive_features: ClassVar[bool] = False
+    """Whether it reads columns of the observed positives, which prompts of pages do not carry."""
 
     def run_names(self) -> tuple[str, ...]:
         """Directories of the trained runs it needs, for `RewardSetting.runs`."""

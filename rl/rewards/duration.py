@@ -8,6 +8,7 @@ completions that the user was really shown have feedback; the others are left op
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -21,6 +22,7 @@ PLAY_TIME, DURATION, DISLIKED = "play_time_s", "duration_s", "disliked"
 class Duration(RewardFunction):
     @dataclass(frozen=True, kw_only=True)
     class Config(RewardOptions):
+        reads_positive_features: ClassVar[bool] = True
         base: float = 2.0
         """Each bucket of durations is so many times as long as the one before."""
         offset_s: float = 1.0

@@ -78,3 +78,10 @@ def test_a_table_of_another_catalogue_is_refused(data, tmp_path, capsys):
     assert f"must have the {NUM_ITEMS} items of the data set" in capsys.readouterr().err
     assert grail(pretrain_line(data, tmp_path / "nothing", tmp_path / "run")) == 1
     assert "must hold semantic IDs, and there is no semantic_ids.json" in capsys.readouterr().err
+
+
+def test_searches_are_compared_without_baselines_and_users(trained, tmp_path, capsys):
+    run_dir, _ = trained
+    line = ["evaluate", str(run_dir), "--search.prm", "--search.candidates", "50", "100"]
+    assert grail([*line, "--per-user", str(tmp_path / "users.parquet")]) == 2
+    assert "without --baselines and --per-user" in capsys.readouterr().err

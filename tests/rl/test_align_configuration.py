@@ -4,6 +4,7 @@ import pytest
 
 from cluster.configuration import ClusterConfig
 from cluster.errors import ConfigError
+from data_streams.configuration import DataConfig
 from models.decoder_only import DecoderOnly
 from models.sasrec import SASRec
 from rl.advantages.group import GroupRelative
@@ -11,6 +12,7 @@ from rl.configuration import AlignConfig, AlignOptions, RolloutConfig, check_ali
 from rl.objectives.ecpo import Ecpo
 from rl.objectives.grpo_sr import GrpoSr
 from rl.reward_mix import RewardTerm
+from rl.rewards.duration import Duration
 from rl.rewards.hit import Hit
 from trainer.configuration import PretrainConfig
 
@@ -37,6 +39,14 @@ def test_what_can_work_passes():
     [
         ({}, PretrainConfig(run_dir="runs/x", model=SASRec.Config()), "generates semantic IDs.*SASRec"),
         ({"rewards": ()}, POLICY, "at least one reward"),
+        (
+            {
+                "rewards": (RewardTerm(name="duration", reward=Duration.Config()),),
+                "data": DataConfig(pages="recorded"),
+            },
+            POLICY,
+            "the reward duration reads columns.*--data.pages none",
+        ),
         (
             {"cluster": ClusterConfig(workers=2, min_workers=1)},
             POLICY,
