@@ -18,10 +18,10 @@ def recipe() -> PretrainConfig:
             feedforward_width=512,
         ),
         train=TrainConfig(
-            epochs=10,
+            epochs=14,
             learning_rate=1.5e-3,
             weight_decay=0.05,
-            validate_every_epochs=5,
+            validate_every_epochs=7,
             checkpoint_every_s=30.0,
         ),
         cluster=ClusterConfig(workers=2),
