@@ -14,6 +14,8 @@ from cluster.reporter import Reporter
 from cluster.storage import Storage
 from data_streams.build import BuildConfig, build
 from data_streams.configuration import DataConfig
+from data_streams.item_table import ItemTable
+from data_streams.semantic_ids import SemanticIdTable
 from data_streams.sources.events import EventsSource
 from models.objectives.sampled_softmax import SampledSoftmax
 from models.sasrec import SASRec
@@ -50,6 +52,15 @@ def build_tiny_data(folder: Path, **options: Any) -> str:
     source = EventsSource.Config(events=(str(events),), items=str(items), order_column="pos")
     build(source, BuildConfig(out=str(folder / "shards"), chunk_users=16, ray="never"))
     return str(folder / "shards")
+
+
+def save_semantic_ids(data: str, folder: Path, seed: int = 0) -> str:
+    """A table of random paths of two codes for the items of shards -> its folder."""
+    items = ItemTable.load(data).item_ids
+    paths = np.random.default_rng(seed).permutation(100)[: len(items)]
+    codes = np.stack((paths // 10, paths % 10), axis=1).astype(np.int32)
+    SemanticIdTable(item_ids=items, codes=codes, code_sizes=(10, 10)).save(str(folder))
+    return str(folder)
 
 
 def tiny_config(data: str, run_dir: Path, *, dropout: float = 0.0, **train: Any) -> PretrainConfig:

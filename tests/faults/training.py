@@ -22,16 +22,21 @@ from trainer.checkpoint_reader import CheckpointReader
 EPOCHS = 5
 SMALL = (
     "--seed 3 --cluster.workers 2 --model.width 16 --model.num-blocks 1 --model.dropout 0 "
-    "--objective.num-negatives 32 --data.max-length 10 --data.tokens-per-step 128 --data.num-streams 6 "
-    "--data.shuffle-chunks 2 --train.precision fp32 --train.warmup-steps 2 --train.patience None "
+    "--data.max-length 10 --data.tokens-per-step 128 --data.num-streams 6 --data.shuffle-chunks 2 "
+    "--train.precision fp32 --train.warmup-steps 2 --train.patience None "
     f"--train.epochs {EPOCHS} --train.checkpoint-every-s None --log.every-steps 1"
 ).split()
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(root()), "OMP_NUM_THREADS": "1"}
 
 
 def pretrain_line(data: str, run_dir: Path, *options: str) -> list[str]:
-    """The words behind `grail` of a small training on two workers, without dropout."""
-    return ["pretrain", "sasrec", "--data.path", data, "--run-dir", str(run_dir), *SMALL, *options]
+    """The words behind `grail` of a small training of SASRec on two workers, without dropout."""
+    return recipe_line("sasrec", data, run_dir, "--objective.num-negatives", "32", *options)
+
+
+def recipe_line(recipe: str, data: str, run_dir: Path, *options: str) -> list[str]:
+    """The same of any recipe whose model has blocks called so."""
+    return ["pretrain", recipe, "--data.path", data, "--run-dir", str(run_dir), *SMALL, *options]
 
 
 class Training:

@@ -2,13 +2,10 @@
 
 import shutil
 
-import numpy as np
 import pytest
 
-from data_streams.item_table import ItemTable
-from data_streams.semantic_ids import SemanticIdTable
 from launch.cli import run as grail
-from tests.tiny_run import NUM_ITEMS, build_tiny_data
+from tests.tiny_run import NUM_ITEMS, build_tiny_data, save_semantic_ids
 
 TINY = (
     "--cluster.workers 1 --model.width 16 --model.num-encoder-blocks 1 --model.num-decoder-blocks 1 "
@@ -22,19 +19,11 @@ def data(tmp_path_factory):
     return build_tiny_data(tmp_path_factory.mktemp("data"))
 
 
-def save_table(data: str, folder, seed: int = 0) -> str:
-    items = ItemTable.load(data).item_ids
-    paths = np.random.default_rng(seed).permutation(100)[:NUM_ITEMS]
-    codes = np.stack((paths // 10, paths % 10), axis=1).astype(np.int32)
-    SemanticIdTable(item_ids=items, codes=codes, code_sizes=(10, 10)).save(str(folder))
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
     """A run, and the folder of its table."""
     folder = tmp_path_factory.mktemp("run")
-    table = save_table(data, folder / "ids")
+    table = save_semantic_ids(data, folder / "ids")
     assert grail(pretrain_line(data, table, folder / "run")) == 0
     return folder / "run", table
 
@@ -62,7 +51,7 @@ def test_a_model_refuses_another_table_when_it_resumes_and_when_it_is_evaluated(
     kept = tmp_path / "kept"
     shutil.copytree(table, kept)
     try:
-        save_table(data, table, seed=1)
+        save_semantic_ids(data, table, seed=1)
         assert grail(["evaluate", str(run_dir)]) == 1
         assert "the model was trained with the semantic IDs" in capsys.readouterr().err
         assert grail(pretrain_line(data, table, run_dir, "--train.max-steps", "5")) == 1
@@ -73,7 +62,7 @@ def test_a_model_refuses_another_table_when_it_resumes_and_when_it_is_evaluated(
 
 def test_a_table_of_another_catalogue_is_refused(data, tmp_path, capsys):
     other = build_tiny_data(tmp_path, first_item=1000)
-    line = pretrain_line(data, save_table(other, tmp_path / "ids"), tmp_path / "run")
+    line = pretrain_line(data, save_semantic_ids(other, tmp_path / "ids"), tmp_path / "run")
     assert grail(line) == 1
     assert f"must have the {NUM_ITEMS} items of the data set" in capsys.readouterr().err
     assert grail(pretrain_line(data, tmp_path / "nothing", tmp_path / "run")) == 1

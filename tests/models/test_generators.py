@@ -1,19 +1,25 @@
 """What holds for every model that generates: decoding says what training said."""
 
+import inspect
 from dataclasses import replace
 
 import pytest
 import torch
 
+from cluster.plugins import load_plugin, plugin_files
 from data_streams.batch import SequenceBatch
+from data_streams.jagged import Jagged
+from models.decoding.allowed_items import AllowedItems
 from models.decoding.beam_search import BeamSearch
 from models.decoding.space import CatalogueSpace
 from models.decoding.trie import PrefixTrie
 from models.generator import Generator
+from models.process_reward import ProcessReward
 from models.recommender import LossSum, StepContext
 from tests.generator_cases import (
     GENERATORS,
     NUM_ITEMS,
+    PAGE_WISE,
     lookup_ids,
     make_generator,
     prompt_rows,
@@ -66,6 +72,40 @@ def test_a_beam_as_wide_as_the_catalogue_ranks_all_items_by_their_probability(na
     assert torch.equal(found.items.sort(dim=1).values, torch.arange(NUM_ITEMS).expand_as(found.items))
     torch.testing.assert_close(found.log_probs, scores.gather(1, found.items), rtol=1e-4, atol=1e-4)
     assert (found.log_probs.diff(dim=1) <= 0).all()
+
+
+@everyone
+def test_log_probabilities_of_a_search_are_those_of_teacher_forcing_under_its_mask_and_temperature(name):
+    model = make_generator(name).eval()
+    ids, batch = semantic_ids(), make_batch(histories())
+    trie, rows = PrefixTrie.build(ids.codes, ids.code_sizes), prompt_rows(model, batch)
+    deny = Jagged.from_lengths(torch.arange(24), torch.full((batch.num_users,), 6))
+    space = CatalogueSpace(trie, AllowedItems.build(trie, num_users=batch.num_users, deny=deny))
+    for over in ("all", "allowed"):
+        search = BeamSearch.Config(width=20, temperature=0.7, over=over).build()
+        found = search.search(model, rows, batch, space, k=20)
+        with torch.no_grad():
+            forced = model.log_probabilities(
+                rows, batch, found.paths, space=space, distribution=search.distribution()
+            )
+        assert found.filled.all()
+        torch.testing.assert_close(forced.sum(-1), found.log_probs, atol=1e-5, rtol=0)
+
+
+def test_every_generator_of_the_folder_has_a_case():
+    modules = [load_plugin("models", name) for name in plugin_files("models")]
+    written = {
+        value
+        for module in modules
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Generator) and value.__module__ == module.__name__
+    }
+    usable = {model for model in written if not inspect.isabstract(model) and hasattr(model, "Config")}
+    tested = {type(make_generator(name)) for name in (*GENERATORS, *PAGE_WISE)}
+    assert usable - tested == {ProcessReward}, (
+        "which learns no probabilities of codes; it has tests of its own"
+    )
+    assert len(tested) >= 6
 
 
 @everyone

@@ -1,0 +1,32 @@
+"""A model that generates, with tables and with experts spread over both workers, loses a worker and nothing else."""
+
+import random
+
+from launch.cli import run as grail
+from tests.faults.training import Training, assert_nothing_lost, recipe_line
+from tests.tiny_run import build_tiny_data, save_semantic_ids
+
+SEED = 20240301
+EXPERTS = (
+    "--model.num-heads 2 --model.num-dense-blocks 0 --sharding.expert-parallel 2 "
+    "model.feedforward:mixture-config --model.feedforward.num-experts 4 --model.feedforward.hidden 16"
+).split()
+
+
+def test_a_killed_worker_with_half_of_the_experts_is_replaced(tmp_path):
+    data = build_tiny_data(tmp_path / "data")
+    table = save_semantic_ids(data, tmp_path / "ids")
+
+    def line(name: str) -> list[str]:
+        given = ("--data.semantic-ids", table, "--train.checkpoint-every-steps", "4", *EXPERTS)
+        return recipe_line("onerec-v2-amazon", data, tmp_path / name, *given)
+
+    assert grail(line("undisturbed")) == 0
+    choice = random.Random(SEED)
+    with Training(tmp_path / "run", line("run")) as training:
+        training.wait_for_step(choice.randrange(9, 20))
+        victim = choice.choice(training.workers())
+        victim.kill()
+        assert training.exit_code() == 0, training.output()
+        assert f"(pid {victim.pid}) died" in training.output()
+    assert_nothing_lost(tmp_path / "run", tmp_path / "undisturbed")
