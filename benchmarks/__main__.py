@@ -95,7 +95,7 @@ def _write(folder: Path, result: dict[str, Any]) -> None:
     if "curves" in result:
         from benchmarks.setting.cost import draw_curves
 
-        result["exponents"] = draw_curves(folder / f"{result['name']}.png", result["curves"], result["unit"])
+        result["exponents"] = draw_curves(folder / f"{result['name']}.png", result["curves"])
     (folder / f"{result['name']}.json").write_text(json.dumps(result, indent=2) + "\n")
 
 

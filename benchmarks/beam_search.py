@@ -129,8 +129,8 @@ def _sorted_paths(paths: Tensor) -> Tensor:
 
 
 def _curve(varied: str, scale: Scale) -> dict[str, float]:
-    """Users per second of the quickest of three searches, with one size varied and the others as compared above."""
-    rates = {}
+    """Seconds of the quickest of three searches, with one size varied and the others as compared above."""
+    seconds = {}
     for value in CURVES[scale][varied]:
         sizes = {
             "beams": BEAMS[scale][-1],
@@ -148,5 +148,5 @@ def _curve(varied: str, scale: Scale) -> dict[str, float]:
             started = time.perf_counter()
             _search(model, batch, space, sizes["beams"])
             times.append(time.perf_counter() - started)
-        rates[str(value)] = sizes["users"] / min(times)
-    return rates
+        seconds[str(value)] = min(times)
+    return seconds

@@ -52,9 +52,9 @@ def _kind(operator: str) -> str:
 
 
 def draw_curves(
-    path: Path, curves: Mapping[str, Mapping[str, Mapping[str, float]]], unit: str
+    path: Path, curves: Mapping[str, Mapping[str, Mapping[str, float]]]
 ) -> dict[str, dict[str, float]]:
-    """One panel per varied size with a line per side -> fitted exponents by size and side."""
+    """One panel per varied size with a line per side, in seconds -> fitted exponents by size and side."""
     figure, panels = plt.subplots(1, len(curves), figsize=(4.2 * len(curves), 3.6), squeeze=False)
     exponents: dict[str, dict[str, float]] = {}
     for panel, (varied, sides) in zip(panels[0], curves.items(), strict=True):
@@ -63,7 +63,7 @@ def draw_curves(
             sizes, values = [int(size) for size in points], list(points.values())
             exponents[varied][side] = fitted_exponent(sizes, values)
             panel.plot(sizes, values, "o-", label=f"{side}: {varied}^{exponents[varied][side]:.2f}")
-        panel.set(xscale="log", yscale="log", xlabel=varied, ylabel=unit)
+        panel.set(xscale="log", yscale="log", xlabel=varied, ylabel="seconds")
         panel.legend(fontsize=8)
         panel.grid(alpha=0.3)
     figure.tight_layout()

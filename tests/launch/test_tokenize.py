@@ -101,6 +101,20 @@ def test_vectors_of_another_catalogue_are_refused(command):
     assert "has no item embeddings of its own; name some: --embeddings.file" in message
 
 
+def test_vectors_that_are_no_numbers_or_of_another_width_are_refused(folder, command):
+    broken = VECTORS[:80].copy()
+    broken[7, 2] = np.nan
+    np.save(folder / "broken.npy", broken)
+    message = command(
+        f"tokenize residual-kmeans --data old/shards --out y --embeddings.file broken.npy {SMALL}", 1
+    )
+    assert "must be finite numbers; 1 of the 80 that were looked at are not, such as row 7" in message
+    command(f"tokenize residual-kmeans --data old/shards --out z --embeddings.file old/vectors.npy {SMALL}")
+    np.save(folder / "narrow.npy", VECTORS[:, :3])
+    message = command("tokenize add z --data new/shards --out z2 --embeddings.file narrow.npy", 1)
+    assert f"reads vectors of width {VECTORS.shape[1]}, and 3 was given" in message
+
+
 def test_a_table_is_not_overwritten_unless_asked_for(folder, command):
     line = "tokenize random-codes --data old/shards --out r --collisions reassign --code-sizes 10 10"
     command(line)
