@@ -77,7 +77,8 @@ class Reporter:
         return Pulse(step=self._step, steps_s=steps_s, waiting_s=waiting_s)
 
     def saved(self, step: int) -> None:
-        """Report a checkpoint; from here on the gang may be started again at another size without losing work."""
+        """Report a complete checkpoint, from any thread; from here on the gang may be started again at another size
+        without losing work."""
         self.emit("saved", {"step": step})
 
     def emit(self, kind: str, values: Mapping[str, Any]) -> None:

@@ -49,13 +49,16 @@ class Checkpointer:
         attempt: str,
         keep_last: int,
         gather_timeout_s: float = 600.0,
+        on_commit: Callable[[int], None] = lambda step: None,
     ):
+        """`on_commit` is called on rank 0, by the writing thread, with the step of each complete checkpoint."""
         if keep_last < 1:
             raise ConfigError(f"train.keep_last must be at least 1, given {keep_last}.")
         if not re.fullmatch(r"[\w-]+", attempt):
             raise ConfigError(f"an attempt token has letters, digits, _ and - only, given {attempt!r}.")
         self._storage, self._rank, self._world_size = storage, rank, world_size
         self._attempt, self._keep_last, self._gather_timeout_s = attempt, keep_last, gather_timeout_s
+        self._on_commit = on_commit
         self._sequence = 0
         self._buffers: dict[tuple[str, int], Tensor] = {}
         self._writer: _BackgroundWrite | None = None
@@ -172,6 +175,7 @@ class Checkpointer:
                     best=best,
                     timeout_s=self._gather_timeout_s,
                 )
+                self._on_commit(target.step)
                 remove_old_steps(self._storage, target.step, self._keep_last)
         except (OSError, CheckpointError):
             self._remove_own_files(target)

@@ -156,7 +156,6 @@ def save(job: Job, *, best: bool) -> None:
     started = time.perf_counter()
     save_progress(job.checkpointer, job.assembly, job.engine, job.progress, job.config_document, best=best)
     job.clock.saved(job.progress.step)
-    job.reporter.saved(job.progress.step)
     if job.metric_log:
         held = time.perf_counter() - started
         job.metric_log.write(job.progress.step, {"checkpoint/held_s": held})

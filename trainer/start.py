@@ -83,7 +83,7 @@ def start_job(
         stream=stream,
         learner=learner,
         engine=engine,
-        checkpointer=_checkpointer(storage, process, attempt, config.train),
+        checkpointer=_checkpointer(storage, process, attempt, config.train, reporter),
         audit=AuditLog(
             storage, attempt=attempt, rank=process.rank, first_step=progress.step, enabled=config.train.audit
         ),
@@ -96,13 +96,16 @@ def start_job(
     return job
 
 
-def _checkpointer(storage: Storage, process: Process, attempt: str, config: TrainConfig) -> Checkpointer:
+def _checkpointer(
+    storage: Storage, process: Process, attempt: str, config: TrainConfig, reporter: Reporter
+) -> Checkpointer:
     return Checkpointer(
         storage.folder(CHECKPOINTS),
         rank=process.rank,
         world_size=process.world_size,
         attempt=attempt,
         keep_last=config.keep_last,
+        on_commit=reporter.saved,
     )
 
 

@@ -117,14 +117,17 @@ class SlowStorage(Storage):
 
 
 def test_training_goes_on_while_the_old_values_are_written(tmp_path):
-    storage, state, counters = SlowStorage(tmp_path), filled(1.0), {"users": 5}
-    checkpointer = Checkpointer(storage, rank=0, world_size=1, attempt="a", keep_last=2)
+    storage, state, counters, complete = SlowStorage(tmp_path), filled(1.0), {"users": 5}, []
+    checkpointer = Checkpointer(
+        storage, rank=0, world_size=1, attempt="a", keep_last=2, on_commit=complete.append
+    )
     checkpointer.save(1, cut(state, 0, 1), rank_state={}, shared_state=counters)
     state["table/item"].fill_(2.0)
     counters["users"] = 6
-    assert committed_steps(storage) == []
+    assert committed_steps(storage) == complete == []
     storage.released.set()
     checkpointer.wait()
+    assert complete == [1]
     assert_equal_states(load(storage), filled(1.0))
     assert CheckpointReader(storage).shared_state == {"users": 5}
 
