@@ -10,6 +10,8 @@ from cluster import retries
 from cluster.errors import ClusterError, ConfigError, StorageError
 from cluster.lease import Lease
 from cluster.storage import Storage
+from launch.cli import run as grail
+from launch.run_status import report_run
 from tests.faulty_store import FaultyStore
 from tests.process_group import run_on_processes
 from tests.tiny_run import NUM_USERS, assert_same_state, build_tiny_data, run, tiny_config
@@ -85,6 +87,23 @@ def test_a_run_in_s3_is_stopped_and_goes_on_at_another_size_as_one_on_disk(s3, u
     steps = committed_steps(Storage("s3://grail/run/checkpoints"))
     assert len(steps) <= 3 and steps[-1] == second["step"], "older ones are removed there too"
     assert any("validation/ndcg@10" in line for line in read_metrics(config.run_dir))
+
+
+def test_the_commands_work_on_a_run_in_s3(s3, capsys):
+    run_dir = "s3://grail/commands"
+    small = (
+        "--cluster.workers 1 --model.width 16 --model.num-blocks 1 --data.num-streams 2 --train.max-steps 3"
+    )
+    line = ["pretrain", "sasrec", "--data.path", "s3://grail/data", "--run-dir", run_dir, *small.split()]
+    assert grail(line) == 0
+    report = report_run(run_dir)
+    assert (report.state, report.checkpoint_step) == ("finished", 3)
+    assert grail(["evaluate", run_dir]) == 0
+    capsys.readouterr()
+    assert grail(["status", "s3://grail"]) == 0
+    assert f"{run_dir}  finished" in capsys.readouterr().out
+    kept = {"config.yaml", "curves.png", "evaluation.json", "status.json", "plan.txt"}
+    assert kept <= set(Storage(run_dir).list())
 
 
 def test_one_job_at_a_time_writes_to_a_run_in_s3(s3):
