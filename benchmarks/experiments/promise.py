@@ -156,7 +156,7 @@ def scaling_rows(lines: Lines, names: Sequence[str]) -> list[list[str]]:
         cells = [
             line["kind"],
             f"{line['number']:.0f}",
-            f"{line['gflop_per_user']:.3f}",
+            f"{line['gflop_per_user']:.3g}",
             f"{line['ms_per_user']:.1f}",
         ]
         for name in names:

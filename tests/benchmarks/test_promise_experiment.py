@@ -4,6 +4,7 @@ import polars as pl
 import pytest
 
 from benchmarks.experiments.promise import (
+    COMPARED,
     GUIDED,
     PLAIN,
     WIDER,
@@ -62,8 +63,7 @@ def test_lines_of_several_runs_are_averaged_search_by_search():
 
 
 def test_the_prm_is_compared_with_both_plain_beams_where_all_seeds_have_them():
-    names = ("recall@10", "ndcg@10", "recall@50")
-    users = pl.DataFrame({"user_row": [0, 1], **dict.fromkeys(names, [1.0, 0.5])})
+    users = pl.DataFrame({"user_row": [0, 1], **{metric: [1.0, 0.5] for metric in COMPARED}})
     found = {PLAIN: [users] * 2, GUIDED: [users] * 2, WIDER: [users] * 2}
     pairs = [(row[0], row[1]) for row in compared(found) if row[2] == "recall@10"]
     assert pairs == [(PLAIN, GUIDED), (PLAIN, WIDER), (WIDER, GUIDED)]
