@@ -21,7 +21,7 @@ from benchmarks.setting.report import Table, draw_points, mean_cells, write_tabl
 
 CUTOFFS = ("10", "20", "50")
 METRICS = tuple(f"{metric}@{k}" for metric in ("recall", "condition") for k in CUTOFFS)
-COMPARED = ("recall@10", "recall@50")
+COMPARED = ("recall@10", "recall@50", "condition@10")
 FILTERED = "post-filtering"
 NOTHING_HIDDEN = "None"
 
@@ -134,7 +134,8 @@ def compared(found: Found, options: Options) -> tuple[list[str], list[list[str]]
         if before == variant or before not in found:
             continue
         seeds = min(len(runs), len(found[before]))
-        for metric in COMPARED:
+        measured = {*runs[0].columns} & {*found[before][0].columns}
+        for metric in (name for name in COMPARED if name in measured):
             change = paired_change(runs[:seeds], found[before][:seeds], metric)
             cells = [str(before), str(variant), metric, str(seeds), f"{change.mean:+.4f}", str(change)]
             rows.append([*cells, change.as_share()])

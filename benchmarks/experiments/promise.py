@@ -92,10 +92,11 @@ def _searched(options: Options, run_dir: Path, lines: Lines) -> dict[str, pl.Dat
     """Users' metrics for each way to search, all of lists as long."""
     prm = ("--search.prm", "--search.candidates", str(options.guided))
     depths = range(1, len(SemanticIdTable.load(options.ids).code_sizes) + 1)
-    searches = {PLAIN: ("plain", "--search.no-prm"), GUIDED: (f"prm-{options.guided}", *prm)}
+    of_prm = f"prm-{options.width}-{options.guided}"
+    searches = {PLAIN: (f"plain-{options.width}", "--search.no-prm"), GUIDED: (of_prm, *prm)}
     for depth in depths:
-        name = f"prm-{options.guided}-depth-{depth}"
-        searches[f"PRM at depth {depth} alone"] = (name, *prm, "--search.prm-depths", str(depth))
+        given = ("--search.prm-depths", str(depth))
+        searches[f"PRM at depth {depth} alone"] = (f"{of_prm}-depth-{depth}", *prm, *given)
     width = equal_width(lines, options.guided)
     if width is not None:
         searches[WIDER] = (f"plain-{width}", "--search.no-prm", "--search.width", str(width))
@@ -107,7 +108,7 @@ def _searched(options: Options, run_dir: Path, lines: Lines) -> dict[str, pl.Dat
 
 def _scaling(run_dir: Path, name: str, candidates: Sequence[int], *given: str) -> Lines:
     """Searches of a run with more and more candidates, measured once."""
-    kept = run_dir / f"search-scaling-{name}.json"
+    kept = run_dir / f"search-scaling-{name}-{'-'.join(map(str, candidates))}.json"
     if not kept.exists():
         width = str(candidates[0])
         numbers = ("--search.candidates", *map(str, candidates))

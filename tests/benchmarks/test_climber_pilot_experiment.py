@@ -27,8 +27,11 @@ def test_two_branches_are_compared_with_one_at_the_same_window_and_delay():
 
 
 def test_conditions_are_compared_with_filtering():
-    found = {FILTERED: [users(0.5)], "condition attention": [users(0.75)]}
-    assert [row[:2] for row in compared(found, OPTIONS)[1]] == [[FILTERED, "condition attention"]] * 2
+    met = pl.lit(1.0).alias("condition@10")
+    found = {FILTERED: [users(0.5).with_columns(met)], "condition attention": [users(0.75).with_columns(met)]}
+    rows = compared(found, OPTIONS)[1]
+    assert [row[:2] for row in rows] == [[FILTERED, "condition attention"]] * 3
+    assert [row[4] for row in rows] == ["+0.2500", "+0.2500", "+0.0000"]
 
 
 def test_recall_is_drawn_against_the_hidden_seconds_of_each_number_of_branches_and_delay():
