@@ -80,7 +80,7 @@ class Assembly:
         if isinstance(self.model, Generator):
             config = self.config.search
             if width is not None:
-                config = replace(config, width=width, candidates=())
+                config = replace(config, width=width, earlier_widths=(), candidates=(), depth_candidates=())
             codes = torch.from_numpy(self.semantic_ids.codes)
             parts |= {"reward": self._prefix_reward(prm), "recall_among": recall_among}
             return GenerativeSearch.build(self.model, self.lookup(), codes, config=config, **parts)

@@ -90,6 +90,8 @@ class SearchConfig:
 
     width: int = 50
     """Prefixes the beam search keeps per user and depth."""
+    earlier_widths: tuple[int, ...] = ()
+    """The same for each depth before the last, where those keep other numbers than search.width."""
     validation_width: int = 20
     """The same while training."""
     space: Literal["catalogue", "free"] = "catalogue"
@@ -108,7 +110,8 @@ class SearchConfig:
     candidates: tuple[int, ...] = ()
     """Prefixes per user and depth that it scores; left out, four times the width. Several, in evaluation, are compared,
     beside plain beams as wide."""
-
+    depth_candidates: tuple[int, ...] = ()
+    """The same for each depth by itself, instead of one number."""
     prm_depths: tuple[int, ...] = ()
     """Depths, from 1 on, at which it has more candidates than the beam is wide and so chooses; left out, all."""
 
@@ -118,9 +121,15 @@ class SearchConfig:
                 f"search.candidates must not be below search.width ({self.width}), and {min(self.candidates)} is; "
                 "raise it, or lower --search.width"
             )
-        if (self.candidates or self.prm_run or self.prm_depths) and not self.prm:
+        if (self.candidates or self.depth_candidates or self.prm_run or self.prm_depths) and not self.prm:
             raise ConfigError(
-                "search.candidates, search.prm-run and search.prm-depths say how --search.prm works; add it"
+                "search.candidates, search.depth-candidates, search.prm-run and search.prm-depths say how --search.prm "
+                "works; add it"
+            )
+        if self.depth_candidates and (self.candidates or self.prm_depths):
+            raise ConfigError(
+                "search.depth-candidates must stand without search.candidates and search.prm-depths, which say the "
+                "same; leave either out"
             )
 
 

@@ -109,6 +109,7 @@ class GenerativeSearch(Search):
         self.reward, self.recall_among = reward, recall_among or config.width
         self.beam = BeamSearch.Config(
             width=config.width,
+            earlier_widths=_checked(config.earlier_widths, "earlier-widths", len(model.code_sizes) - 1),
             over=config.over,
             guided_candidates=_num_candidates(config, model, config.width),
         )
@@ -221,6 +222,8 @@ class GenerativeSearch(Search):
 
 def _num_candidates(config: SearchConfig, model: Generator, width: int) -> tuple[int, ...]:
     """How many prefixes a PRM scores at each depth; all of them where no generator proposes any."""
+    if config.depth_candidates:
+        return _checked(config.depth_candidates, "depth-candidates", len(model.code_sizes))
     number = config.candidates[0] if config.candidates else 4 * width
     if not config.candidates and isinstance(model, ProcessReward):
         number = sys.maxsize
@@ -231,6 +234,15 @@ def _num_candidates(config: SearchConfig, model: Generator, width: int) -> tuple
             f"search.prm-depths must lie in 1..{len(depths)}, the levels of the semantic IDs, and {beyond[0]} does not"
         )
     return tuple(number if depth in (config.prm_depths or depths) else width for depth in depths)
+
+
+def _checked(numbers: tuple[int, ...], option: str, depths: int) -> tuple[int, ...]:
+    if numbers and len(numbers) != depths:
+        raise ConfigError(
+            f"search.{option} must hold {depths} numbers, one for each such level of the semantic IDs, and it holds "
+            f"{len(numbers)}"
+        )
+    return numbers
 
 
 def _without(lists: Jagged, targets: Tensor) -> Jagged:

@@ -102,10 +102,19 @@ def bootstrap_intervals(
 ) -> dict[str, tuple[float, float]]:
     """95 % intervals of the means over users, who are drawn anew with replacement each time.
 
-    Shapes: per_user [U] each. Cost: one random number per user and resample.
+    Shapes: per_user [U] each.
     """
-    values = np.stack(list(per_user.values()), axis=1).astype(np.float32)
-    num_users = len(values)
+    values = np.stack(list(per_user.values()), axis=1)
+    low, high = np.percentile(resampled_means(values, resamples=resamples, seed=seed), [2.5, 97.5], axis=0)
+    return {name: (float(low[i]), float(high[i])) for i, name in enumerate(per_user)}
+
+
+def resampled_means(values: np.ndarray, *, resamples: int, seed: int = 0) -> np.ndarray:
+    """Means over users drawn with replacement, the same users in all columns.
+
+    Shapes: [U, C] -> [resamples, C]. Cost: one random number per user and resample.
+    """
+    values, num_users = values.astype(np.float32), len(values)
     random = np.random.default_rng(purpose_seed(seed, "bootstrap"))
     at_a_time = max(_DRAWS_AT_A_TIME // num_users, 1)
     means = []
@@ -115,8 +124,7 @@ def bootstrap_intervals(
         drawn += num_users * np.arange(rows)[:, None]
         times = np.bincount(drawn.ravel(), minlength=rows * num_users).reshape(rows, num_users)
         means.append(times.astype(np.float32) @ values / num_users)
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5], axis=0)
-    return {name: (float(low[i]), float(high[i])) for i, name in enumerate(per_user)}
+    return np.concatenate(means)
 
 
 def _row_sums(matrix: np.ndarray | sparse.csr_matrix) -> np.ndarray:

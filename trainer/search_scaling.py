@@ -19,14 +19,13 @@ WITHOUT_INTERVALS = 0
 def compare_searches(assembly: Assembly, *, prm: Assembly | None, split: str) -> list[dict[str, Any]]:
     """One line per search: kind, K+ or width, metrics of evaluation, GFLOP and milliseconds per user; collective.
 
-    All are measured by the `search.width` best items and prefixes, also those whose beam is wider.
+    Plain beams are as wide at all depths. All searches are measured by the `search.width` best items and prefixes, also
+    those whose beam is wider.
     """
     config = assembly.config.search
+    unguided = replace(config, earlier_widths=(), prm=False, prm_run="", candidates=(), prm_depths=())
     plain = [config.width, *(number for number in config.candidates if number > config.width)]
-    lines = [
-        _measure(assembly, replace(config, width=width, prm=False, prm_run="", candidates=()), split, width)
-        for width in plain
-    ]
+    lines = [_measure(assembly, replace(unguided, width=width), split, width) for width in plain]
     for number in config.candidates:
         chosen = replace(config, candidates=(number,))
         lines.append(_measure(assembly, chosen, split, number, prm=prm))

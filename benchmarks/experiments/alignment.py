@@ -15,7 +15,8 @@ import polars as pl
 import tyro
 from matplotlib.figure import Figure
 
-from benchmarks.setting.commands import grail
+from benchmarks.setting.commands import evaluated_users, grail
+from benchmarks.setting.paired import paired_change
 
 WORLDS = {
     "middle": "--num-users 6000 --num-items 1500 --num-clusters 40 --mean-clicks 40 --seed 0",
@@ -36,7 +37,6 @@ POLICY = (
 )
 METRICS = ("recall@10", "recall@50", "utility@10", "utility@50", "hallucination_rate")
 START = "SFT"
-RESAMPLES = 2_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,10 +130,9 @@ def _evaluated(run_dir: Path, checkpoint: str) -> Result:
     if not kept.exists():
         parts = []
         for space in ("catalogue", "free"):
-            file = run_dir / f"users-{space}.parquet"
             given = ["--evaluation.cutoffs", "10", "50", "--search.space", space, "--search.width", "50"]
-            grail("evaluate", str(run_dir), "--checkpoint", checkpoint, *given, "--per-user", str(file))
-            parts.append(pl.read_parquet(file))
+            name = f"{checkpoint}-{space}"
+            parts.append(evaluated_users(run_dir, name, "--checkpoint", checkpoint, *given))
         parts[0].with_columns(parts[1]["hallucination_rate"]).write_parquet(kept)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     rewards = [line["align/reward"] for line in lines if "align/reward" in line]
@@ -150,22 +149,14 @@ def _write(folder: Path, found: dict[str, dict[str, list[Result]]]) -> None:
             means = {metric: np.mean([run.users[metric].mean() for run in runs]) for metric in METRICS}
             rewards = [run.reward for run in runs if run.reward is not None]
             gain = means["utility@10"] / start["utility@10"].mean() - 1
-            low, high = _paired(runs, start, "recall@50")
+            change = paired_change([run.users for run in runs], [start], "recall@50")
             cells = [world, name, str(len(runs)), f"{np.mean(rewards):.4f}" if rewards else ""]
             cells += [f"{means[metric]:.4f}" for metric in METRICS]
-            cells += [f"{gain:+.1%}", f"{low:+.4f} to {high:+.4f}"]
+            cells += [f"{gain:+.1%}", str(change)]
             lines.append(f"| {' | '.join(cells)} |")
     (folder / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines), flush=True)
     _draw(folder / "picture.png", found)
-
-
-def _paired(runs: list[Result], start: pl.DataFrame, metric: str) -> tuple[float, float]:
-    """Bootstrap over users of the mean change, averaged over seeds."""
-    changes = np.mean([run.users[metric].to_numpy() - start[metric].to_numpy() for run in runs], axis=0)
-    drawn = np.random.default_rng(0).integers(0, len(changes), (RESAMPLES, len(changes)))
-    low, high = np.quantile(changes[drawn].mean(1), (0.025, 0.975))
-    return float(low), float(high)
 
 
 def _draw(file: Path, found: dict[str, dict[str, list[Result]]]) -> None:

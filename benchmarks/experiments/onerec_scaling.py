@@ -16,7 +16,7 @@ import tyro
 from matplotlib.figure import Figure
 from scipy.optimize import curve_fit
 
-from benchmarks.setting.commands import grail
+from benchmarks.setting.commands import grail, option_words
 from cluster.errors import ConfigError
 
 SHAPES = {16: (2, 2), 32: (2, 2), 48: (3, 2), 64: (4, 2), 96: (4, 4), 128: (6, 4), 192: (8, 6)}
@@ -88,7 +88,7 @@ def fit_law(sizes: Sequence[float], losses: Sequence[float]) -> dict[str, float]
 def _loss(options: Options, width: int, seed: int) -> float:
     run_dir, (blocks, heads) = Path(options.out) / f"width-{width}-seed-{seed}", SHAPES[width]
     if not (run_dir / METRICS).exists():
-        extra = [word for pair in options.extra for word in ("--" + pair).split("=", 1)]
+        extra = option_words(options.extra)
         grail(
             *("pretrain", "onerec-v2-world", "--data.path", options.data),
             *("--data.semantic-ids", options.semantic_ids, "--run-dir", str(run_dir), "--seed", str(seed)),

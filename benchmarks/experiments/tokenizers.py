@@ -12,7 +12,7 @@ from pathlib import Path
 import tyro
 from matplotlib.figure import Figure
 
-from benchmarks.setting.commands import evaluated, grail
+from benchmarks.setting.commands import evaluated, grail, option_words
 
 METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
 TOKENIZERS: dict[str, tuple[str, ...]] = {
@@ -78,7 +78,7 @@ def _trained(options: Options, table: Path, seed: int) -> dict:
     run_dir = Path(options.out) / "runs" / f"{table.name}-{seed}"
     kept = run_dir / "evaluation.json"
     if not kept.exists():
-        extra = [word for pair in options.extra for word in f"--{pair}".split("=", 1)]
+        extra = option_words(options.extra)
         place = ("--data.path", options.data, "--data.semantic-ids", str(table), "--run-dir", str(run_dir))
         grail("pretrain", options.recipe, *place, "--seed", str(seed), *extra)
         evaluated(run_dir)

@@ -3,7 +3,10 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+
+import polars as pl
 
 from cluster.errors import ClusterError
 
@@ -19,3 +22,24 @@ def evaluated(run_dir: Path, *options: str) -> dict:
     """The content of evaluation.json after `grail evaluate RUN_DIR`."""
     grail("evaluate", str(run_dir), *options)
     return json.loads((run_dir / "evaluation.json").read_text())
+
+
+def option_words(pairs: Iterable[str]) -> list[str]:
+    """Options given as NAME=VALUE, as words of a command."""
+    return [word for pair in pairs for word in f"--{pair}".split("=", 1)]
+
+
+def pretrain_once(run_dir: Path, recipe: str, *options: str) -> Path:
+    """Train a run unless it is finished; one that was broken off goes on."""
+    status = run_dir / "status.json"
+    if not status.exists() or json.loads(status.read_text())["state"] != "finished":
+        grail("pretrain", recipe, "--run-dir", str(run_dir), *options)
+    return run_dir
+
+
+def evaluated_users(run_dir: Path, name: str, *options: str) -> pl.DataFrame:
+    """Metrics by user, evaluated once; they are kept in the run directory under this name."""
+    kept = run_dir / f"users-{name}.parquet"
+    if not kept.exists():
+        grail("evaluate", str(run_dir), *options, "--per-user", str(kept))
+    return pl.read_parquet(kept)

@@ -28,6 +28,8 @@ class BeamSearch(PathSearch):
     class Config:
         width: int = 50
         """Prefixes kept per user and depth."""
+        earlier_widths: tuple[int, ...] = ()
+        """The same for the depths before the last, where they keep other numbers; all that follow keep the width."""
         over: Literal["all", "allowed"] = "all"
         """What a level's probabilities sum to one over. `all` codes ranks items by the model's own probability;
         over the `allowed` ones, an item gains from every sibling that does not exist or is forbidden."""
@@ -42,28 +44,25 @@ class BeamSearch(PathSearch):
 
     def __init__(self, config: Config, guide: PrefixScorer | None = None):
         self.config, self.guide = config, guide
-        if config.width < 1:
-            raise ConfigError(f"a beam must be at least 1 wide, and it is {config.width}")
-        fewest = min(self._candidates_by_depth)
-        if fewest < config.width:
-            raise ConfigError(
-                f"a guide must score at least as many candidates as the beam is wide, and {fewest} are fewer than "
-                f"{config.width}; raise the candidates or narrow the beam"
-            )
+        self._widths = (*config.earlier_widths, config.width)
+        self._candidates = self._candidates_by_depth()
+        for level in range(max(len(self._widths), len(self._candidates))):
+            width, fewest = _of_level(self._widths, level), _of_level(self._candidates, level)
+            if width < 1:
+                raise ConfigError(f"a beam must be at least 1 wide, and it is {width}")
+            if fewest < width:
+                raise ConfigError(
+                    f"a guide must score at least as many candidates as the beam is wide, and {fewest} are fewer "
+                    f"than {width}; raise the candidates or narrow the beam"
+                )
 
-    @property
     def _candidates_by_depth(self) -> tuple[int, ...]:
-        """The last number holds for all further depths."""
         if self.guide is None:
-            return (self.config.width,)
+            return self._widths
         given = self.config.guided_candidates
         if given is None:
-            return (4 * self.config.width,)
+            return tuple(4 * width for width in self._widths)
         return given if isinstance(given, tuple) else (given,)
-
-    def _num_candidates(self, level: int) -> int:
-        numbers = self._candidates_by_depth
-        return numbers[min(level, len(numbers) - 1)]
 
     def distribution(self) -> CodeDistribution:
         return CodeDistribution(temperature=self.config.temperature, over=self.config.over)
@@ -93,7 +92,7 @@ class BeamSearch(PathSearch):
         candidates = space.candidates(level, beam.nodes)
         totals = self.distribution().log_probabilities(logits, candidates) + beam.log_probs[..., None]
         totals = totals.flatten(1)
-        num_kept = min(self._num_candidates(level), space.num_nodes(level + 1), totals.shape[1])
+        num_kept = min(_of_level(self._candidates, level), space.num_nodes(level + 1), totals.shape[1])
         log_probs, cells = best_cells(totals, num_kept)
         longer = Step(
             nodes=candidates.nodes.flatten(1).gather(1, cells),
@@ -101,11 +100,17 @@ class BeamSearch(PathSearch):
             log_probs=log_probs,
             scores=log_probs,
         )
-        return longer if self.guide is None else self._guided(longer, level + 1, space)
+        return longer if self.guide is None else self._guided(longer, level, space)
 
-    def _guided(self, candidates: Step, depth: int, space: PathSpace) -> Step:
+    def _guided(self, candidates: Step, level: int, space: PathSpace) -> Step:
+        depth = level + 1
         scores = self.guide(depth, space.codes(depth, candidates.nodes)).float()
         scores = scores.masked_fill(candidates.log_probs == NOTHING, NOTHING)
-        scores, cells = best_cells(scores, min(self.config.width, scores.shape[1]))
+        scores, cells = best_cells(scores, min(_of_level(self._widths, level), scores.shape[1]))
         chosen = candidates.take(cells)
         return Step(nodes=chosen.nodes, parents=chosen.parents, log_probs=chosen.log_probs, scores=scores)
+
+
+def _of_level(numbers: tuple[int, ...], level: int) -> int:
+    """The last number holds for all further levels."""
+    return numbers[min(level, len(numbers) - 1)]

@@ -109,6 +109,20 @@ def test_the_prm_chooses_at_the_depths_it_is_asked_for():
         make_search(model, lookup, reward=own_prm(model, lookup), prm_depths=(4,))
 
 
+def test_each_depth_has_its_own_width_and_candidates():
+    model = make_generator("promise")
+    lookup, batch = unsharded_lookup(model), users(5)
+    one = make_search(model, lookup, reward=own_prm(model, lookup), candidates=(24,), prm_depths=(2, 3))
+    by_depth = make_search(model, lookup, reward=own_prm(model, lookup), depth_candidates=(WIDTH, 24, 24))
+    for own, expected in zip(by_depth._decode(batch, None).kept, one._decode(batch, None).kept, strict=True):
+        assert torch.equal(own, expected)
+    narrow = make_search(model, lookup, earlier_widths=(2, 3))._decode(batch, None)
+    assert [nodes.shape[1] for nodes in narrow.kept] == [2, 3, WIDTH]
+    for option in ("earlier_widths", "depth_candidates"):
+        with pytest.raises(ConfigError, match=f"search.{option.replace('_', '-')} must hold"):
+            make_search(model, lookup, reward=own_prm(model, lookup), **{option: (WIDTH,)})
+
+
 @pytest.mark.parametrize("candidates", [WIDTH, 4 * WIDTH])
 def test_the_decoder_runs_as_often_whatever_the_number_of_candidates(candidates):
     model = make_generator("promise")
@@ -164,6 +178,8 @@ def test_a_rank_without_users_takes_part_in_every_lookup():
         ({"prm": True, "candidates": (40, 80)}, "search.candidates must not be below search.width"),
         ({"candidates": (100,)}, "say how --search.prm works"),
         ({"prm_run": "runs/x"}, "say how --search.prm works"),
+        ({"depth_candidates": (50, 200)}, "say how --search.prm works"),
+        ({"prm": True, "candidates": (60,), "depth_candidates": (50, 200)}, "must stand without"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options, message):

@@ -187,6 +187,39 @@ def test_a_guide_with_no_choice_changes_only_the_order(world):
     assert (found.scores.diff(dim=1) <= 0).all()
 
 
+def test_a_beam_of_another_width_at_each_depth_is_that_of_steps_by_hand(world):
+    model, rows, batch, _, trie = world
+    space = CatalogueSpace(trie)
+    found = BeamSearch(BeamSearch.Config(width=6, earlier_widths=(2, 3))).search(
+        model, rows, batch, space, k=6
+    )
+    assert [nodes.shape[1] for nodes in found.kept] == [2, 3, 6]
+    wide = beam(NUM_ITEMS).search(model, rows, batch, space, k=NUM_ITEMS)
+    for user in range(6):
+        firsts = wide.kept[0][user, :2]
+        assert torch.equal(found.kept[0][user], firsts)
+        of_firsts = space.codes(2, wide.kept[1][user])[:, 0]
+        seconds = wide.kept[1][user][torch.isin(of_firsts, space.codes(1, firsts)[:, 0])]
+        assert torch.equal(found.kept[1][user], seconds[:3])
+
+
+def test_a_guide_has_candidates_of_each_depth_beside_the_width_there(world):
+    model, rows, batch, _, trie = world
+    asked = []
+
+    def guide(depth: int, prefixes: torch.Tensor) -> torch.Tensor:
+        asked.append(prefixes.shape[1])
+        return -prefixes[..., -1].float()
+
+    config = BeamSearch.Config(width=4, earlier_widths=(2, 3), guided_candidates=(3, 7, 5))
+    found = BeamSearch(config, guide).search(model, rows, batch, CatalogueSpace(trie), k=4)
+    assert asked == [3, 7, 5] and [nodes.shape[1] for nodes in found.kept] == [2, 3, 4]
+    BeamSearch(BeamSearch.Config(width=4, earlier_widths=(2,)), guide).search(
+        model, rows, batch, CatalogueSpace(trie), k=4
+    )
+    assert asked[3] == 4 and len(asked) == 6, "four times the width of the depth, of four codes"
+
+
 def test_a_guide_alone_chooses_among_the_candidates(world):
     model, rows, batch, codes, trie = world
     target = codes[17]
@@ -214,6 +247,11 @@ def test_widths_that_cannot_work_are_refused(world):
         beam(8).search(model, rows, batch, space, k=0)
     with pytest.raises(ConfigError, match="at least 1 wide"):
         beam(0)
+    with pytest.raises(ConfigError, match="at least 1 wide"):
+        BeamSearch(BeamSearch.Config(width=8, earlier_widths=(0,)))
+    with pytest.raises(ConfigError, match="12 are fewer than 20"):
+        config = BeamSearch.Config(width=8, earlier_widths=(9, 20), guided_candidates=12)
+        BeamSearch(config, lambda depth, prefixes: prefixes[..., 0])
     with pytest.raises(ConfigError, match="4 are fewer than 8"):
         BeamSearch(BeamSearch.Config(width=8, guided_candidates=4), lambda depth, prefixes: prefixes[..., 0])
     other = PrefixTrie.build(codes, (4, 5, 4))
