@@ -23,4 +23,4 @@ class ClusterConfig:
     """How many times in a row the gang is started again from the latest checkpoint after a fault without getting
     further than before."""
     collective_timeout_s: float = 600.0
-    """How long a collective operation may wait for the other workers."""
+    """How long a collective operation, or a checkpoint, may wait for the other workers."""

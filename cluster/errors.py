@@ -27,6 +27,10 @@ class DamagedCheckpointError(CheckpointError):
     """A file of a checkpoint is missing or does not match its checksum; an older checkpoint may be intact."""
 
 
+class MissingRanksError(CheckpointError):
+    """Other ranks did not write their part of a checkpoint in time; another start may mend it."""
+
+
 class DivergenceError(GrailError):
     """A loss or gradient is not finite; names step, rank and the users of the batch."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from cluster.errors import ClusterError, MeetingError
+from cluster.errors import ClusterError, MeetingError, MissingRanksError
 from cluster.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -18,6 +18,8 @@ FAULTS_NAME = "faults.json"
 DEATH = "a dead worker"
 MEMORY = "out of memory"
 COLLECTIVE = "a failed collective"
+OTHERS_MISSING = (MeetingError, MissingRanksError)
+"""Errors of a rank that waited for others in vain: faults, unlike all other errors of ours."""
 
 SAME_FAULT_LIMIT = 3
 _KEPT = 100
@@ -62,7 +64,7 @@ def kind_of(error: BaseException) -> str | None:
         sign in text for sign in _OUT_OF_MEMORY
     ):
         return MEMORY
-    if isinstance(error, dist.DistError | MeetingError) or any(sign in text for sign in (*_GLOO, *_NCCL)):
+    if isinstance(error, (dist.DistError, *OTHERS_MISSING)) or any(sign in text for sign in (*_GLOO, *_NCCL)):
         return COLLECTIVE
     return None
 

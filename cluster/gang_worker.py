@@ -15,8 +15,8 @@ import psutil
 import ray
 
 from cluster.configuration import ClusterConfig
-from cluster.errors import MeetingError, ours
-from cluster.faults import kind_of
+from cluster.errors import ours
+from cluster.faults import OTHERS_MISSING, kind_of
 from cluster.logs import start_worker_logs
 from cluster.packages import check_same
 from cluster.process import start_process, stop_process
@@ -121,7 +121,7 @@ def _run(seat: Seat, assignment: Assignment, reporter: Reporter) -> None:
         reporter.emit("result", {"value": result if seat.rank == 0 else None})
     except BaseException as error:  # whatever ends the function has to reach the driver
         values = {
-            "error": None if isinstance(error, MeetingError) else ours(error),
+            "error": None if isinstance(error, OTHERS_MISSING) else ours(error),
             "kind": kind_of(error),
             "summary": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
             "traceback": traceback.format_exc(),

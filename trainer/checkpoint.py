@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.errors import CheckpointError, ConfigError
+from cluster.errors import CheckpointError, ConfigError, MissingRanksError
 from cluster.retries import retried
 from cluster.storage import Storage
 from sharding.state import Piece
@@ -116,6 +116,8 @@ class Checkpointer:
         if writer is None:
             return
         writer.join()
+        if isinstance(writer.error, MissingRanksError):
+            raise writer.error
         if not writer.finished:
             cause = writer.error or "the writing thread died, its traceback was printed"
             raise CheckpointError(

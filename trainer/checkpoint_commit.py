@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.errors import CheckpointError
+from cluster.errors import MissingRanksError
 from cluster.storage import Storage
 from trainer.checkpoint_layout import (
     FORMAT_VERSION,
@@ -107,7 +107,7 @@ def _wait_for_files(storage: Storage, target: SaveTarget, names: list[str], time
     deadline, pause_s = time.monotonic() + timeout_s, 0.02
     while missing := set(names) - set(storage.list(target.directory)):
         if time.monotonic() > deadline:
-            raise CheckpointError(
+            raise MissingRanksError(
                 f"the checkpoint of step {target.step} needs the files of {len(names)} ranks, but after "
                 f"{timeout_s:.0f} s {len(missing)} are missing in {storage.path(target.directory)}: "
                 f"{', '.join(sorted(missing)[:5])}. Look for errors of those ranks in the log."

@@ -83,7 +83,7 @@ def start_job(
         stream=stream,
         learner=learner,
         engine=engine,
-        checkpointer=_checkpointer(storage, process, attempt, config.train, reporter),
+        checkpointer=_checkpointer(storage, process, attempt, config, reporter),
         audit=AuditLog(
             storage, attempt=attempt, rank=process.rank, first_step=progress.step, enabled=config.train.audit
         ),
@@ -97,14 +97,15 @@ def start_job(
 
 
 def _checkpointer(
-    storage: Storage, process: Process, attempt: str, config: TrainConfig, reporter: Reporter
+    storage: Storage, process: Process, attempt: str, config: PretrainConfig, reporter: Reporter
 ) -> Checkpointer:
     return Checkpointer(
         storage.folder(CHECKPOINTS),
         rank=process.rank,
         world_size=process.world_size,
         attempt=attempt,
-        keep_last=config.keep_last,
+        keep_last=config.train.keep_last,
+        gather_timeout_s=config.cluster.collective_timeout_s,
         on_commit=reporter.saved,
     )
 

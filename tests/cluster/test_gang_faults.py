@@ -15,7 +15,7 @@ from torch.distributed import distributed_c10d
 
 from cluster import gang_worker, worker_group
 from cluster.configuration import ClusterConfig
-from cluster.errors import ClusterError, MeetingError
+from cluster.errors import CheckpointError, ClusterError, MeetingError, MissingRanksError
 from cluster.faults import COLLECTIVE, DEATH, MEMORY, FaultHistory, kind_of, kind_of_death
 from cluster.gang_worker import Assignment, Seat
 from cluster.process import Process, start_process
@@ -97,6 +97,8 @@ def test_errors_are_told_apart():
     assert kind_of(dist.DistBackendError("NCCL communicator was aborted")) == COLLECTIVE
     assert kind_of(RuntimeError(gloo)) == COLLECTIVE
     assert kind_of(MeetingError("2 processes were expected")) == COLLECTIVE
+    assert kind_of(MissingRanksError("the checkpoint of step 7 needs the files of 2 ranks")) == COLLECTIVE
+    assert kind_of(CheckpointError("another model's")) is None
     assert kind_of(RuntimeError("shapes cannot be multiplied")) is None
 
 

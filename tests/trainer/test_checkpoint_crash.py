@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from cluster.errors import CheckpointError
+from cluster.errors import CheckpointError, MissingRanksError
 from cluster.storage import Storage
 from tests.trainer.checkpoint_job import Job, cut, filled, load
 from trainer.checkpoint import Checkpointer
@@ -164,7 +164,7 @@ def test_a_rank_that_never_writes_is_named(tmp_path):
     lonely = Checkpointer(storage, rank=0, world_size=3, attempt="a", keep_last=1, gather_timeout_s=0.1)
     lonely.save(7, cut(filled(7), 0, 3), rank_state={}, shared_state={})
     with pytest.raises(
-        CheckpointError, match=r"step 7 needs the files of 3 ranks.*rank-00001.json, rank-00002"
+        MissingRanksError, match=r"step 7 needs the files of 3 ranks.*rank-00001.json, rank-00002"
     ):
         lonely.wait()
     assert storage.list() == []
