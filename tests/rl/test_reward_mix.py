@@ -115,6 +115,6 @@ def test_completions_fall_into_groups_of_their_users():
     assert first.history.tolist() == [1, 2] and not len(first.positives) and first.serial == 10
     assert second.history_features["action"].tolist() == [0] and second.log_probs.tolist() == [-2] * 3
     assert second.is_positive.tolist() == [True, True, False]
-    assert completions.hallucination_rate() == pytest.approx(1 / 6)
+    assert completions.legal.tolist() == [[True, False, True], [True, True, True]]
     with pytest.raises(ValueError, match="need paths and log_probs"):
         Completions(**{**vars(completions), "items": np.zeros((2, 2))})
