@@ -7,7 +7,6 @@ import re
 import signal
 import time
 
-import psutil
 import pytest
 
 from cluster.storage import Storage
@@ -196,22 +195,15 @@ def test_an_alignment_that_ends_worse_than_its_start_says_so(start, tmp_path, ca
     assert shown["start"] == held_out["0"] and shown["last (12)"] == held_out["12"]
 
 
-def members(training, pool):
-    """Processes of a pool that were announced last, by their place in it."""
-    found = re.findall(rf"member (\d+) of the {pool} is ready \(pid (\d+)\)", training.output())
-    alive = {place: int(pid) for place, pid in found}
-    return [psutil.Process(pid) for pid in alive.values() if psutil.pid_exists(pid)]
-
-
 def kill_one_of(training, pool, choice):
-    training.wait_for(lambda: members(training, pool))
-    choice.choice(members(training, pool)).kill()
+    training.wait_for(lambda: training.members(pool))
+    choice.choice(training.members(pool)).kill()
 
 
 def kill_until_the_end(training, pool):
     deadline = time.monotonic() + 60
     while training.driver.poll() is None and time.monotonic() < deadline:
-        send(members(training, pool), signal.SIGKILL)
+        send(training.members(pool), signal.SIGKILL)
         time.sleep(0.05)
 
 
