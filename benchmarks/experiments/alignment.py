@@ -73,12 +73,12 @@ class Options:
     code_size: int = 32
     """Codes of each of the three levels."""
     policy: str = POLICY
-    """Options of the generator's pretraining."""
+    """Options of the generator's pretraining, given as --policy="..." with an equals sign."""
     align: str = (
         "--train.learning-rate 3e-4 --train.ema-decay 0.99 --align.users-per-step 32 --align.group-size 32 "
         "--train.validate-every-steps 100 --log.every-steps 1 --rollout.workers 0 --reward.workers 0"
     )
-    """Options of all alignments."""
+    """Options of all alignments, given as --align="--train.max-steps 100 ..." with an equals sign."""
 
     def __post_init__(self) -> None:
         if len({bool(name) for name in (self.data, self.ids, self.policy_run)}) > 1:
@@ -222,6 +222,8 @@ def _write(options: Options, found: Found) -> None:
         start = results[START, BEST][0].users
         for (name, which), runs in results.items():
             cells = _cells(runs, start, metrics, main_metric)
+            if name == START:
+                cells[-3:] = [""] * 3
             lines.append(f"| {' | '.join([world, name, f'{which} ({_steps(runs)})', *cells])} |")
     (Path(options.out) / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines), flush=True)
@@ -231,7 +233,7 @@ def _write(options: Options, found: Found) -> None:
 def _preface(options: Options, found: Found) -> list[str]:
     lines = [
         f"Seeds {', '.join(map(str, options.seeds))} vary the alignment only (order of prompts, draws): the start, "
-        "semantic IDs and rewards of a world are the same in all runs, so intervals do not hold their spread.",
+        "semantic IDs and reward model of a world are the same in all runs. Intervals are over users.",
         f"`{BEST}` is the step that was best on validation items; step 0 is the start. A reward is that of the "
         f"{REWARD_STEPS} steps up to that one, on training prompts; the start's is that of a run's first step.",
     ]
