@@ -16,6 +16,7 @@ class Sizes:
     width: str
     epochs: str
     reward_epochs: str
+    prm_epochs: str
     align_steps: str
     group_size: str
     validate_every: str
@@ -27,6 +28,7 @@ SIZES = {
         width="32",
         epochs="4",
         reward_epochs="1",
+        prm_epochs="4",
         align_steps="24",
         group_size="16",
         validate_every="12",
@@ -36,6 +38,7 @@ SIZES = {
         width="48",
         epochs="5",
         reward_epochs="2",
+        prm_epochs="1",
         align_steps="180",
         group_size="32",
         validate_every="60",
@@ -90,24 +93,21 @@ class AlignmentDemo:
             tokenize.run(["residual-kmeans", *options])
 
     def pretrain(self) -> int:
-        """The generator, and the model of answers that rewards it; evaluation calibrates the latter."""
+        """The generator; what rewards it: a model of answers, calibrated by its evaluation, and a PRM."""
         from launch.commands import evaluate, pretrain
 
         sizes, seed = SIZES[self.scale], ["--seed", str(self.seed), "--cluster.workers", "1"]
-        policy = ["--data.path", self.clicks, "--data.semantic-ids", f"{self.out}/ids"]
-        policy += [
-            "--run-dir",
-            f"{self.out}/policy",
-            "--train.epochs",
-            sizes.epochs,
-            "--model.width",
-            sizes.width,
-        ]
-        policy += ["--model.num-blocks", "1", "--model.num-depth-blocks", "1", "--model.dropout", "0.1"]
-        policy += ["--model.feedforward-width", "96", "--train.learning-rate", "3e-3"]
+        clicks = ["--data.path", self.clicks, "--data.semantic-ids", f"{self.out}/ids"]
+        # The PRM's encoder begins as the generator's, so both have the same sizes.
+        clicks += ["--model.width", sizes.width, "--model.num-blocks", "1", "--model.feedforward-width", "96"]
+        clicks += ["--model.dropout", "0.1", "--train.learning-rate", "3e-3"]
+        policy = [*clicks, "--run-dir", f"{self.out}/policy", "--train.epochs", sizes.epochs]
+        policy += ["--model.num-depth-blocks", "1"]
+        prm = [*clicks, "--run-dir", f"{self.out}/prm", "--train.epochs", sizes.prm_epochs]
+        prm += ["--init-from", f"{self.out}/policy", "--model.prm.positions", "8"]
         reward = ["--data.path", self.pages, "--run-dir", f"{self.out}/reward"]
         reward += ["--train.epochs", sizes.reward_epochs]
-        for recipe, options in (("decoder-amazon", policy), ("reward-sim", reward)):
+        for recipe, options in (("decoder-amazon", policy), ("reward-sim", reward), ("promise-prm", prm)):
             if code := pretrain.train(pretrain.parse_config(recipe, [*options, *seed])):
                 return code
         evaluate.evaluate(load_config(f"{self.out}/reward"))
@@ -119,6 +119,9 @@ class AlignmentDemo:
 
         sizes = SIZES[self.scale]
         options = ["--run-dir", f"{self.out}/aligned", "--seed", str(self.seed)]
+        # A PRM that has seen little counts for little, beside advantages of about 1.
+        options += ["--rewards", "hybrid,process", "--rewards.process.run", f"{self.out}/prm"]
+        options += ["--rewards.process.direct", "--rewards.process.weight", "0.05"]
         options += ["--rewards.hybrid.preference.run", f"{self.out}/reward"]
         options += ["--rewards.hybrid.relevance.vectors", f"{self.out}/ids/run_embeddings.npy"]
         options += ["--align.group-size", sizes.group_size, "--train.max-steps", sizes.align_steps]

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 logger = logging.getLogger(__name__)
@@ -35,9 +35,6 @@ class Guards:
     @staticmethod
     def of(saved: Mapping[str, Any] | None) -> "Guards":
         return Guards(**saved) if saved else Guards(first={}, now={}, raised=[])
-
-    def saved(self) -> dict[str, Any]:
-        return asdict(self)
 
     def observe(self, **numbers: float) -> None:
         """Take in a step's reward, entropy and hallucination rate."""

@@ -144,7 +144,9 @@ def _finished(alignment: Alignment, begun: Any) -> list[Completions] | None:
 def _with_experience(alignment: Alignment, step: PromptStep, scored: Scored) -> PromptStep:
     completions = scored.completions
     updates = age(completions.policy_version, alignment.version)
-    assert updates is not None and updates <= alignment.max_staleness, "completions of a policy that is lost"
+    assert updates is not None and updates <= alignment.max_staleness, (
+        "rollouts let no other completions pass"
+    )
     alignment.means.add(policy_age=updates)
     learnt = experience(step.prompts, completions, scored.advantages, alignment.item_codes)
     if alignment.reference is not None:

@@ -120,7 +120,8 @@ def mix(terms: Sequence[RewardTerm], rewards: Mapping[str, Sequence[Reward]]) ->
     """Add up the rewards of the same groups, given by the names of the terms."""
     stacked = {term.name: stack(rewards[term.name]) for term in terms}
     first_mask = stacked[terms[0].name][1]
-    levels = [values.shape[2] for values, _ in stacked.values() if values.ndim == 3]
+    mixed = [stacked[term.name][0] for term in terms if not term.direct]
+    levels = [values.shape[2] for values in mixed if values.ndim == 3]
     values = np.zeros((*first_mask.shape, *levels[:1]))
     direct, mask, direct_mask = (np.zeros(first_mask.shape, dtype) for dtype in (float, bool, bool))
     for term in terms:

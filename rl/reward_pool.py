@@ -153,11 +153,6 @@ class RewardPool(Rewards):
         self._next_ticket = 0
 
     @property
-    def deaths(self) -> int:
-        """Workers that have died so far."""
-        return self._pool.deaths
-
-    @property
     def pids(self) -> list[int]:
         """Processes of the workers that are ready."""
         return self._pool.pids
@@ -173,27 +168,19 @@ class RewardPool(Rewards):
             self._part_of[part] = ticket, number
         return ticket
 
-    def is_ready(self, ticket: int) -> bool:
-        """Whether `collect` would return at once; also moves the work on. Raises: as `collect`."""
-        self._receive(timeout_s=0)
-        return self._is_complete(ticket)
-
     def collect(self, ticket: int) -> MixedRewards:
         """Raises: as `Rewards`; PoolGoneError if there was no worker for too long; ClusterError if they keep dying."""
-        while not self._is_complete(ticket):
-            self._receive(timeout_s=None)
-        batch = self._batches.pop(ticket)
+        batch = self._batches[ticket]
+        while len(batch.parts) < batch.num_parts:
+            self._receive()
+        del self._batches[ticket]
         return _mixed(self.terms, [batch.parts[number] for number in range(batch.num_parts)])
 
     def close(self) -> None:
         self._pool.close()
 
-    def _is_complete(self, ticket: int) -> bool:
-        batch = self._batches[ticket]
-        return len(batch.parts) == batch.num_parts
-
-    def _receive(self, timeout_s: float | None) -> None:
-        for part, scored in self._pool.poll(timeout_s):
+    def _receive(self) -> None:
+        for part, scored in self._pool.poll():
             ticket, number = self._part_of.pop(part)
             self._batches[ticket].parts[number] = scored
 

@@ -23,6 +23,7 @@ from data_streams.item_table import ItemTable
 from models.tables import LookedUp, Rows
 from rl.configuration import AlignOptions, RolloutConfig
 from rl.drawing import Drawing
+from rl.policy_version import age
 from rl.prompts import PromptStep, to_batch, to_prompts
 from rl.types import Completions, Prompts, join_completions
 from rl.weight_sync import FETCH_TIMEOUT_S, SharedWeights, gather_weights, put_weights
@@ -122,6 +123,8 @@ class PooledRollouts(Rollouts):
         self._pool: Pool | None = None
         self._weights: SharedWeights | None = None
         self._done: dict[int, Completions] = {}
+        self._asked: dict[int, tuple[int, PromptPart]] = {}
+        """By the ticket of the pool: the ticket that `begin` gave out, and what is to be drawn for."""
         if self.process.rank == 0:
             self._pool = Pool(
                 *(build_worker, assembly.config, drawing.options),
@@ -132,11 +135,6 @@ class PooledRollouts(Rollouts):
                 name=NAME,
                 placement=placement,
             )
-
-    @property
-    def pids(self) -> list[int]:
-        """Processes of the workers that are ready; on rank 0."""
-        return self._pool.pids
 
     def publish(self, version: int) -> None:
         self.version = version
@@ -157,15 +155,30 @@ class PooledRollouts(Rollouts):
             return None
         wanted = {ticket for tickets in begun for ticket in tickets}
         while not wanted <= self._done.keys():
-            self._done.update(self._pool.poll())
+            for ticket, drawn in self._pool.poll():
+                self._take(ticket, drawn)
         return [join_completions([self._done.pop(ticket) for ticket in tickets]) for tickets in begun]
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.close()
 
-    def _submit(self, part: PromptPart) -> int:
-        return self._pool.submit(RolloutWork(part=part, weights=self._weights))
+    def _submit(self, part: PromptPart, instead_of: int | None = None) -> int:
+        ticket = self._pool.submit(RolloutWork(part=part, weights=self._weights))
+        self._asked[ticket] = (ticket if instead_of is None else instead_of, part)
+        return ticket
+
+    def _take(self, ticket: int, drawn: Completions) -> None:
+        """Keep completions, or drop those of a lost policy and have them drawn again by the one of now."""
+        asked, part = self._asked.pop(ticket)
+        if age(drawn.policy_version, self.version) is not None:
+            self._done[asked] = drawn
+            return
+        logger.warning(
+            "completions of %d prompts are by policy %d, which was lost; they are dropped and drawn again by %d",
+            *(part.prompts.num_users, drawn.policy_version, self.version),
+        )
+        self._submit(part, asked)
 
 
 def build_worker(config: PretrainConfig, options: AlignOptions) -> Callable[[RolloutWork], Completions]:

@@ -71,10 +71,6 @@ class Completions:
         """[B, G] bool."""
         return self.items != ILLEGAL
 
-    def hallucination_rate(self) -> float:
-        """HaR: share of the completions that belong to no item."""
-        return float(1 - self.legal.mean())
-
     def groups(self) -> list["Group"]:
         """One group per user, to be shipped to the rewards."""
         prompts, totals = self.prompts, self.log_probs.sum(-1)
@@ -103,8 +99,8 @@ class Completions:
 
 
 def join_completions(parts: Sequence[Completions]) -> Completions:
-    """The users of all parts, one part behind the other; all must be drawn by the same policy."""
-    (version,) = {part.policy_version for part in parts}
+    """The users of all parts, one part behind the other, with the version of the oldest policy among them."""
+    version = min(part.policy_version for part in parts)
     arrays = {
         name: np.concatenate([getattr(part, name) for part in parts])
         for name in ("paths", "items", "log_probs")

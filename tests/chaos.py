@@ -1,6 +1,6 @@
 """Brings one fault after the other on a small training, and proves that nothing was lost: make chaos.
 
-A round is one run from its first to its last step, in one of three places (tests/faults/strikes.py). Each fault of a
+A round is one run from its first to its last step, in one of four places (tests/faults/strikes.py). Each fault of a
 round comes at a random step, or a random time after a start; then the same command is started again, but for those
 that the running command has to mend by itself. In the end the audit must count every user of every epoch once, the
 metrics and the final state must be those of a run without faults (but for rounding where the number of workers
@@ -33,6 +33,7 @@ from tests.faults.strikes import (
     Scene,
     StepWatch,
     on_a_small_disk,
+    on_an_alignment,
     on_this_machine,
     on_two_hosts,
     strike,
@@ -44,15 +45,16 @@ from tests.faults.training import (
     last_step,
     metric_lines,
     pretrain_line,
+    saved_state,
 )
 from tests.faults.two_hosts import NoHostsError
-from tests.tiny_run import build_tiny_data
+from tests.tiny_run import assert_same_state, build_tiny_data
 
 PLACES: tuple[Callable[[Path], AbstractContextManager[Scene]], ...] = (
     on_this_machine,
     on_a_small_disk,
     on_two_hosts,
-    on_this_machine,
+    on_an_alignment,
 )
 """Taken in turn."""
 LAST_TARGET_STEP = 70
@@ -61,6 +63,7 @@ SOONEST, LATEST = 2, 6
 """Steps from one fault to the next. The driver must hear of one between two, or they are the same fault to it."""
 LONGEST_START_S = 12.0
 QUALITY = "validation/ndcg@10"
+VERSION = "align/policy_version"
 ROUNDING = 1e-3
 SEEDS = (3, 4, 5)
 """Of the undisturbed runs; the first is that of the disturbed ones."""
@@ -155,6 +158,9 @@ def torment(scene: Scene, data: str, choice: random.Random, tried: list[Fault]) 
 
 def judge(scene: Scene, undisturbed: list[Path]) -> None:
     """Raises: AssertionError naming what differs."""
+    if scene.undisturbed is not None:
+        judge_alignment(scene.run_dir, scene.undisturbed)
+        return
     if scene.same_workers:
         assert_nothing_lost(scene.run_dir, undisturbed[0], EPOCHS)
     assert_everyone_was_seen_once(scene.run_dir, EPOCHS)
@@ -165,6 +171,17 @@ def judge(scene: Scene, undisturbed: list[Path]) -> None:
     assert min(usual) - ROUNDING <= reached <= max(usual) + ROUNDING, (
         f"{QUALITY} is {reached}, of undisturbed runs {usual}"
     )
+
+
+def judge_alignment(run_dir: Path, undisturbed: Path) -> None:
+    """Prompts once in each epoch, versions of the policy never twice, the same policy in the end.
+
+    Raises: AssertionError naming what differs.
+    """
+    assert_everyone_was_seen_once(run_dir, EPOCHS)
+    versions = [line[VERSION] for line in metric_lines(run_dir) if VERSION in line]
+    assert versions == sorted(set(versions)), f"versions of the policy were used twice: {versions}"
+    assert_same_state(saved_state(run_dir), saved_state(undisturbed), tolerance=1e-5)
 
 
 def _quality(run_dir: Path) -> float:

@@ -2,7 +2,8 @@
 
 For each world: shards, a retrieval model for item vectors, semantic IDs, a generator (SFT) and a reward model. Then for
 each seed every objective from the same start with the same number of completions. True utility is 0 for a random list
-and 1 for the best one; the reward is learnt and imperfect.
+and 1 for the best one; the reward is learnt and imperfect. With `--data`, `--ids` and `--policy-run` the same is done
+from a policy that is there already, by the rewards for hits and ranks, which need no reward model.
 """
 
 import json
@@ -15,13 +16,15 @@ import polars as pl
 import tyro
 from matplotlib.figure import Figure
 
-from benchmarks.setting.commands import evaluated_users, grail
+from benchmarks.setting.commands import grail
 from benchmarks.setting.paired import paired_change
+from cluster.errors import ConfigError
+from data_streams.world import WorldConfig, world_fingerprint
 
 WORLDS = {
-    "middle": "--num-users 6000 --num-items 1500 --num-clusters 40 --mean-clicks 40 --seed 0",
-    "small": "--num-users 3000 --num-items 800 --num-clusters 20 --mean-clicks 30 --seed 1",
-    "sparse": "--num-users 8000 --num-items 2500 --num-clusters 80 --mean-clicks 25 --seed 2",
+    "middle": WorldConfig(num_users=6000, num_items=1500, num_clusters=40, mean_clicks=40.0, seed=0),
+    "small": WorldConfig(num_users=3000, num_items=800, num_clusters=20, mean_clicks=30.0, seed=1),
+    "sparse": WorldConfig(num_users=8000, num_items=2500, num_clusters=80, mean_clicks=25.0, seed=2),
 }
 VARIANTS = {
     "GRPO": "--objective grpo",
@@ -30,13 +33,23 @@ VARIANTS = {
     "ECPO": "--objective ecpo --objective.alpha 0.3",
     "GBPO": "--objective gbpo --objective.alpha 0.3 --advantage binary",
 }
+"""On the worlds, by the hybrid reward."""
+OWN_VARIANTS = {
+    "GRPO-SR, hit + rank": "--objective grpo-sr --objective.alpha 0.3 --rewards hit,rank",
+    "GRPO, hit + rank": "--objective grpo --rewards hit,rank",
+}
+"""On data of one's own."""
+OTHER_REWARD = "GRPO without gate"
+"""Its rewards are not those of the other variants, so its row alone says where they began."""
 POLICY = (
     "--cluster.workers 1 --model.width 48 --model.num-blocks 1 --model.num-depth-blocks 1 "
     "--model.feedforward-width 96 --model.dropout 0.1 --train.epochs 4 --data.tokens-per-step 1024 "
     "--train.learning-rate 3e-3 --train.precision fp32"
 )
-METRICS = ("recall@10", "recall@50", "utility@10", "utility@50", "hallucination_rate")
-START = "SFT"
+METRICS = ("recall@10", "recall@50", "ndcg@10", "utility@10", "utility@50", "hallucination_rate")
+START, LAST, BEST = "SFT", "last", "best"
+REWARD_STEPS = 20
+"""Steps whose mean reward is that of a policy; of the start the first step alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,21 +60,41 @@ class Options:
     """Folder of everything, of table.md and of picture.png."""
     worlds: tuple[str, ...] = tuple(WORLDS)
     """Worlds, of middle, small and sparse."""
+    data: str = ""
+    """Shards of one's own instead of the worlds; then --ids and --policy-run are needed too."""
+    ids: str = ""
+    """Semantic IDs of their items."""
+    policy_run: str = ""
+    """Run of the generator that alignment starts from."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the alignments; the start of a world is the same for all."""
-    variants: tuple[str, ...] = tuple(VARIANTS)
-    """Objectives to compare."""
+    variants: tuple[str, ...] = ()
+    """Objectives to compare; left out, all there are for worlds or for data of one's own."""
     code_size: int = 32
     """Codes of each of the three levels."""
-    checkpoint: str = "latest"
-    """Which step is shown: latest, or best on held-out items."""
     policy: str = POLICY
-    """Options of the generator's pretraining."""
+    """Options of the generator's pretraining, given as --policy="..." with an equals sign."""
     align: str = (
         "--train.learning-rate 3e-4 --train.ema-decay 0.99 --align.users-per-step 32 --align.group-size 32 "
-        "--data.pages recorded --train.validate-every-steps 100 --rollout.workers 0 --reward.workers 0"
+        "--train.validate-every-steps 100 --log.every-steps 1 --rollout.workers 0 --reward.workers 0"
     )
-    """Options of all alignments."""
+    """Options of all alignments, given as --align="--train.max-steps 100 ..." with an equals sign."""
+
+    def __post_init__(self) -> None:
+        if len({bool(name) for name in (self.data, self.ids, self.policy_run)}) > 1:
+            raise ConfigError("--data, --ids and --policy-run are given together, or none of them")
+        known = OWN_VARIANTS if self.data else VARIANTS
+        if unknown := {*self.variants} - {*known}:
+            raise ConfigError(f"--variants must be of {', '.join(known)}; got {', '.join(sorted(unknown))}")
+
+    def chosen(self) -> dict[str, str]:
+        """The variants to compare, with their options."""
+        known = OWN_VARIANTS if self.data else VARIANTS
+        return {name: known[name] for name in self.variants or known}
+
+    def places(self) -> tuple[str, ...]:
+        """Names of the worlds, or that of the data."""
+        return (Path(self.data).name,) if self.data else self.worlds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,26 +103,48 @@ class Result:
 
     users: pl.DataFrame
     reward: float | None
-    """Mean reward of the completions of its last steps."""
+    """Mean reward of its completions, or None where it was not seen to draw any."""
+    step: int = 0
+    first_reward: float | None = None
+    """That of the start in the same run."""
+
+
+Found = dict[str, dict[tuple[str, str], list[Result]]]
+"""World -> (variant, which of its steps) -> one result per seed."""
 
 
 def main(arguments: list[str]) -> None:
     options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.experiments.alignment")
-    found: dict[str, dict[str, list[Result]]] = {}
-    for world in options.worlds:
-        folder = Path(options.out).absolute() / world
-        _prepare(folder, world, options)
-        results = found.setdefault(world, {START: [_evaluated(folder / "policy", "best")]})
-        for variant in options.variants:
+    found: Found = {}
+    for place in options.places():
+        folder = Path(options.out).absolute() / place
+        folder.mkdir(parents=True, exist_ok=True)
+        if not options.data:
+            _prepare(folder, place, options)
+        policy = Path(options.policy_run).absolute() if options.data else folder / "policy"
+        start = _evaluated(policy, BEST, folder / "start")
+        results: dict[tuple[str, str], list[Result]] = {}
+        for variant, given in options.chosen().items():
             for seed in options.seeds:
-                run_dir = _aligned(folder, variant, seed, options)
-                results.setdefault(variant, []).append(_evaluated(run_dir, options.checkpoint))
-            _write(Path(options.out), found)
+                run_dir = _aligned(folder, policy, variant, given, seed, options)
+                for which in (LAST, BEST):
+                    results.setdefault((variant, which), []).append(_result(run_dir, which, start))
+            found[place] = {(START, BEST): [Result(users=start, reward=_of_start(results))], **results}
+            _write(options, found)
+
+
+def _of_start(results: dict[tuple[str, str], list[Result]]) -> float | None:
+    """What the start's completions were rewarded with, by the reward that nearly all variants have."""
+    firsts = [run.first_reward for (name, _), runs in results.items() if name != OTHER_REWARD for run in runs]
+    return float(np.mean(firsts)) if firsts else None
 
 
 def _prepare(folder: Path, world: str, options: Options) -> None:
     """Data, vectors, semantic IDs, start and reward model of a world."""
-    size = WORLDS[world].split()
+    config = WORLDS[world]
+    size = []
+    for name in ("num_users", "num_items", "num_clusters", "mean_clicks", "seed"):
+        size += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
     pages = "--keep-exposures --sequence-actions click cart purchase --split-actions click".split()
     sizes = [str(options.code_size)] * 3
     tokenize = ["--data", f"{folder}/clicks", "--embeddings.from-run", f"{folder}/items"]
@@ -114,63 +169,119 @@ def _prepare(folder: Path, world: str, options: Options) -> None:
             done.touch()
 
 
-def _aligned(folder: Path, variant: str, seed: int, options: Options) -> Path:
-    run_dir = folder / f"{variant.lower().replace(' ', '-')}-{seed}"
+def _aligned(folder: Path, policy: Path, variant: str, given: str, seed: int, options: Options) -> Path:
+    name = variant.lower().replace(", ", " ").replace(" + ", " ").replace(" ", "-")
+    run_dir = folder / f"{name}-{seed}"
     if not (run_dir / "alignment.json").exists():
-        rewards = ["--rewards.hybrid.preference.run", f"{folder}/reward"]
-        rewards += ["--rewards.hybrid.relevance.vectors", f"{folder}/ids/run_embeddings.npy"]
-        given = [*VARIANTS[variant].split(), *rewards, *options.align.split(), "--seed", str(seed)]
-        grail("align", f"{folder}/policy", "--run-dir", str(run_dir), *given)
+        if options.data:
+            setting = ["--data.path", str(Path(options.data).absolute())]
+            setting += ["--data.semantic-ids", str(Path(options.ids).absolute())]
+        else:
+            setting = ["--rewards.hybrid.preference.run", f"{folder}/reward", "--data.pages", "recorded"]
+            setting += ["--rewards.hybrid.relevance.vectors", f"{folder}/ids/run_embeddings.npy"]
+        everything = [*given.split(), *setting, *options.align.split(), "--seed", str(seed)]
+        grail("align", str(policy), "--run-dir", str(run_dir), *everything)
     return run_dir
 
 
-def _evaluated(run_dir: Path, checkpoint: str) -> Result:
+def _result(run_dir: Path, which: str, start: pl.DataFrame) -> Result:
+    """The last or the best step on held-out items of a run; step 0 is the start itself."""
+    ended = json.loads((run_dir / "alignment.json").read_text())
+    step = ended["step" if which == LAST else "best_step"]
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rewards = [line["align/reward"] for line in lines if "align/reward" in line and line["step"] <= step]
+    first = next(line["align/reward"] for line in lines if "align/reward" in line)
+    users = _evaluated(run_dir, str(step), run_dir / "users") if step else start
+    reward = float(np.mean(rewards[-REWARD_STEPS:])) if step else first
+    return Result(users=users, reward=reward, step=step, first_reward=first)
+
+
+def _evaluated(run_dir: Path, checkpoint: str, prefix: Path) -> pl.DataFrame:
     """Lists by constrained search; how many paths of a free search belong to no item, beside."""
-    kept = run_dir / f"users-{checkpoint}.parquet"
+    kept = Path(f"{prefix}-{checkpoint}.parquet")
     if not kept.exists():
         parts = []
         for space in ("catalogue", "free"):
+            file = Path(f"{prefix}-{space}.parquet")
             given = ["--evaluation.cutoffs", "10", "50", "--search.space", space, "--search.width", "50"]
-            name = f"{checkpoint}-{space}"
-            parts.append(evaluated_users(run_dir, name, "--checkpoint", checkpoint, *given))
+            grail("evaluate", str(run_dir), "--checkpoint", checkpoint, *given, "--per-user", str(file))
+            parts.append(pl.read_parquet(file).sort("user_row"))
         parts[0].with_columns(parts[1]["hallucination_rate"]).write_parquet(kept)
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    rewards = [line["align/reward"] for line in lines if "align/reward" in line]
-    return Result(users=pl.read_parquet(kept), reward=rewards[-1] if rewards else None)
+    return pl.read_parquet(kept)
 
 
-def _write(folder: Path, found: dict[str, dict[str, list[Result]]]) -> None:
-    """The table: means over seeds; the change of HR@50 with its interval over users, paired with the start."""
-    head = ["world", "policy", "seeds", "reward", *METRICS, "utility@10 against SFT", "HR@50 - SFT (95 %)"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+def _write(options: Options, found: Found) -> None:
+    """The table: means over seeds; changes with their intervals over users, paired with the start."""
+    columns = next(iter(found.values()))[START, BEST][0].users.columns
+    metrics = [metric for metric in METRICS if metric in columns]
+    main_metric = _main_metric(columns)
+    head = ["world", "policy", "step", "runs", "reward of the start", "reward", *metrics]
+    head += [f"{main_metric} against SFT", f"{main_metric} - SFT (95 %)", "recall@50 - SFT (95 %)"]
+    lines = [*_preface(options, found), f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for world, results in found.items():
-        start = results[START][0].users
-        for name, runs in results.items():
-            means = {metric: np.mean([run.users[metric].mean() for run in runs]) for metric in METRICS}
-            rewards = [run.reward for run in runs if run.reward is not None]
-            gain = means["utility@10"] / start["utility@10"].mean() - 1
-            change = paired_change([run.users for run in runs], [start], "recall@50")
-            cells = [world, name, str(len(runs)), f"{np.mean(rewards):.4f}" if rewards else ""]
-            cells += [f"{means[metric]:.4f}" for metric in METRICS]
-            cells += [f"{gain:+.1%}", str(change)]
-            lines.append(f"| {' | '.join(cells)} |")
-    (folder / "table.md").write_text("\n".join(lines) + "\n")
+        start = results[START, BEST][0].users
+        for (name, which), runs in results.items():
+            cells = _cells(runs, start, metrics, main_metric)
+            if name == START:
+                cells[-3:] = [""] * 3
+            lines.append(f"| {' | '.join([world, name, f'{which} ({_steps(runs)})', *cells])} |")
+    (Path(options.out) / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines), flush=True)
-    _draw(folder / "picture.png", found)
+    _draw(Path(options.out) / "picture.png", found)
 
 
-def _draw(file: Path, found: dict[str, dict[str, list[Result]]]) -> None:
+def _preface(options: Options, found: Found) -> list[str]:
+    lines = [
+        f"Seeds {', '.join(map(str, options.seeds))} vary the alignment only (order of prompts, draws): the start, "
+        "semantic IDs and reward model of a world are the same in all runs. Intervals are over users.",
+        f"`{BEST}` is the step that was best on validation items; step 0 is the start. A reward is that of the "
+        f"{REWARD_STEPS} steps up to that one, on training prompts; the start's is that of a run's first step.",
+    ]
+    if not options.data:
+        prints = ", ".join(f"{world} {world_fingerprint(WORLDS[world])}" for world in found)
+        lines.append(f"Fingerprints of the worlds: {prints}.")
+    return [*lines, ""]
+
+
+def _cells(runs: list[Result], start: pl.DataFrame, metrics: list[str], main_metric: str) -> list[str]:
+    means = {metric: np.mean([run.users[metric].mean() for run in runs]) for metric in metrics}
+    rewards = (
+        [getattr(run, name) for run in runs if getattr(run, name) is not None]
+        for name in ("first_reward", "reward")
+    )
+    cells = [str(len(runs)), *(f"{np.mean(values):.4f}" if values else "" for values in rewards)]
+    cells += [f"{means[metric]:.4f}" for metric in metrics]
+    cells.append(f"{means[main_metric] / start[main_metric].mean() - 1:+.1%}")
+    for metric in (main_metric, "recall@50"):
+        cells.append(str(paired_change([run.users for run in runs], [start], metric)))
+    return cells
+
+
+def _steps(runs: list[Result]) -> str:
+    steps = sorted({run.step for run in runs})
+    return str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+
+
+def _main_metric(columns: list[str]) -> str:
+    return "utility@10" if "utility@10" in columns else "ndcg@10"
+
+
+def _draw(file: Path, found: Found) -> None:
+    """The last steps; the best ones are hollow."""
     figure = Figure(figsize=(5 * len(found), 4), layout="constrained")
     for axes, (world, results) in zip(
         figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True
     ):
-        for name, runs in results.items():
-            utility = [run.users["utility@10"].mean() for run in runs]
+        colours: dict[str, str] = {}
+        metric = _main_metric(results[START, BEST][0].users.columns)
+        for (name, which), runs in results.items():
+            colour = colours.setdefault(name, f"C{len(colours)}")
+            values = [run.users[metric].mean() for run in runs]
             rates = [run.users["hallucination_rate"].mean() for run in runs]
-            axes.plot(rates, utility, "o", label=name)
-        axes.set(
-            title=f"world {world}", xlabel="illegal paths of a free search (HaR)", ylabel="true utility@10"
-        )
+            fill = "none" if which == BEST and name != START else colour
+            label = name if name == START or which == LAST else None
+            axes.plot(rates, values, "o", color=colour, markerfacecolor=fill, label=label)
+        axes.set(title=world, xlabel="illegal paths of a free search (HaR)", ylabel=metric)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     figure.savefig(file, dpi=120)

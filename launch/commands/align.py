@@ -135,14 +135,17 @@ def align(config: "AlignConfig") -> int:
     from launch.run_status import StatusKeeper
     from rl.configuration import check_alignment
     from rl.places import Places
+    from rl.reward_mix import prepare_terms
     from trainer.checks import check
 
     start = load_config(config.start)
     check_alignment(config, start)
+    setting = reward_setting(config.rewards, data_path=config.data.path, seed=config.seed)
+    # What cannot be imported or found shows here; what was computed is not computed again by the learners.
+    rewarded = dataclasses.replace(config, rewards=tuple(prepare_terms(config.rewards, setting)))
     policy = config.policy(start)
     check(policy)
     start_step = find_step(start, "best")
-    setting = reward_setting(config.rewards, data_path=config.data.path, seed=config.seed)
     console, stop = start_console(), StopSignal()
     keeper = StatusKeeper(config.run_dir, policy.recipe, policy.log.prometheus_file)
     # Here for a stop before Ray runs, and once more behind its start, which takes SIGTERM to itself.
@@ -152,7 +155,7 @@ def align(config: "AlignConfig") -> int:
         start_ray(config.cluster, num_cpus=math.ceil(config.num_cpus()))
         with TrainingProgress(console) as progress, stop.on_signals():
             result = run_gang(
-                *(align_job, config, start, start_step, document, setting, Places.reserve(config)),
+                *(align_job, rewarded, start, start_step, document, setting, Places.reserve(config)),
                 config=config.cluster,
                 run_dir=config.run_dir,
                 on_event=lambda event: (progress.on_event(event), keeper.on_event(event)),

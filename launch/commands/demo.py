@@ -24,7 +24,7 @@ LOG_EVERY_STEPS = {"small": 3, "full": 20}
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
     scale: Literal["small", "full"] = "full"
-    """small is over in about a minute; full learns something worth looking at."""
+    """small is over in two or three minutes; full learns something worth looking at."""
     out: str = "runs/demo"
     """Folder for the data set and the run; an interrupted demo goes on there."""
     workers: int = 2
@@ -59,7 +59,8 @@ def demo(options: DemoOptions) -> int:
     recommend.show(config, num_users=3)
     aligned = AlignmentDemo(out=out, seed=options.seed, scale=options.scale)
     _heading(
-        "5 of 7", "items get semantic IDs; a generator learns to write them, another model how users answer"
+        "5 of 7",
+        "items get semantic IDs, a generator that writes them, and two models (answers, PRM) to reward it",
     )
     aligned.build_pages(_world(options), options.workers)
     aligned.tokenize()

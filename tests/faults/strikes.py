@@ -8,11 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
 
+from launch.config_document import to_document, to_yaml
+from rl.configuration import RolloutConfig
+from rl.reward_pool import RewardPoolConfig
 from tests.faults.training import (
     ENVIRONMENT,
     Training,
@@ -23,6 +26,8 @@ from tests.faults.training import (
     wait_until_gone,
 )
 from tests.faults.two_hosts import TwoHosts
+from tests.rl.tiny_alignment import HIT, SLOWLY, alignment, make_start
+from tests.tiny_run import with_train
 
 WORKER, DRIVER, JOB, WRITE = (
     "a worker killed",
@@ -32,8 +37,10 @@ WORKER, DRIVER, JOB, WRITE = (
 )
 PAUSE, CLOCK, SLOW = "a worker paused", "the clock jumps", "a slow disk"
 FULL, HOST = "a full disk", "a host lost"
-KINDS = (WORKER, DRIVER, JOB, WRITE, PAUSE, CLOCK, FULL, SLOW, HOST)
-SIGKILLS = (WORKER, DRIVER, JOB, WRITE)
+ROLLOUT, REWARD = "a rollout worker killed", "a reward worker killed"
+KINDS = (WORKER, DRIVER, JOB, WRITE, PAUSE, CLOCK, FULL, SLOW, HOST, ROLLOUT, REWARD)
+SIGKILLS = (WORKER, DRIVER, JOB, WRITE, ROLLOUT, REWARD)
+POOLS = {ROLLOUT: "rollout pool", REWARD: "reward pool"}
 ENDS_THE_COMMAND = (DRIVER, JOB, WRITE, FULL)
 """After these the same command has to be started again; the others a running one mends by itself."""
 
@@ -78,6 +85,10 @@ class Scene:
     prefix: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=lambda: dict(ENVIRONMENT))
     hosts: TwoHosts | None = None
+    line: tuple[str, ...] = ()
+    """The command, if it is not the usual training."""
+    undisturbed: Path | None = None
+    """Run of that command without a fault, which must end in the same state."""
 
     @property
     def controls(self) -> Path:
@@ -93,6 +104,8 @@ class Scene:
             self.hosts.start_ray(2)
 
     def training(self, data: str) -> Training:
+        if self.line:
+            return Training(self.run_dir, [*self.line, "--run-dir", str(self.run_dir)])
         options = (
             "--train.epochs",
             str(EPOCHS),
@@ -153,6 +166,31 @@ def on_two_hosts(folder: Path) -> Iterator[Scene]:
         )
 
 
+@contextmanager
+def on_an_alignment(folder: Path) -> Iterator[Scene]:
+    """A learner between a pool of rollout workers and one of reward workers."""
+    start = make_start(folder)
+    config = alignment(
+        start,
+        folder / "undisturbed",
+        rewards=(SLOWLY, HIT),
+        rollout=RolloutConfig(workers=1, cpus_per_worker=0.5),
+        reward=RewardPoolConfig(workers=2, cpus_per_worker=0.25),
+    )
+    config = with_train(config, epochs=EPOCHS, checkpoint_every_steps=1, validate_every_steps=40)
+    cluster = replace(config.cluster, max_restarts=9)
+    (folder / "align.yaml").write_text(to_yaml(to_document(replace(config, cluster=cluster))))
+    line = ("align", str(folder / "align.yaml"))
+    with Training(folder / "undisturbed", list(line)) as training:
+        assert training.exit_code() == 0, training.output()
+    yield Scene(
+        run_dir=folder / "run",
+        kinds=(ROLLOUT, ROLLOUT, REWARD, REWARD, WORKER, DRIVER),
+        line=line,
+        undisturbed=folder / "undisturbed",
+    )
+
+
 def _make_hostile(scene: Scene) -> None:
     scene.controls.mkdir()
     hostile = Path(__file__).parent / "hostile_machine"
@@ -164,6 +202,8 @@ def strike(scene: Scene, training: Training, kind: str, choice: random.Random) -
     """Let a fault happen; where there is no worker or no step yet, the whole job is killed as it is."""
     workers = scene.workers(training)
     if kind in (WORKER, WRITE, PAUSE) and not (workers and last_step(scene.run_dir)):
+        kind = JOB
+    if kind in POOLS and not training.members(POOLS[kind]):
         kind = JOB
     if kind == HOST and len(workers) < 2:
         kind = DRIVER
@@ -182,6 +222,10 @@ Workers = list[psutil.Process]
 
 def _kill_worker(scene: Scene, training: Training, choice: random.Random, workers: Workers) -> None:
     choice.choice(workers).kill()
+
+
+def _kill_member(pool: str, training: Training, choice: random.Random) -> None:
+    choice.choice(training.members(pool)).kill()
 
 
 def _kill_driver(scene: Scene, training: Training, choice: random.Random, workers: Workers) -> None:
@@ -240,6 +284,8 @@ _STRIKES: dict[str, Callable[[Scene, Training, random.Random, Workers], None]] =
     CLOCK: _jump,
     FULL: _fill_disk,
     SLOW: _slow_disk,
+    ROLLOUT: lambda scene, training, choice, workers: _kill_member(POOLS[ROLLOUT], training, choice),
+    REWARD: lambda scene, training, choice, workers: _kill_member(POOLS[REWARD], training, choice),
     HOST: lambda scene, training, choice, workers: scene.hosts.kill_host(2),
 }
 

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 from tests import chaos
 from tests.faults import strikes
-from tests.faults.strikes import CLOCK, DRIVER, JOB, WORKER, Fault, NoDiskError, Scene
+from tests.faults.strikes import CLOCK, DRIVER, JOB, REWARD, ROLLOUT, WORKER, Fault, NoDiskError, Scene
 
 DICE = random.Random(0)
 
@@ -101,4 +102,33 @@ def test_a_victim_that_has_ended_by_itself_means_that_the_job_is_killed(tmp_path
     fault = strikes.strike(Scene(run_dir=tmp_path, kinds=(WORKER,)), training, WORKER, DICE)
     assert fault.kind == JOB and training.killed
     training.workers = list
+    training.members = lambda pool: []
+    for kind in (ROLLOUT, REWARD):
+        assert strikes.strike(Scene(run_dir=tmp_path, kinds=(kind,)), training, kind, DICE).kind == JOB
     assert strikes.strike(Scene(run_dir=tmp_path, kinds=(WORKER,)), training, WORKER, DICE).kind == JOB
+
+
+def test_a_member_of_the_struck_pool_is_killed_and_no_other(tmp_path):
+    killed = []
+    training = StubTraining(tmp_path)
+    training.workers = list
+    training.members = lambda pool: [SimpleNamespace(kill=lambda: killed.append(pool))]
+    for kind in (ROLLOUT, REWARD):
+        assert strikes.strike(Scene(run_dir=tmp_path, kinds=(kind,)), training, kind, DICE).kind == kind
+    assert killed == ["rollout pool", "reward pool"] and not training.killed
+
+
+def test_an_alignment_is_judged_by_its_own_undisturbed_run(tmp_path, monkeypatch):
+    scene = Scene(run_dir=tmp_path / "run", kinds=(ROLLOUT,), undisturbed=tmp_path / "undisturbed")
+    states = {scene.run_dir: {"w": torch.ones(2)}, scene.undisturbed: {"w": torch.ones(2)}}
+    lines = [{"step": step, "align/policy_version": version} for step, version in ((1, 4), (2, 9))]
+    monkeypatch.setattr(chaos, "assert_everyone_was_seen_once", lambda run_dir, epochs: None)
+    monkeypatch.setattr(chaos, "saved_state", states.get)
+    monkeypatch.setattr(chaos, "metric_lines", lambda run_dir: lines)
+    chaos.judge(scene, [])
+    states[scene.undisturbed]["w"] = torch.zeros(2)
+    with pytest.raises(AssertionError, match="w"):
+        chaos.judge(scene, [])
+    lines.append({"step": 3, "align/policy_version": 9})
+    with pytest.raises(AssertionError, match="used twice"):
+        chaos.judge(scene, [])

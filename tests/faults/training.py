@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -84,6 +85,12 @@ class Training:
             with suppress(psutil.NoSuchProcess):
                 found += [process] if process.name().startswith("ray::GangWorker") else []
         return sorted(found, key=lambda process: process.pid)
+
+    def members(self, pool: str) -> list[psutil.Process]:
+        """Processes of a pool that were announced last, by their place in it; those that still run."""
+        found = re.findall(rf"member (\d+) of the {pool} is ready \(pid (\d+)\)", self.output())
+        latest = {place: int(pid) for place, pid in found}
+        return [psutil.Process(pid) for pid in latest.values() if psutil.pid_exists(pid)]
 
     def wait_for(self, happened: Callable[[], bool], timeout_s: float = 150) -> None:
         """Return once something happened. Raises: AssertionError if the command ends first, or time is up."""

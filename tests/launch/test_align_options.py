@@ -1,10 +1,12 @@
 """Options of `grail align`: plug-ins by name, rewards as sections, and a file that says all of it again."""
 
 import dataclasses
+import re
 
 import pytest
 
 from cluster.errors import CheckpointError, ConfigError
+from launch import cli
 from launch.commands import align
 from launch.config_document import to_document, to_yaml
 from launch.run_directory import absolute
@@ -15,6 +17,7 @@ from rl.objectives.grpo_sr import GrpoSr
 from rl.reward_mix import RewardTerm
 from rl.rewards.hybrid import Hybrid
 from rl.rewards.legality import Legality
+from tests.tiny_run import build_tiny_data
 from trainer.configuration import PretrainConfig, TrainConfig
 
 
@@ -72,3 +75,21 @@ def test_help_names_what_can_be_chosen_and_errors_say_what_is_missing(capsys, st
         align.parse_config(str(tmp_path / "missing.yaml"), [])
     with pytest.raises(ConfigError, match="did you mean 'grpo-sr'"):
         align.parse_config(start.run_dir, ["--objective", "grpo-rs"])
+
+
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [
+        ("python-function --rewards.python-function.path no_such_module:reward", "cannot be imported"),
+        ("relevance", "compares items by their vectors, and .* has none"),
+        ("relevance --rewards.relevance.vectors missing.npy", "missing.npy"),
+    ],
+)
+def test_a_reward_that_cannot_be_prepared_ends_the_command_before_any_worker(
+    start, tmp_path, monkeypatch, capsys, rewards, message
+):
+    monkeypatch.setattr("cluster.ray_start.start_ray", lambda *_, **__: pytest.fail("workers were started"))
+    data = build_tiny_data(tmp_path / "data")
+    assert cli.run(["align", start.run_dir, "--data.path", data, "--rewards", *rewards.split()]) in (1, 2)
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "policy-aligned").exists()

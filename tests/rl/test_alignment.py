@@ -7,25 +7,33 @@ import re
 import signal
 import time
 
-import psutil
 import pytest
 
 from cluster.storage import Storage
 from launch.cli import run as grail
+from launch.commands.align import _report
 from launch.config_document import to_document, to_yaml
 from launch.run_status import report_run
+from rl.advantages.binary import Binary
+from rl.advantages.step_wise import StepWise
 from rl.configuration import AlignOptions, RolloutConfig
 from rl.objectives.ecpo import Ecpo
+from rl.objectives.gbpo import Gbpo
 from rl.objectives.grpo import Grpo
+from rl.reward_mix import RewardTerm
 from rl.reward_pool import RewardPoolConfig
+from rl.rewards.process import Process as ProcessPrm
 from tests.faults.training import Training, send
 from tests.process_group import run_on_processes
 from tests.rl.tiny_alignment import (
     EPOCHS,
+    FAILS,
     HIT,
+    NEAR,
     SLOWLY,
     alignment,
     all_users,
+    make_prm,
     make_start,
     run_alignment,
     saved_state,
@@ -35,6 +43,7 @@ from trainer.audit import read_audit
 from trainer.metric_log import read_metrics
 
 SEED = 20251125
+SHORT = {"epochs": 1, "max_steps": 4, "validate_every_steps": 100}
 
 
 @pytest.fixture(scope="module")
@@ -134,22 +143,67 @@ def test_a_reference_an_alarm_and_constrained_draws(start, tmp_path):
     assert divergences[1] == pytest.approx(0.0, abs=1e-6) and divergences[max(divergences)] > 0.01
 
 
-def members(training, pool):
-    """Processes of a pool that were announced last, by their place in it."""
-    found = re.findall(rf"member (\d+) of the {pool} is ready \(pid (\d+)\)", training.output())
-    alive = {place: int(pid) for place, pid in found}
-    return [psutil.Process(pid) for pid in alive.values() if psutil.pid_exists(pid)]
+def test_process_rewards_teach_each_code_and_every_reward_is_logged_by_itself(start, tmp_path):
+    prm = make_prm(start, tmp_path)
+    promising = RewardTerm(name="process", reward=ProcessPrm.Config(run=prm.run_dir), weight=0.5)
+    config = alignment(
+        start,
+        tmp_path / "run",
+        objective=Grpo.Config(),
+        advantage=StepWise.Config(),
+        rewards=(NEAR, promising),
+    )
+    (result,) = run_on_processes(run_alignment, 1, with_train(config, **SHORT), start)
+    assert result["status"] == "finished"
+    found = {
+        (name, number): numbers(tmp_path / "run", f"align/reward/{name}/{number}")
+        for name in ("near", "process")
+        for number in ("mean", "spread", "share")
+    }
+    assert all(len(values) == result["step"] for values in found.values())
+    assert min(found["process", "spread"].values()) > 0
+    for step, share in found["near", "share"].items():
+        spreads = found["near", "spread"][step], 0.5 * found["process", "spread"][step]
+        assert share == pytest.approx(spreads[0] / sum(spreads), abs=1e-6)
+        assert share + found["process", "share"][step] == pytest.approx(1)
+    assert max(numbers(tmp_path / "run", "train/log_prob_difference").values()) < 1e-4
+
+
+def test_gbpo_learns_from_binary_advantages(start, tmp_path):
+    config = alignment(start, tmp_path, objective=Gbpo.Config(), advantage=Binary.Config(), rewards=(NEAR,))
+    (result,) = run_on_processes(run_alignment, 1, with_train(config, **SHORT), start)
+    assert result["status"] == "finished" and numbers(tmp_path, "align/reward")
+    # No advantage is below 0, so no ratio is above 1; groups without a difference have none.
+    ratios = list(numbers(tmp_path, "train/ratio").values())
+    assert len(ratios) == 4 and 0 < min(ratios) <= max(ratios) <= 1 + 1e-4
+
+
+def test_an_alignment_that_ends_worse_than_its_start_says_so(start, tmp_path, capsys):
+    config = alignment(start, tmp_path)
+    held_out = {"0": {"ndcg@10": 0.3}, "6": {"ndcg@10": 0.2}, "12": {"ndcg@10": 0.1}}
+    result = {"status": "finished", "step": 12, "best_step": 0, "notes": {"held_out": held_out}}
+    assert _report(config, result) == 0
+    assert "WORSE than the start in ndcg@10; the best one, which is kept, is the start itself" in (
+        " ".join(capsys.readouterr().out.split())
+    )
+    held_out["6"]["ndcg@10"] = 0.4
+    assert _report(config, {**result, "best_step": 6}) == 0
+    assert "WORSE" in (told := capsys.readouterr().out) and "which is kept, is step 6" in told
+    held_out["12"]["ndcg@10"] = 0.35
+    assert _report(config, {**result, "best_step": 6}) == 0 and "WORSE" not in capsys.readouterr().out
+    shown = json.loads((tmp_path / "alignment.json").read_text())["shown"]
+    assert shown["start"] == held_out["0"] and shown["last (12)"] == held_out["12"]
 
 
 def kill_one_of(training, pool, choice):
-    training.wait_for(lambda: members(training, pool))
-    choice.choice(members(training, pool)).kill()
+    training.wait_for(lambda: training.members(pool))
+    choice.choice(training.members(pool)).kill()
 
 
 def kill_until_the_end(training, pool):
     deadline = time.monotonic() + 60
     while training.driver.poll() is None and time.monotonic() < deadline:
-        send(members(training, pool), signal.SIGKILL)
+        send(training.members(pool), signal.SIGKILL)
         time.sleep(0.05)
 
 
@@ -189,3 +243,12 @@ def test_whoever_is_killed_the_users_and_the_result_stay_the_same(start, undistu
     audit = read_audit(Storage(tmp_path / "run"))
     assert [sorted(audit[epoch]) for epoch in range(EPOCHS)] == [all_users()] * EPOCHS
     assert_same_state(saved_state(tmp_path / "run"), saved_state(undisturbed[0].run_dir), tolerance=1e-5)
+
+
+def test_a_reward_that_raises_ends_the_command_with_its_name_and_the_user(start, tmp_path, capsys):
+    config = alignment(start, tmp_path / "run", rewards=(FAILS,))
+    (tmp_path / "align.yaml").write_text(to_yaml(to_document(config)))
+    assert grail(["align", str(tmp_path / "align.yaml")]) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(r"grail: .*the reward broken failed for user row \d+ \(prompt \d+\): KeyError", told)
+    assert report_run(f"{tmp_path}/run").state == "failed"

@@ -44,10 +44,10 @@ def test_alarms_say_what_went_wrong(numbers, held_out, expected, caplog):
 def test_an_alarm_is_given_once_also_after_a_restart():
     watched = guards()
     observe(watched, entropy=1.0)
-    again = Guards.of(json.loads(json.dumps(watched.saved())))
+    again = Guards.of(json.loads(json.dumps(vars(watched))))
     assert watched.new_alarms() == ["entropy-collapse"] and watched.new_alarms() == []
     assert again.new_alarms() == ["entropy-collapse"]
-    assert Guards.of(json.loads(json.dumps(again.saved()))).new_alarms() == []
+    assert Guards.of(json.loads(json.dumps(vars(again)))).new_alarms() == []
 
 
 def test_one_bad_step_is_no_alarm():

@@ -46,6 +46,14 @@ def test_a_direct_term_is_added_to_the_advantages():
     assert advantages.mask.tolist() == [[True, False, False]] and advantages.skipped.tolist() == [False]
 
 
+def test_a_direct_term_of_codes_is_added_up_and_leaves_the_others_as_they_are():
+    rewards = {"a": [Reward.of([1, 3])], "prm": [Reward.of([[1, 2], [4, -1]])]}
+    found = mix([term("a"), term("prm", weight=0.5, direct=True)], rewards)
+    assert found.values.tolist() == [[1, 3]] and found.direct.tolist() == [[1.5, 1.5]]
+    advantages = found.advantages(GroupRelative.Config().build())
+    np.testing.assert_allclose(advantages.values, [[0.5, 2.5]], atol=1e-5)
+
+
 def test_a_reward_of_items_stands_at_the_last_code_beside_one_of_codes():
     rewards = {"prm": [Reward.of([[0, 1], [2, 1]])], "a": [Reward.of([4, 0])]}
     found = mix([term("prm"), term("a")], rewards)
@@ -115,6 +123,6 @@ def test_completions_fall_into_groups_of_their_users():
     assert first.history.tolist() == [1, 2] and not len(first.positives) and first.serial == 10
     assert second.history_features["action"].tolist() == [0] and second.log_probs.tolist() == [-2] * 3
     assert second.is_positive.tolist() == [True, True, False]
-    assert completions.hallucination_rate() == pytest.approx(1 / 6)
+    assert completions.legal.tolist() == [[True, False, True], [True, True, True]]
     with pytest.raises(ValueError, match="need paths and log_probs"):
         Completions(**{**vars(completions), "items": np.zeros((2, 2))})

@@ -17,6 +17,7 @@ from data_streams.semantic_ids import SemanticIdTable
 from launch.config_document import to_document, to_yaml
 from launch.reward_parts import reward_setting
 from models.decoder_only import DecoderOnly
+from models.process_reward import ProcessReward, ProcessRewardConfig
 from rl.advantages.group import GroupRelative
 from rl.configuration import AlignConfig, AlignOptions, RolloutConfig
 from rl.objectives.grpo_sr import GrpoSr
@@ -47,8 +48,13 @@ async def slowly(groups: list[Group]) -> list[np.ndarray]:
     return near(groups)
 
 
+def fails_at_first(groups: list[Group]) -> list[np.ndarray]:
+    raise KeyError("no such table")
+
+
 NEAR = RewardTerm(name="near", reward=PythonFunction.Config(path="tests.rl.tiny_alignment:near"))
 SLOWLY = RewardTerm(name="near", reward=PythonFunction.Config(path="tests.rl.tiny_alignment:slowly"))
+FAILS = RewardTerm(name="broken", reward=PythonFunction.Config(path="tests.rl.tiny_alignment:fails_at_first"))
 HIT = RewardTerm(name="hit", reward=Hit.Config())
 
 
@@ -87,6 +93,26 @@ def make_start(folder: Path) -> PretrainConfig:
         ),
         evaluation=EvaluationConfig(cutoffs=(5, 10), bootstrap_resamples=20),
         search=SearchConfig(width=10, validation_width=10),
+    )
+    run_on_processes(pretrain_start, 1, config)
+    Storage(config.run_dir).write("config.yaml", to_yaml(to_document(config)).encode())
+    return config
+
+
+def make_prm(start: PretrainConfig, folder: Path) -> PretrainConfig:
+    """A PRM with the start's encoder, trained for two steps."""
+    shared = {
+        entry.name: getattr(start.model, entry.name)
+        for entry in dataclasses.fields(ProcessReward.Config)
+        if hasattr(start.model, entry.name)
+    }
+    prm = ProcessRewardConfig(num_heads=1, feedforward_width=16, num_negatives=8, positions=None)
+    config = dataclasses.replace(
+        start,
+        run_dir=str(folder / "prm"),
+        init_from=start.run_dir,
+        model=ProcessReward.Config(**shared, prm=prm),
+        train=dataclasses.replace(start.train, epochs=1, max_steps=2),
     )
     run_on_processes(pretrain_start, 1, config)
     Storage(config.run_dir).write("config.yaml", to_yaml(to_document(config)).encode())

@@ -1,0 +1,98 @@
+"""The queue of rollouts without workers: completions of a policy that was lost are dropped and drawn again."""
+
+import logging
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.process import Process
+from rl import rollout
+from rl.configuration import AlignOptions, RolloutConfig
+from rl.policy_version import version_of
+from rl.prompts import POSITIVES
+from rl.rollout import PooledRollouts
+from rl.types import Completions
+from tests.training_cases import make_batch
+
+LOST, NOW = version_of(1, 7), version_of(2, 5)
+
+
+class StubPool:
+    """Answers the last submitted first; each of the first answers is by the version that is named for it."""
+
+    def __init__(self, *_, **__):
+        self.submitted, self.left, self.versions = [], [], []
+
+    def submit(self, work):
+        self.submitted.append(work)
+        self.left.append(len(self.submitted) - 1)
+        return self.left[-1]
+
+    def poll(self):
+        ticket = self.left.pop()
+        work = self.submitted[ticket]
+        prompts = work.part.prompts
+        shape = (prompts.num_users, 2, 3)
+        return [
+            (
+                ticket,
+                Completions(
+                    prompts=prompts,
+                    paths=np.full(shape, ticket),
+                    items=np.zeros(shape[:2], dtype=np.int64),
+                    log_probs=np.zeros(shape, dtype=np.float32),
+                    policy_version=self.versions.pop(0) if self.versions else work.weights.version,
+                ),
+            )
+        ]
+
+
+@pytest.fixture
+def rollouts(monkeypatch):
+    monkeypatch.setattr(rollout, "Pool", StubPool)
+    monkeypatch.setattr(rollout, "gather_weights", lambda engine, process: {})
+    monkeypatch.setattr(rollout.SharedObject, "put", lambda weights: weights)
+    process = Process(
+        rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), host_group=None, num_threads=1
+    )
+    assembly = SimpleNamespace(
+        process=process,
+        config=None,
+        lookup=lambda: lambda ids: {},
+        model=SimpleNamespace(prompt_ids=lambda part: {}),
+    )
+    made = PooledRollouts(
+        *(assembly, None, SimpleNamespace(options=AlignOptions())),
+        config=RolloutConfig(workers=2),
+        cluster=None,
+    )
+    made.publish(NOW)
+    return made
+
+
+def make_step():
+    batch = make_batch([torch.arange(1, length) for length in (5, 3, 9, 12)])
+    prompts = replace(batch, targets=None, target_features={}, supervision={POSITIVES: batch.items})
+    return SimpleNamespace(prompts=prompts, serials=torch.arange(4) + 40)
+
+
+def test_lost_completions_are_dropped_and_drawn_again(rollouts, caplog):
+    rollouts._pool.versions = [NOW - 1, LOST, LOST]
+    begun = rollouts.begin(make_step())
+    with caplog.at_level(logging.WARNING):
+        (drawn,) = rollouts.finish(begun)
+    assert len(rollouts._pool.submitted) == 4 and caplog.text.count("dropped and drawn again") == 2
+    assert drawn.prompts.serials.tolist() == [40, 41, 42, 43]
+    # The first part was lost twice: by its own ticket and by the one it got instead.
+    assert drawn.paths[:, 0, 0].tolist() == [3, 3, 3, 1]
+    assert drawn.policy_version == NOW - 1
+    assert not rollouts._asked and not rollouts._done
+
+
+def test_completions_of_this_start_are_kept_however_old(rollouts):
+    rollouts._pool.versions = [NOW - 4, NOW - 4]
+    (drawn,) = rollouts.finish(rollouts.begin(make_step()))
+    assert len(rollouts._pool.submitted) == 2 and drawn.policy_version == NOW - 4
