@@ -80,6 +80,16 @@ def place(
     return Placement(group, bundle, workers)
 
 
+def require_gpus(needed: float, options: str) -> None:
+    """Fail at once where waiting for room would not help. Raises: ClusterError naming the options that ask for them."""
+    there = ray.cluster_resources().get("GPU", 0)
+    if needed > there:
+        raise ClusterError(
+            f"{options} need {needed:g} accelerators together, and the cluster has {there:g}; lower them (0 works on "
+            "the processor), or add machines"
+        )
+
+
 def place_largest(
     worlds: Sequence[int],
     *,

@@ -21,6 +21,9 @@ from cluster.ray_start import start_ray
 
 logger = logging.getLogger(__name__)
 
+GONE = "the member has died with it"
+"""Result of an item that was for one member only."""
+
 _ITEM_DEATHS = 3
 _SHORTEST_WAIT_S = 0.05
 _PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
@@ -60,6 +63,8 @@ class _Slot:
 class _Work:
     ticket: int
     item: Any = field(repr=False)
+    repeats: bool
+    """Whether it is given to another member when one dies with it."""
     deaths: int = 0
     """Members that have died with it."""
 
@@ -80,6 +85,7 @@ class Pool:
         members: int,
         cluster: ClusterConfig,
         cpus_per_member: float = 1.0,
+        gpus_per_member: float = 0.0,
         max_deaths: int = 10,
         patience_s: float = 60.0,
         name: str = "pool",
@@ -92,7 +98,9 @@ class Pool:
         self.build, self.arguments, self.name = build, arguments, name
         self.max_deaths, self.patience_s = max_deaths, patience_s
         self._is_own_placement = placement is None
-        self.placement = placement or place(members, cpus=cpus_per_member, timeout_s=cluster.start_timeout_s)
+        self.placement = placement or place(
+            members, cpus=cpus_per_member, gpus=gpus_per_member, timeout_s=cluster.start_timeout_s
+        )
         self.deaths = 0
         """Members that have died so far."""
         self._deaths_in_a_row = 0
@@ -125,9 +133,13 @@ class Pool:
         """Processes of the members that are ready."""
         return [slot.pid for slot in self.slots if slot.pid is not None]
 
-    def submit(self, item: Any) -> int:
-        """Queue an item; its ticket, a number that rises from 0, comes back with its result."""
-        work = _Work(ticket=self._tickets, item=item)
+    def submit(self, item: Any, *, repeats: bool = True) -> int:
+        """Queue an item; its ticket, a number that rises from 0, comes back with its result.
+
+        One that does not repeat has the result GONE when a member dies with it. Where nothing is pending, as many
+        items as there are `pids` go to one member each.
+        """
+        work = _Work(ticket=self._tickets, item=item, repeats=repeats)
         self._tickets += 1
         self._queue.append(work)
         self._hand_out()
@@ -147,16 +159,28 @@ class Pool:
                 if found:
                     return found
                 raise self._failed.pop()
-            self._start_due()
-            self._hand_out()
-            left = 0.0 if found else min(until - time.monotonic(), self._time_to_act())
-            ready = self._wait(max(left, 0.0))
-            for reference in ready:
-                found += self._take(reference)
-            self._check_not_gone()
+            results, ready = self._advance(0.0 if found else until - time.monotonic())
+            found += results
             if (found and not ready) or time.monotonic() >= until:
                 break
         return found
+
+    def wait_for_all(self, timeout_s: float) -> None:
+        """Return once every member is ready, or the time is up. Nothing may be pending.
+
+        Raises: what `build` does; PoolGoneError if there is no member for too long.
+        """
+        until = time.monotonic() + timeout_s
+        while len(self.pids) < len(self.slots) and time.monotonic() < until:
+            self._advance(until - time.monotonic())
+            if self._failed:
+                raise self._failed.pop()
+
+    def end_members_with(self, tickets: Iterable[int]) -> None:
+        """Kill those that work on these items, because they take too long; they are replaced as after any death."""
+        for slot, work in self._busy.values():
+            if work is not None and work.ticket in tickets:
+                ray.kill(slot.actor)
 
     def map(self, items: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         """(index of the item, result) in the order of completion; one item more than there are members is taken
@@ -190,6 +214,15 @@ class Pool:
             if slot.restart_at is not None and now >= slot.restart_at:
                 self._start(slot)
 
+    def _advance(self, seconds: float) -> tuple[list[tuple[int, Any]], list[Any]]:
+        """Start and hand out what is due, wait for an answer; results that came, and the answers they came from."""
+        self._start_due()
+        self._hand_out()
+        ready = self._wait(max(min(seconds, self._time_to_act()), 0.0))
+        results = [result for reference in ready for result in self._take(reference)]
+        self._check_not_gone()
+        return results, ready
+
     def _hand_out(self) -> None:
         while self._idle and self._queue:
             slot, work = self._idle.pop(), self._queue.popleft()
@@ -209,7 +242,7 @@ class Pool:
             result = ray.get(reference)
         except RayActorError as error:
             self._bury(slot, work, error)
-            return []
+            return [] if work is None or work.repeats else [(work.ticket, GONE)]
         except RayTaskError as error:
             if work is not None:
                 self._idle.append(slot)
@@ -242,7 +275,8 @@ class Pool:
             work.deaths += 1
             self._deaths_in_a_row += 1
             self._check_deaths(work, cause, error)
-            self._queue.appendleft(work)
+            if work.repeats:
+                self._queue.appendleft(work)
             self._start(slot)
         if is_ready and not self.pids:
             self._gone_since, self._has_said = time.monotonic(), False

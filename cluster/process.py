@@ -51,7 +51,7 @@ def start_process(
     Raises: MeetingError if the other processes do not arrive within `timeout_s`, or the port is taken.
     """
     _set_environment(rank, world_size, local_rank, local_world_size, num_threads, use_gpu)
-    os.environ["GLOO_SOCKET_IFNAME"] = _interface(rendezvous)
+    os.environ["GLOO_SOCKET_IFNAME"] = interface_towards(rendezvous)
     torch.set_num_threads(num_threads)
     device = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
     if use_gpu:
@@ -106,7 +106,7 @@ def loopback_interface() -> str:
     return _interface_of("127.0.0.1")
 
 
-def _interface(rendezvous: str) -> str:
+def interface_towards(rendezvous: str) -> str:
     """The network interface over which the other processes of the group are reached."""
     parts = urlsplit(rendezvous)
     if parts.scheme == "file":

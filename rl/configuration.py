@@ -11,7 +11,7 @@ from data_streams.stream import open_data
 from data_streams.token_budget import tokens_per_epoch
 from rl.guards import Alarm
 from rl.reward_mix import RewardTerm, check_terms
-from rl.reward_pool import RewardPoolConfig
+from rl.reward_pool import RewardPoolConfig, check_gpus
 from sharding.configuration import ShardingConfig
 from trainer.configuration import EvaluationConfig, LogConfig, PretrainConfig, SearchConfig, TrainConfig
 
@@ -52,12 +52,23 @@ class RolloutConfig:
     """Processes that draw completions; with 0 the learners draw them themselves."""
     cpus_per_worker: float = 1.0
     """Processor cores reserved for each."""
+    gpus_per_worker: float = 0.0
+    """Accelerators reserved for each; 0 draws on the processor."""
+    weights: Literal["object-store", "broadcast"] = "object-store"
+    """How they get new weights: each reads them from Ray's object store, or the first learner sends them to all at
+    once, by NCCL where it and the workers have an accelerator each, by gloo otherwise."""
     wait_s: float = 60.0
     """How long a run waits for a rollout worker when all have died; then it stops and can be resumed."""
 
     def __post_init__(self) -> None:
         if self.workers < 0:
             raise ConfigError(f"rollout.workers must be at least 0, got {self.workers}")
+        check_gpus("rollout", self.gpus_per_worker)
+        if self.weights == "broadcast" and not self.workers:
+            raise ConfigError(
+                "rollout.weights broadcast is between a learner and its rollout workers, and rollout.workers is 0; "
+                "give --rollout.workers 1 or more"
+            )
 
 
 def _train() -> TrainConfig:
@@ -107,6 +118,14 @@ class AlignConfig:
             + self.reward.workers * self.reward.cpus_per_worker
         )
 
+    def num_gpus(self) -> float:
+        """Accelerators that they reserve together."""
+        return (
+            self.cluster.workers * self.cluster.gpus_per_worker
+            + self.rollout.workers * self.rollout.gpus_per_worker
+            + self.reward.workers * self.reward.gpus_per_worker
+        )
+
     def policy(self, start: PretrainConfig) -> PretrainConfig:
         """The run that alignment makes out of the one it starts from: evaluated and served like any other.
 
@@ -152,6 +171,7 @@ def check_alignment(config: AlignConfig, start: PretrainConfig) -> None:
                 f"cluster.{name.replace('_', '-')} is for pretraining, and alignment keeps its "
                 f"{config.cluster.workers} learners beside their rollout and reward workers; leave it out"
             )
+    _check_no_gpu_is_shared(config)
     check_terms(config.rewards)
     for term in config.rewards:
         if term.reward.reads_positive_features and config.data.pages != "none":
@@ -170,4 +190,14 @@ def check_alignment(config: AlignConfig, start: PretrainConfig) -> None:
         raise ConfigError(
             "align.max-staleness 1 draws the next completions during an update, and learners that draw themselves "
             "cannot; give --rollout.workers 1 or more"
+        )
+
+
+def _check_no_gpu_is_shared(config: AlignConfig) -> None:
+    shares = config.cluster.gpus_per_worker, config.rollout.gpus_per_worker
+    if config.rollout.weights == "broadcast" and min(shares) > 0 and min(shares) < 1:
+        raise ConfigError(
+            "rollout.weights broadcast over NCCL needs an accelerator of its own for every process, and "
+            f"cluster.gpus-per-worker {shares[0]:g} with rollout.gpus-per-worker {shares[1]:g} let some share one; "
+            "give whole ones, or --rollout.weights object-store"
         )

@@ -66,8 +66,7 @@ def align(alignment: Alignment) -> dict[str, Any]:
     feed = _make_feed(job)
     total_steps = planned_steps(config, job.stream)
     _keep_start(alignment)
-    with watch.measure("transfer"):
-        alignment.rollouts.publish(alignment.version)
+    _publish(alignment)
     while progress.status == "running":
         prompts = feed.steps(progress.epoch, progress.position, progress.step)
         for step, agreement, begun in _ahead(alignment, prompts):
@@ -89,8 +88,7 @@ def align(alignment: Alignment) -> dict[str, Any]:
             _heed_alarms(alignment)
             if progress.status != "running":
                 break
-            with watch.measure("transfer"):
-                alignment.rollouts.publish(alignment.version)
+            _publish(alignment)
         else:
             end_epoch(job)
             _heed_alarms(alignment)
@@ -118,6 +116,13 @@ def _keep_start(alignment: Alignment) -> None:
     if job.progress.best is None:
         validate(job)
         save(job, best=True)
+
+
+def _publish(alignment: Alignment) -> None:
+    with alignment.watch.measure("rollout"):
+        alignment.rollouts.settle()
+    with alignment.watch.measure("transfer"):
+        alignment.rollouts.publish(alignment.version)
 
 
 def _ahead(

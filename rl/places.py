@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from cluster.placement import Placement, place
+from cluster.placement import Placement, place, require_gpus
+from cluster.reporter import StopSignal
 from rl.configuration import AlignConfig
 
 
@@ -14,11 +15,25 @@ class Places:
     reward: Placement | None = None
 
     @staticmethod
-    def reserve(config: AlignConfig) -> "Places":
-        """Raises: ClusterError if the cluster has no room in time."""
+    def reserve(config: AlignConfig, stop: StopSignal | None = None) -> "Places":
+        """Ray must run.
+
+        Raises: ClusterError if the cluster has too few accelerators or no room in time, or a stop is requested
+        meanwhile.
+        """
+        require_gpus(
+            config.num_gpus(),
+            "--cluster.gpus-per-worker, --rollout.gpus-per-worker and --reward.gpus-per-worker",
+        )
         return Places(
             **{
-                name: place(pool.workers, cpus=pool.cpus_per_worker, timeout_s=config.cluster.start_timeout_s)
+                name: place(
+                    pool.workers,
+                    cpus=pool.cpus_per_worker,
+                    gpus=pool.gpus_per_worker,
+                    timeout_s=config.cluster.start_timeout_s,
+                    stop=stop,
+                )
                 for name, pool in (("rollout", config.rollout), ("reward", config.reward))
                 if pool.workers
             }

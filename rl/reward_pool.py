@@ -5,7 +5,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from cluster.configuration import ClusterConfig
@@ -27,6 +27,8 @@ class RewardPoolConfig:
     """Processes that score completions; with 0 the first learner scores them itself."""
     cpus_per_worker: float = 1.0
     """Processor cores reserved for each; fractions share a core, for rewards that mostly wait."""
+    gpus_per_worker: float = 0.0
+    """Accelerators reserved for each; 0 scores on the processor."""
     groups_per_call: int | None = None
     """Users whose completions are scored together by one worker; None shares a batch out evenly."""
     wait_s: float = 60.0
@@ -38,6 +40,15 @@ class RewardPoolConfig:
                 "reward.workers must be at least 0 and reward.groups-per-call at least 1, got "
                 f"{self.workers} and {self.groups_per_call}"
             )
+        check_gpus("reward", self.gpus_per_worker)
+
+
+def check_gpus(pool: str, gpus: float) -> None:
+    """Raises: ConfigError unless it is a number that Ray can reserve for a worker."""
+    if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
+        raise ConfigError(
+            f"{pool}.gpus-per-worker must be 0, a fraction of 1 or a whole number, got {gpus:g}"
+        )
 
 
 @dataclass(kw_only=True)
@@ -140,10 +151,15 @@ class RewardPool(Rewards):
         self.terms = _prepared(terms, setting)
         self.config = config
         self._pool = Pool(
-            *(build_scorer, self.terms, setting),
+            *(
+                build_scorer,
+                self.terms,
+                replace(setting, device="cuda:0") if config.gpus_per_worker else setting,
+            ),
             members=config.workers,
             cluster=cluster,
             cpus_per_member=config.cpus_per_worker,
+            gpus_per_member=config.gpus_per_worker,
             patience_s=config.wait_s,
             name=NAME,
             placement=placement,

@@ -7,6 +7,7 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from cluster.configuration import ClusterConfig
+from cluster.errors import PoolGoneError
 from cluster.placement import Placement
 from cluster.pool import Pool
 from cluster.process import Process
@@ -26,7 +28,8 @@ from rl.drawing import Drawing
 from rl.policy_version import age
 from rl.prompts import PromptStep, to_batch, to_prompts
 from rl.types import Completions, Prompts, join_completions
-from rl.weight_sync import FETCH_TIMEOUT_S, SharedWeights, gather_weights, put_weights
+from rl.weight_broadcast import HeldWeights, WeightCall, WeightSender
+from rl.weight_sync import FETCH_TIMEOUT_S, FlatWeights, gather_weights
 from sharding.collectives import gather_objects
 from trainer.assembly import Assembly, build_model, load_item_features, load_semantic_ids
 from trainer.configuration import PretrainConfig
@@ -45,6 +48,10 @@ class Rollouts(ABC):
         self.assembly, self.engine, self.drawing = assembly, engine, drawing
         self.process: Process = assembly.process
         self.version = -1
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Wait for whatever must have been drawn before `publish`."""
 
     @abstractmethod
     def publish(self, version: int) -> None:
@@ -72,6 +79,9 @@ class Rollouts(ABC):
 
 class OwnRollouts(Rollouts):
     """The learners draw with the weights they train."""
+
+    def settle(self) -> None:
+        """Nothing is drawn before it is waited for."""
 
     def publish(self, version: int) -> None:
         self.version = version
@@ -102,11 +112,16 @@ class PromptPart:
 @dataclass(frozen=True, kw_only=True)
 class RolloutWork:
     part: PromptPart
-    weights: SharedWeights
+    version: int
+    weights: SharedObject | None
+    """Name -> flat array; None for a worker that has them already."""
 
 
 class PooledRollouts(Rollouts):
-    """Workers draw; rank 0 keeps their queue, and a worker that died is replaced and given the weights of its work."""
+    """Workers draw; rank 0 keeps their queue, and a worker that died is replaced and given the weights of its work.
+
+    Weights come with the work, or by a broadcast before it; a worker that missed that refuses work without any.
+    """
 
     def __init__(
         self,
@@ -121,26 +136,54 @@ class PooledRollouts(Rollouts):
         super().__init__(assembly, engine, drawing)
         self._parts = math.ceil(config.workers / self.process.world_size)
         self._pool: Pool | None = None
-        self._weights: SharedWeights | None = None
+        self._sender: WeightSender | None = None
+        self._weights: FlatWeights | None = None
+        self._shared: SharedObject | None = None
+        """Those weights in the object store, where they are wanted there."""
         self._done: dict[int, Completions] = {}
         self._asked: dict[int, tuple[int, PromptPart]] = {}
         """By the ticket of the pool: the ticket that `begin` gave out, and what is to be drawn for."""
         if self.process.rank == 0:
             self._pool = Pool(
-                *(build_worker, assembly.config, drawing.options),
+                *(build_worker, assembly.config, drawing.options, bool(config.gpus_per_worker)),
                 members=config.workers,
                 cluster=cluster,
                 cpus_per_member=config.cpus_per_worker,
+                gpus_per_member=config.gpus_per_worker,
                 patience_s=config.wait_s,
                 name=NAME,
                 placement=placement,
             )
+        if self._pool is not None and config.weights == "broadcast":
+            nccl = self.process.device.type == "cuda" and config.gpus_per_worker > 0
+            self._sender = WeightSender(self._pool, nccl=nccl, start_timeout_s=cluster.start_timeout_s)
+
+    def settle(self) -> None:
+        """Before a broadcast all completions come in, since every worker takes part in it."""
+        while self._sender is not None and self._pool.pending:
+            try:
+                self._poll()
+            except PoolGoneError:
+                return  # `finish` meets the same
 
     def publish(self, version: int) -> None:
-        self.version = version
-        weights = gather_weights(self.engine, self.process)
-        if self._pool is not None:
-            self._weights = SharedWeights(version=version, weights=SharedObject.put(weights))
+        self.version, self._shared = version, None
+        self._weights = gather_weights(self.engine, self.process)
+        if self._sender is not None:
+            self._broadcast()
+        elif self._pool is not None:
+            self._share()
+
+    def _broadcast(self) -> None:
+        if self._pool.pending:
+            return  # the pool is gone
+        with suppress(PoolGoneError):  # `finish` meets the same
+            self._sender.send(self.version, self._weights)
+
+    def _share(self) -> SharedObject:
+        if self._shared is None:
+            self._shared = SharedObject.put(self._weights.arrays())
+        return self._shared
 
     def begin(self, step: PromptStep) -> list[list[int]] | None:
         parts, first = [], 0
@@ -155,22 +198,31 @@ class PooledRollouts(Rollouts):
             return None
         wanted = {ticket for tickets in begun for ticket in tickets}
         while not wanted <= self._done.keys():
-            for ticket, drawn in self._pool.poll():
-                self._take(ticket, drawn)
+            self._poll()
         return [join_completions([self._done.pop(ticket) for ticket in tickets]) for tickets in begun]
 
     def close(self) -> None:
+        if self._sender is not None:
+            self._sender.leave()
         if self._pool is not None:
             self._pool.close()
 
-    def _submit(self, part: PromptPart, instead_of: int | None = None) -> int:
-        ticket = self._pool.submit(RolloutWork(part=part, weights=self._weights))
+    def _submit(self, part: PromptPart, instead_of: int | None = None, *, is_refused: bool = False) -> int:
+        weights = self._share() if is_refused or self._sender is None else None
+        ticket = self._pool.submit(RolloutWork(part=part, version=self.version, weights=weights))
         self._asked[ticket] = (ticket if instead_of is None else instead_of, part)
         return ticket
 
-    def _take(self, ticket: int, drawn: Completions) -> None:
+    def _poll(self) -> None:
+        for ticket, drawn in self._pool.poll():
+            self._take(ticket, drawn)
+
+    def _take(self, ticket: int, drawn: Completions | None) -> None:
         """Keep completions, or drop those of a lost policy and have them drawn again by the one of now."""
         asked, part = self._asked.pop(ticket)
+        if drawn is None:
+            self._submit(part, asked, is_refused=True)
+            return
         if age(drawn.policy_version, self.version) is not None:
             self._done[asked] = drawn
             return
@@ -181,22 +233,29 @@ class PooledRollouts(Rollouts):
         self._submit(part, asked)
 
 
-def build_worker(config: PretrainConfig, options: AlignOptions) -> Callable[[RolloutWork], Completions]:
-    """What a member of the pool does with some prompts; it keeps the last weights, which any work brings along."""
+def build_worker(
+    config: PretrainConfig, options: AlignOptions, use_gpu: bool = False
+) -> Callable[[RolloutWork | WeightCall], Completions | bool | None]:
+    """What a member of the pool does with some prompts, or None without the weights to do it; and how it gets weights
+    by broadcast."""
+    device = torch.device("cuda", 0) if use_gpu else torch.device("cpu")
     items = ItemTable.load(config.data.path)
     semantic_ids = load_semantic_ids(config, items)
-    model = build_model(config, items, load_item_features(config, items), semantic_ids).eval()
-    codes = torch.from_numpy(semantic_ids.codes)
-    precision = resolve_precision(config.train.precision, torch.device("cpu"))
+    model = build_model(config, items, load_item_features(config, items), semantic_ids).eval().to(device)
+    codes = torch.from_numpy(semantic_ids.codes).to(device)
+    precision = resolve_precision(config.train.precision, device)
     drawing = Drawing(options, codes, model.code_sizes, seed=config.seed, precision=precision)
-    held: list[int] = []
+    held = HeldWeights(model)
 
-    def work(given: RolloutWork) -> Completions:
-        if held != [given.weights.version]:
-            put_weights(model, given.weights.weights.get(FETCH_TIMEOUT_S))
-            held[:] = [given.weights.version]
-        prompts, rows = given.part.prompts, _to_rows(given.part.rows)
-        return drawing.draw(model, rows, to_batch(prompts), prompts, given.weights.version)
+    def work(given: RolloutWork | WeightCall) -> Completions | bool | None:
+        if isinstance(given, WeightCall):
+            return held.receive(given)
+        if held.version != given.version:
+            if given.weights is None:
+                return None
+            held.put(given.version, given.weights.get(FETCH_TIMEOUT_S))
+        prompts, rows = given.part.prompts, _to_rows(given.part.rows, device)
+        return drawing.draw(model, rows, to_batch(prompts).to(device), prompts, given.version)
 
     return work
 
@@ -211,9 +270,9 @@ def _to_arrays(rows: Rows) -> dict[str, tuple[np.ndarray | None, ...]]:
     }
 
 
-def _to_rows(arrays: Mapping[str, tuple[np.ndarray | None, ...]]) -> Rows:
+def _to_rows(arrays: Mapping[str, tuple[np.ndarray | None, ...]], device: torch.device) -> Rows:
     found = {}
     for name, parts in arrays.items():
-        ids, rows, features = (None if part is None else torch.tensor(part) for part in parts)
+        ids, rows, features = (None if part is None else torch.tensor(part, device=device) for part in parts)
         found[name] = LookedUp(ids=ids, rows=rows, item_features=features)
     return found

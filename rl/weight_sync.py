@@ -1,51 +1,82 @@
-"""Dense weights from the learners to those who draw: gathered on rank 0, shared by the object store as NumPy arrays."""
+"""Dense weights from the learners to those who draw: gathered on rank 0, then one flat array for all of them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from cluster.process import Process
-from cluster.shared_object import SharedObject
 from trainer.plain_engine import named_state, named_trainable
 from trainer.weight_average import AveragedEngine
 
 FETCH_TIMEOUT_S = 60.0
 
+Layout = tuple[tuple[str, int], ...]
+"""Names and sizes, in the order of a flat array."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class SharedWeights:
-    """The weights of one policy, wherever they are wanted."""
+class FlatWeights:
+    """All dense weights of a policy behind each other."""
 
-    version: int
-    weights: SharedObject
-    """Name -> flat fp32 array."""
+    layout: Layout
+    values: Tensor
+    """[sum of the sizes] fp32, on the device of the learner."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Name -> flat array on the host."""
+        cuts = np.cumsum([size for _, size in self.layout])[:-1]
+        parts = np.split(self.values.cpu().numpy(), cuts)
+        return {name: part for (name, _), part in zip(self.layout, parts, strict=True)}
 
 
-def gather_weights(engine: AveragedEngine, process: Process) -> dict[str, np.ndarray] | None:
+def gather_weights(engine: AveragedEngine, process: Process) -> FlatWeights | None:
     """All dense weights on rank 0, None on the others, whatever ZeRO stage or expert parallelism; a collective call.
 
     Cost: one reduction of all dense weights.
     """
-    shapes = engine.dense_shapes()
-    sizes = [int(np.prod(shape)) for shape in shapes.values()]
-    starts = dict(zip(shapes, np.cumsum([0, *sizes]).tolist(), strict=False))
-    pieces = engine.weights()
-    joined = pieces[0].tensor.new_zeros(sum(sizes)) if pieces else None
-    for piece in pieces:
-        first = starts[piece.name.split("/", 1)[1]] + piece.start
-        joined[first : first + piece.num_rows] = piece.tensor
+    layout = tuple((name, int(np.prod(shape))) for name, shape in engine.dense_shapes().items())
+    places = {name: first for name, first, _ in _places(layout)}
+    # A rank may keep no piece at all, where the model is small.
+    values = torch.zeros(sum(size for _, size in layout), device=process.device)
+    for piece in engine.weights():
+        first = places[piece.name.split("/", 1)[1]] + piece.start
+        values[first : first + piece.num_rows] = piece.tensor
     if process.world_size > 1:
-        dist.reduce(joined, dst=0)
-    if process.rank != 0:
-        return None
-    parts = np.split(joined.cpu().numpy(), np.cumsum(sizes)[:-1])
-    return dict(zip(shapes, parts, strict=True))
+        dist.reduce(values, dst=0)
+    return FlatWeights(layout=layout, values=values) if process.rank == 0 else None
 
 
 def put_weights(module: nn.Module, weights: Mapping[str, np.ndarray]) -> None:
-    """Fill a whole model on the host."""
-    for name, tensor in [*named_trainable(module), *named_state(module)]:
-        np.copyto(tensor.detach().numpy().reshape(-1), weights[name])
+    """Fill a whole model."""
+    for name, flat in _flat_tensors(module).items():
+        if flat.device.type == "cpu":
+            np.copyto(flat.numpy(), weights[name])
+        else:
+            flat.copy_(torch.tensor(weights[name]))
+
+
+def put_range(module: nn.Module, layout: Layout, first: int, values: Tensor) -> None:
+    """Fill what a range of the flat array holds, from its place `first` on. Shapes: values [n]."""
+    tensors, last = _flat_tensors(module), first + len(values)
+    for name, start, stop in _places(layout):
+        begin, end = max(start, first), min(stop, last)
+        if begin < end:
+            tensors[name][begin - start : end - start] = values[begin - first : end - first]
+
+
+def _flat_tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: tensor.detach().view(-1) for name, tensor in [*named_trainable(module), *named_state(module)]
+    }
+
+
+def _places(layout: Layout) -> Iterator[tuple[str, int, int]]:
+    """(name, first place, place behind the last)."""
+    start = 0
+    for name, size in layout:
+        yield name, start, start + size
+        start += size

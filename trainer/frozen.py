@@ -29,24 +29,30 @@ class FrozenRun:
     tables: EmbeddingTables
     lookup: Lookup
     step: int
+    device: torch.device
+    """Of the model and of what `lookup` returns; ids are looked up from the host."""
 
 
-def load_frozen(config: PretrainConfig, checkpoint: str | int = "best") -> FrozenRun:
+def load_frozen(
+    config: PretrainConfig, checkpoint: str | int = "best", device: torch.device | str = "cpu"
+) -> FrozenRun:
     """Raises: CheckpointError if there is no such checkpoint, or it belongs to another model."""
+    device = torch.device(device)
     reader = CheckpointReader(Storage(f"{config.run_dir}/{CHECKPOINTS}"), checkpoint)
     items = ItemTable.load(config.data.path)
     features = load_item_features(config, items)
     semantic_ids = load_semantic_ids(config, items)
     model = build_model(config, items, features, semantic_ids)
-    tables = UnshardedTables(model.tables(), seed=config.seed, learning_rate=0.0, device=torch.device("cpu"))
+    tables = UnshardedTables(model.tables(), seed=config.seed, learning_rate=0.0, device=device)
     frozen = FrozenRun(
         config=config,
         items=items,
         semantic_ids=semantic_ids,
-        model=model.eval(),
+        model=model.eval().to(device),
         tables=tables,
-        lookup=make_lookup(model.tables(), tables, features, torch.device("cpu")),
+        lookup=make_lookup(model.tables(), tables, features, device),
         step=reader.step,
+        device=device,
     )
     load_weights(reader, frozen)
     # Only now: what needs no gradient counts as no weight of a checkpoint.

@@ -16,6 +16,8 @@ class RewardSetting:
     data_path: str
     """Folder or address of the shards whose item rows the groups speak of."""
     seed: int = 0
+    device: str = "cpu"
+    """Where trained models score."""
     runs: Mapping[str, PretrainConfig] = field(default_factory=dict)
     """Configuration of every trained run that a reward names; filled in where the parts are put together."""
 

@@ -43,7 +43,7 @@ class Preference(RewardFunction):
 
         def build(self, setting: RewardSetting) -> "Preference":
             config = setting.runs[self.run]
-            frozen = load_frozen(config, self.checkpoint)
+            frozen = load_frozen(config, self.checkpoint, setting.device)
             check_run(frozen, ItemTable.load(setting.data_path), setting.data_path)
             return Preference(self, frozen, Calibration.load(config.run_dir, frozen.model.actions))
 
@@ -67,7 +67,9 @@ class Preference(RewardFunction):
         model, items = self.frozen.model, completed_items(groups)
         batch = history_batch(groups, max_length=self.frozen.config.data.max_length)
         rows = self.frozen.lookup(model.candidate_ids(batch, items))
-        probabilities = self.calibration.probabilities(model.logits(rows, batch, items))
+        device = self.frozen.device
+        logits = model.logits(rows, batch.to(device), items.to(device)).cpu()
+        probabilities = self.calibration.probabilities(logits)
         return torch.where(items >= 0, probabilities @ self.weights, 0.0).numpy()
 
 

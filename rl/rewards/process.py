@@ -49,7 +49,7 @@ class Process(RewardFunction):
             return (self.run,)
 
         def build(self, setting: RewardSetting) -> "Process":
-            return Process(load_frozen(setting.runs[self.run], self.checkpoint))
+            return Process(load_frozen(setting.runs[self.run], self.checkpoint, setting.device))
 
     def __init__(self, frozen: FrozenRun):
         if not isinstance(frozen.model, PrefixScorer):
@@ -64,5 +64,6 @@ class Process(RewardFunction):
         data, paths = self.frozen.config.data, completed_paths(groups)
         batch = history_batch(groups, max_length=data.max_length, columns=data.columns)
         rows = self.frozen.lookup(self.frozen.model.prefix_ids(batch, paths))
-        scores = self.frozen.model.prefix_scores(rows, batch, paths)
-        return [Reward.of(values) for values in scores.float().numpy()]
+        device = self.frozen.device
+        scores = self.frozen.model.prefix_scores(rows, batch.to(device), paths.to(device))
+        return [Reward.of(values) for values in scores.float().cpu().numpy()]

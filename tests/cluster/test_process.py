@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cluster.process import Process, _interface, loopback_interface
+from cluster.process import Process, interface_towards, loopback_interface
 from cluster.seeds import purpose_seed
 from tests.process_group import run_on_processes
 
@@ -67,7 +67,11 @@ def test_processes_that_do_not_end_are_killed_in_time():
 
 def test_the_loopback_interface_is_one_of_this_machine():
     assert loopback_interface() in {name for _, name in socket.if_nameindex()}
-    assert _interface("tcp://127.0.0.1:29500") == loopback_interface() == _interface("file:///tmp/x")
+    assert (
+        interface_towards("tcp://127.0.0.1:29500")
+        == loopback_interface()
+        == interface_towards("file:///tmp/x")
+    )
 
 
 def test_seeds_differ_by_purpose_and_fit_in_63_bits():

@@ -44,7 +44,7 @@ class StubPool:
                     paths=np.full(shape, ticket),
                     items=np.zeros(shape[:2], dtype=np.int64),
                     log_probs=np.zeros(shape, dtype=np.float32),
-                    policy_version=self.versions.pop(0) if self.versions else work.weights.version,
+                    policy_version=self.versions.pop(0) if self.versions else work.version,
                 ),
             )
         ]
@@ -53,7 +53,7 @@ class StubPool:
 @pytest.fixture
 def rollouts(monkeypatch):
     monkeypatch.setattr(rollout, "Pool", StubPool)
-    monkeypatch.setattr(rollout, "gather_weights", lambda engine, process: {})
+    monkeypatch.setattr(rollout, "gather_weights", lambda engine, process: SimpleNamespace(arrays=dict))
     monkeypatch.setattr(rollout.SharedObject, "put", lambda weights: weights)
     process = Process(
         rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), host_group=None, num_threads=1

@@ -1,0 +1,85 @@
+"""Weights by broadcast to real workers: the same bits as from the object store, and no fault that lasts."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from cluster.configuration import ClusterConfig
+from cluster.pool import Pool
+from rl.weight_broadcast import BUCKET_VALUES, HeldWeights, WeightCall, WeightSender
+from rl.weight_sync import FlatWeights
+
+TWO = ClusterConfig(workers=2, start_timeout_s=60)
+WIDTH = 2_100
+TIMEOUT_S = 1.0
+
+
+def make_model() -> nn.Module:
+    """One bucket ends inside of its large matrix."""
+    return nn.Sequential(nn.Linear(7, 5), nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(3))
+
+
+def build_holder():
+    held = HeldWeights(make_model())
+
+    def work(given: WeightCall | None) -> bool | tuple:
+        if given is not None:
+            return held.receive(given)
+        time.sleep(0.2)
+        state = {name: tensor.detach().numpy() for name, tensor in held.module.state_dict().items()}
+        return os.getpid(), held.version, state
+
+    return work
+
+
+def make_weights(seed: int) -> FlatWeights:
+    layout = tuple((name, tensor.numel()) for name, tensor in make_model().state_dict().items())
+    size = sum(size for _, size in layout)
+    assert size > BUCKET_VALUES
+    values = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+    values[-1] = 3  # the counter of the normalisation is an integer
+    return FlatWeights(layout=layout, values=values)
+
+
+def check_holders(pool: Pool, version: int, weights: FlatWeights) -> None:
+    """Every member has them, bit for bit."""
+    for _ in pool.pids:
+        pool.submit(None, repeats=False)
+    answers = []
+    while pool.pending:
+        answers += pool.poll()
+    assert len({pid for _, (pid, _, _) in answers}) == 2
+    for _, (_, held, state) in answers:
+        assert held == version
+        for name, array in weights.arrays().items():
+            assert (state[name].reshape(-1) == array).all(), name
+
+
+@pytest.fixture
+def pool():
+    with Pool(build_holder, members=2, cluster=TWO, cpus_per_member=0.5, name="rollout pool") as made:
+        yield made
+
+
+def test_every_worker_gets_the_bits_of_the_learner_also_after_one_died(pool, caplog):
+    sender = WeightSender(pool, nccl=False, start_timeout_s=60, timeout_s=TIMEOUT_S)
+    for version in (7, 8):
+        assert sender.send(version, make_weights(version))
+        check_holders(pool, version, make_weights(version))
+    assert sender.groups == 1
+    os.kill(pool.pids[0], signal.SIGKILL)
+    assert not sender.send(9, make_weights(9))
+    assert "weights 9 did not reach all rollout workers" in caplog.text and pool.deaths == 1
+    pool.wait_for_all(60)
+    os.kill(pool.pids[1], signal.SIGSTOP)
+    begun = time.monotonic()
+    assert not sender.send(10, make_weights(10))
+    print("hung took", time.monotonic() - begun)
+    pool.wait_for_all(60)
+    assert sender.send(11, make_weights(11)) and sender.groups >= 2
+    check_holders(pool, 11, make_weights(11))
+    sender.leave()
