@@ -69,13 +69,16 @@ class WeightSender:
         try:
             self._transfer(version, weights, members)
         except GroupLostError as error:
-            self.leave()
-            self._dismiss_late()
-            self._failures = self._failures + 1 if self._pool.deaths == deaths else 0
-            self._report(version, error)
-            return False
-        self._failures = 0
-        return True
+            cause = str(error)
+        else:
+            self._failures = 0
+            return True
+        # Outside of the handler, since the error's traceback keeps the group and its connections.
+        self.leave()
+        self._dismiss_late()
+        self._failures = self._failures + 1 if self._pool.deaths == deaths else 0
+        self._report(version, cause)
+        return False
 
     def leave(self) -> None:
         if self._group is not None:
@@ -120,18 +123,18 @@ class WeightSender:
                 is_told = True
             self._awaited -= {ticket for ticket, _ in self._pool.poll(_HEAR_S)}
 
-    def _report(self, version: int, error: GroupLostError) -> None:
+    def _report(self, version: int, cause: str) -> None:
         logger.warning(
             "weights %d did not reach all rollout workers by broadcast (%s); who lacks them gets them with its work, "
             "and the next ones go over a new group",
-            *(version, error),
+            *(version, cause),
         )
         if self._failures >= _MOST_FAILURES:
             raise ClusterError(
                 f"weights must reach the rollout workers, and {self._failures} broadcasts in a row failed though no "
-                f"worker died ({error}); look at the network between the hosts, or give --rollout.weights "
+                f"worker died ({cause}); look at the network between the hosts, or give --rollout.weights "
                 "object-store"
-            ) from error
+            )
 
 
 class HeldWeights:

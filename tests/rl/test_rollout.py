@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from cluster.configuration import ClusterConfig
 from cluster.process import Process
 from rl import rollout
 from rl.configuration import AlignOptions, RolloutConfig
@@ -24,7 +25,11 @@ class StubPool:
     """Answers the last submitted first; each of the first answers is by the version that is named for it."""
 
     def __init__(self, *_, **__):
-        self.submitted, self.left, self.versions = [], [], []
+        self.submitted, self.left, self.versions, self.lacks_weights = [], [], [], False
+
+    @property
+    def pending(self):
+        return len(self.left)
 
     def submit(self, work):
         self.submitted.append(work)
@@ -34,6 +39,8 @@ class StubPool:
     def poll(self):
         ticket = self.left.pop()
         work = self.submitted[ticket]
+        if self.lacks_weights and work.weights is None:
+            return [(ticket, None)]
         prompts = work.part.prompts
         shape = (prompts.num_users, 2, 3)
         return [
@@ -52,6 +59,10 @@ class StubPool:
 
 @pytest.fixture
 def rollouts(monkeypatch):
+    return make_rollouts(monkeypatch, RolloutConfig(workers=2))
+
+
+def make_rollouts(monkeypatch, config):
     monkeypatch.setattr(rollout, "Pool", StubPool)
     monkeypatch.setattr(rollout, "gather_weights", lambda engine, process: SimpleNamespace(arrays=dict))
     monkeypatch.setattr(rollout.SharedObject, "put", lambda weights: weights)
@@ -66,8 +77,8 @@ def rollouts(monkeypatch):
     )
     made = PooledRollouts(
         *(assembly, None, SimpleNamespace(options=AlignOptions())),
-        config=RolloutConfig(workers=2),
-        cluster=None,
+        config=config,
+        cluster=ClusterConfig(),
     )
     made.publish(NOW)
     return made
@@ -96,3 +107,20 @@ def test_completions_of_this_start_are_kept_however_old(rollouts):
     rollouts._pool.versions = [NOW - 4, NOW - 4]
     (drawn,) = rollouts.finish(rollouts.begin(make_step()))
     assert len(rollouts._pool.submitted) == 2 and drawn.policy_version == NOW - 4
+
+
+def test_a_worker_that_missed_a_broadcast_gets_the_weights_with_its_work(monkeypatch):
+    sent = []
+    sender = SimpleNamespace(send=lambda version, weights: sent.append(version), leave=lambda: None)
+    monkeypatch.setattr(rollout, "WeightSender", lambda pool, **options: sender)
+    rollouts = make_rollouts(monkeypatch, RolloutConfig(workers=2, weights="broadcast"))
+    (drawn,) = rollouts.finish(rollouts.begin(make_step()))
+    assert [work.weights for work in rollouts._pool.submitted] == [None, None]
+    rollouts._pool.lacks_weights = True
+    (drawn,) = rollouts.finish(rollouts.begin(make_step()))
+    assert [work.weights for work in rollouts._pool.submitted[2:]] == [None, None, {}, {}]
+    assert drawn.policy_version == NOW and drawn.prompts.serials.tolist() == [40, 41, 42, 43]
+    rollouts.begin(make_step())
+    rollouts.settle()
+    rollouts.publish(NOW + 1)
+    assert sent == [NOW, NOW + 1] and not rollouts._pool.pending

@@ -3,19 +3,22 @@
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from cluster import side_group
 from cluster.configuration import ClusterConfig
+from cluster.errors import ClusterError
 from cluster.pool import Pool
 from rl.weight_broadcast import BUCKET_VALUES, HeldWeights, WeightCall, WeightSender
 from rl.weight_sync import FlatWeights
 
 TWO = ClusterConfig(workers=2, start_timeout_s=60)
 WIDTH = 2_100
-TIMEOUT_S = 1.0
+TIMEOUT_S = 20.0
 
 
 def make_model() -> nn.Module:
@@ -65,21 +68,41 @@ def pool():
         yield made
 
 
-def test_every_worker_gets_the_bits_of_the_learner_also_after_one_died(pool, caplog):
+def test_every_worker_gets_the_bits_of_the_learner_though_one_dies_and_one_hangs(pool, caplog):
     sender = WeightSender(pool, nccl=False, start_timeout_s=60, timeout_s=TIMEOUT_S)
     for version in (7, 8):
         assert sender.send(version, make_weights(version))
         check_holders(pool, version, make_weights(version))
     assert sender.groups == 1
-    os.kill(pool.pids[0], signal.SIGKILL)
-    assert not sender.send(9, make_weights(9))
-    assert "weights 9 did not reach all rollout workers" in caplog.text and pool.deaths == 1
-    pool.wait_for_all(60)
-    os.kill(pool.pids[1], signal.SIGSTOP)
+    dead, halted = pool.pids
+    os.kill(dead, signal.SIGKILL)
     begun = time.monotonic()
-    assert not sender.send(10, make_weights(10))
-    print("hung took", time.monotonic() - begun)
+    assert not sender.send(9, make_weights(9))
+    assert time.monotonic() - begun < TIMEOUT_S
+    assert "weights 9 did not reach all rollout workers" in caplog.text and pool.deaths == 1
+    os.kill(halted, signal.SIGSTOP)
+    impatient = WeightSender(pool, nccl=False, start_timeout_s=0, timeout_s=1)
+    assert not impatient.send(10, make_weights(10))
+    assert pool.deaths == 2
     pool.wait_for_all(60)
-    assert sender.send(11, make_weights(11)) and sender.groups >= 2
+    assert sender.send(11, make_weights(11)) and sender.groups > 1
     check_holders(pool, 11, make_weights(11))
     sender.leave()
+
+
+def test_broadcasts_that_keep_failing_though_nobody_dies_end_the_run(monkeypatch, caplog):
+    monkeypatch.setattr(side_group, "num_hosts", lambda: 1)
+    tickets = []
+    lame = SimpleNamespace(
+        pids=[1],
+        deaths=0,
+        wait_for_all=lambda timeout_s: None,
+        submit=lambda call, repeats: tickets.append(call) or len(tickets) - 1,
+        poll=lambda timeout_s: [(len(tickets) - 1, False)],
+    )
+    sender = WeightSender(lame, nccl=False, start_timeout_s=1, timeout_s=TIMEOUT_S)
+    weights = FlatWeights(layout=(("bias", 2),), values=torch.ones(2))
+    assert not sender.send(1, weights) and not sender.send(2, weights)
+    with pytest.raises(ClusterError, match=r"3 broadcasts in a row failed.*--rollout.weights object-store"):
+        sender.send(3, weights)
+    assert len({call.invitation.rendezvous for call in tickets}) == 3
