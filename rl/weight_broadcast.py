@@ -97,6 +97,10 @@ class WeightSender:
         if is_new:
             self._group, self._members = self._meeting.meet(self._hear), members
             self.groups += 1
+            backend = "NCCL" if self._nccl else "gloo"
+            logger.info(
+                "weights go to %d rollout workers by %s (group %d)", len(members), backend, self.groups
+            )
         values = weights.values.to(self._group.device)
         self._group.broadcast(_header(version, values), self._hear)
         for bucket in values.split(BUCKET_VALUES):

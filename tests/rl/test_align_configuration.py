@@ -3,7 +3,7 @@
 import pytest
 
 from cluster.configuration import ClusterConfig
-from cluster.errors import ConfigError
+from cluster.errors import ClusterError, ConfigError
 from data_streams.configuration import DataConfig
 from models.decoder_only import DecoderOnly
 from models.sasrec import SASRec
@@ -11,7 +11,9 @@ from rl.advantages.group import GroupRelative
 from rl.configuration import AlignConfig, AlignOptions, RolloutConfig, check_alignment
 from rl.objectives.ecpo import Ecpo
 from rl.objectives.grpo_sr import GrpoSr
+from rl.places import Places
 from rl.reward_mix import RewardTerm
+from rl.reward_pool import RewardPoolConfig
 from rl.rewards.duration import Duration
 from rl.rewards.hit import Hit
 from trainer.configuration import PretrainConfig
@@ -39,6 +41,14 @@ def test_what_can_work_passes():
     [
         ({}, PretrainConfig(run_dir="runs/x", model=SASRec.Config()), "generates semantic IDs.*SASRec"),
         ({"rewards": ()}, POLICY, "at least one reward"),
+        (
+            {
+                "cluster": ClusterConfig(gpus_per_worker=1),
+                "rollout": RolloutConfig(gpus_per_worker=0.5, weights="broadcast"),
+            },
+            POLICY,
+            "cluster.gpus-per-worker 1 with rollout.gpus-per-worker 0.5 let some share one",
+        ),
         (
             {
                 "rewards": (RewardTerm(name="duration", reward=Duration.Config()),),
@@ -73,11 +83,32 @@ def test_what_cannot_work_is_said(options, start, message):
         (AlignOptions, {"temperature": 0.0}, "align.temperature must be above 0"),
         (AlignOptions, {"max_staleness": 2}, "align.max-staleness 0 or 1"),
         (RolloutConfig, {"workers": -1}, "rollout.workers must be at least 0"),
+        (
+            RolloutConfig,
+            {"workers": 0, "weights": "broadcast"},
+            "rollout.weights broadcast.*rollout.workers is 0",
+        ),
+        (RolloutConfig, {"gpus_per_worker": 1.5}, "rollout.gpus-per-worker must be 0.*got 1.5"),
+        (RewardPoolConfig, {"gpus_per_worker": -1}, "reward.gpus-per-worker must be 0.*got -1"),
     ],
 )
 def test_impossible_numbers_are_refused(form, options, message):
     with pytest.raises(ConfigError, match=message):
         form(**options)
+
+
+def test_accelerators_that_the_cluster_lacks_are_refused_at_once(monkeypatch):
+    monkeypatch.setattr("cluster.placement.ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+    asked = config(
+        cluster=ClusterConfig(gpus_per_worker=1),
+        rollout=RolloutConfig(gpus_per_worker=1),
+        reward=RewardPoolConfig(workers=2, gpus_per_worker=0.25),
+    )
+    assert asked.num_gpus() == 2.5
+    with pytest.raises(
+        ClusterError, match=r"--rollout.gpus-per-worker.*need 2.5 accelerators.*the cluster has 2"
+    ):
+        Places.reserve(asked)
 
 
 def test_the_policy_of_an_alignment_has_no_dropout_and_starts_from_the_run(monkeypatch):

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from cluster.configuration import ClusterConfig
 from cluster.storage import Storage
 from launch.cli import run as grail
 from launch.commands.align import _report
@@ -243,6 +244,39 @@ def test_whoever_is_killed_the_users_and_the_result_stay_the_same(start, undistu
     audit = read_audit(Storage(tmp_path / "run"))
     assert [sorted(audit[epoch]) for epoch in range(EPOCHS)] == [all_users()] * EPOCHS
     assert_same_state(saved_state(tmp_path / "run"), saved_state(undisturbed[0].run_dir), tolerance=1e-5)
+
+
+def test_two_learners_with_a_reference_and_broadcast_weights_outlive_kills(start, tmp_path):
+    def configured(name, **options):
+        made = alignment(start, tmp_path / name, objective=Grpo.Config(kl_weight=0.05), **options)
+        return with_train(made, epochs=1, checkpoint_every_steps=2)
+
+    (alone,) = run_on_processes(run_alignment, 1, configured("alone"), start)
+    config = configured(
+        "run",
+        rewards=(SLOWLY, HIT),
+        rollout=RolloutConfig(workers=1, cpus_per_worker=0.5, weights="broadcast"),
+        cluster=ClusterConfig(workers=2, cpus_per_worker=0.5),
+    )
+    (tmp_path / "align.yaml").write_text(to_yaml(to_document(config)))
+    with Training(tmp_path / "run", ["align", str(tmp_path / "align.yaml")]) as training:
+        training.wait_for_step(1)
+        kill_one_of(training, "rollout pool", random.Random(SEED))
+        training.wait_for_step(3)
+        random.Random(SEED).choice(training.workers()).kill()
+        assert training.exit_code() == 0, training.output()
+        output = training.output()
+    assert "member 0 of the rollout pool died" in output and "restart 1 of 3" in output
+    # One group at each start of the learners, and one with the worker that was replaced.
+    assert output.count("weights go to 1 rollout workers by gloo (group 1)") == 2
+    assert output.count("weights go to 1 rollout workers by gloo (group 2)") == 1
+    assert f"Finished at step {alone['step']}" in output
+    assert sorted(read_audit(Storage(tmp_path / "run"))[0]) == all_users()
+    for name in ("train/kl", "align/reward"):
+        expected = numbers(tmp_path / "alone", name)
+        assert expected[alone["step"]] > 0
+        assert numbers(tmp_path / "run", name) == pytest.approx(expected, abs=1e-4)
+    assert_same_state(saved_state(tmp_path / "run"), saved_state(tmp_path / "alone"), tolerance=1e-5)
 
 
 def test_a_reward_that_raises_ends_the_command_with_its_name_and_the_user(start, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """Weights reach those who draw, whole, from learners that each keep a part; versions are never used twice."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from cluster.process import Process
 from cluster.storage import Storage
 from rl.policy_version import age, new_start, version_of
 from rl.weight_sync import gather_weights, put_weights
+from sharding.state import Piece
 from tests.generator_cases import make_generator
 from tests.process_group import run_on_processes
 from tests.training_cases import Case, make_learner, run_steps
@@ -33,6 +36,24 @@ def test_all_weights_of_two_learners_reach_a_model_elsewhere(zero_stage):
     assert list(wanted) == [name for name, _ in gathered.layout]
     for name, tensor in named_trainable(model):
         torch.testing.assert_close(tensor, wanted[name], atol=2e-5, rtol=1e-3, msg=name)
+
+
+def gathered_from_rank_0_alone(process: Process):
+    """A model so small that no part of it lies on the second rank."""
+    values = {"table": torch.arange(6.0), "bias": torch.tensor([-1.0])}
+    pieces = [Piece(name=f"dense/{n}", start=0, global_shape=v.shape, tensor=v) for n, v in values.items()]
+    engine = SimpleNamespace(
+        dense_shapes=lambda: {"table": [2, 3], "bias": [1]},
+        weights=lambda: pieces if process.rank == 0 else [],
+    )
+    return gather_weights(engine, process)
+
+
+def test_a_learner_that_keeps_no_piece_takes_part():
+    gathered, nothing = run_on_processes(gathered_from_rank_0_alone, 2)
+    assert nothing is None
+    arrays = gathered.arrays()
+    assert arrays["table"].tolist() == [0, 1, 2, 3, 4, 5] and arrays["bias"].tolist() == [-1]
 
 
 def test_weights_read_in_place_are_copied():
