@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import ray
 from ray._private import services
+from ray._private import utils as ray_utils
 from ray._private.authentication.authentication_token_setup import (
     maybe_enable_token_auth_if_token_available,
 )
@@ -45,10 +46,11 @@ def start_ray(config: ClusterConfig, num_cpus: int | None = None) -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Ray's default of 15 lets any other program of the machine starve the training.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    if config.address is None:
-        _start_embedded(needed)
-    else:
-        _join(config.address)
+    with _keeping_sigterm():
+        if config.address is None:
+            _start_embedded(needed)
+        else:
+            _join(config.address)
 
 
 def _start_embedded(num_cpus: int) -> None:
@@ -135,6 +137,18 @@ class _ShieldedProcess(services.ConsolePopen):
         for member in family:
             with suppress(psutil.NoSuchProcess):
                 member.kill()
+
+
+@contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """Whoever listens to SIGTERM goes on doing so; Ray 2.60 would put a handler in its place that ends the process."""
+    take = ray_utils.set_sigterm_handler
+    if callable(signal.getsignal(signal.SIGTERM)):
+        ray_utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        ray_utils.set_sigterm_handler = take
 
 
 @contextmanager

@@ -117,8 +117,6 @@ class StopSignal:
         """While inside, SIGINT and SIGTERM request a stop; a second one ends the process hard.
 
         What ends a job often sends SIGTERM to the process and to all of its group: that counts as one.
-
-        Enter after Ray has started: Ray installs a SIGTERM handler of its own.
         """
         previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         first_at: float | None = None

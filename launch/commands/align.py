@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import CheckpointError, ConfigError
+from cluster.errors import CheckpointError, ClusterError, ConfigError
 from cluster.plugins import first_line, plugin_config, plugin_files
 from cluster.reporter import StopSignal
 from cluster.storage import Storage
@@ -19,6 +19,7 @@ from launch.run_directory import ALIGN, ALIGNMENT, absolute, load_config, prepar
 from launch.served_run import find_step
 
 if TYPE_CHECKING:
+    from launch.run_status import StatusKeeper
     from rl.configuration import AlignConfig
 
 OBJECTIVES, ADVANTAGES = "rl.objectives", "rl.advantages"
@@ -128,47 +129,63 @@ def align(config: "AlignConfig") -> int:
     Raises: ConfigError or DataError before any worker is started, and whatever the workers raise.
     """
     from cluster.lease import Lease
-    from cluster.ray_start import start_ray
-    from cluster.worker_group import run_gang
-    from launch.jobs import align_job
     from launch.plots import write_alignment_curves
     from launch.run_status import StatusKeeper
     from rl.configuration import check_alignment
-    from rl.places import Places
     from rl.reward_mix import prepare_terms
     from trainer.checks import check
 
-    start = load_config(config.start)
-    check_alignment(config, start)
-    setting = reward_setting(config.rewards, data_path=config.data.path, seed=config.seed)
-    # What cannot be imported or found shows here; what was computed is not computed again by the learners.
-    rewarded = dataclasses.replace(config, rewards=tuple(prepare_terms(config.rewards, setting)))
-    policy = config.policy(start)
-    check(policy)
-    start_step = find_step(start, "best")
     console, stop = start_console(), StopSignal()
-    keeper = StatusKeeper(config.run_dir, policy.recipe, policy.log.prometheus_file)
-    # Here for a stop before Ray runs, and once more behind its start, which takes SIGTERM to itself.
-    with stop.on_signals(), Lease(config.run_dir, stop.abort), keeper:
-        document = prepare(policy)
-        Storage(config.run_dir).write(ALIGN, to_yaml(to_document(config)).encode())
-        start_ray(config.cluster, num_cpus=math.ceil(config.num_cpus()))
-        with TrainingProgress(console) as progress, stop.on_signals():
-            result = run_gang(
-                *(align_job, rewarded, start, start_step, document, setting, Places.reserve(config)),
-                config=config.cluster,
-                run_dir=config.run_dir,
-                on_event=lambda event: (progress.on_event(event), keeper.on_event(event)),
-                stop=stop,
-            )
-        if result is not None:
-            keeper.end(result["status"])
-    write_alignment_curves(config.run_dir, config.train.selection_metric)
+    # From the beginning: to prepare rewards and to start Ray may take long.
+    with stop.on_signals():
+        start = load_config(config.start)
+        check_alignment(config, start)
+        setting = reward_setting(config.rewards, data_path=config.data.path, seed=config.seed)
+        # What cannot be imported or found shows here; what was computed is not computed again by the learners.
+        rewarded = dataclasses.replace(config, rewards=tuple(prepare_terms(config.rewards, setting)))
+        policy = config.policy(start)
+        check(policy)
+        start_step = find_step(start, "best")
+        keeper = StatusKeeper(config.run_dir, policy.recipe, policy.log.prometheus_file)
+        with Lease(config.run_dir, stop.abort), keeper:
+            document = prepare(policy)
+            Storage(config.run_dir).write(ALIGN, to_yaml(to_document(config)).encode())
+            arguments = (rewarded, start, start_step, document, setting)
+            result = _run(config, arguments, console, stop, keeper)
+            if result is not None:
+                keeper.end(result["status"])
+        write_alignment_curves(config.run_dir, config.train.selection_metric)
     if result is None or result["status"] == "stopped":
         at = f" at step {result['step']}" if result else ""
         print(f"Stopped{at}. Go on with: grail align {config.run_dir}/{ALIGN}", file=sys.stderr)
         return STOPPED
     return _report(config, result)
+
+
+def _run(
+    config: "AlignConfig", arguments: tuple, console: Any, stop: StopSignal, keeper: "StatusKeeper"
+) -> dict[str, Any] | None:
+    """The result of the learners; None where a stop was requested before they had one."""
+    from cluster.ray_start import start_ray
+    from cluster.worker_group import run_gang
+    from launch.jobs import align_job
+    from rl.places import Places
+
+    start_ray(config.cluster, num_cpus=math.ceil(config.num_cpus()))
+    try:
+        places = None if stop.requested else Places.reserve(config, stop)
+    except ClusterError:
+        if not stop.requested:
+            raise
+        places = None
+    with TrainingProgress(console) as progress:
+        return run_gang(
+            *(align_job, *arguments, places),
+            config=config.cluster,
+            run_dir=config.run_dir,
+            on_event=lambda event: (progress.on_event(event), keeper.on_event(event)),
+            stop=stop,
+        )
 
 
 def _report(config: "AlignConfig", result: dict[str, Any]) -> int:

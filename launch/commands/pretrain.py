@@ -79,7 +79,6 @@ def train(config: PretrainConfig) -> int:
     open_data(config.data)
     console, stop = start_console(), StopSignal()
     keeper = StatusKeeper(config.run_dir, config.recipe, config.log.prometheus_file)
-    # Here for a stop before Ray runs, and once more behind its start, which takes SIGTERM to itself.
     with stop.on_signals(), Lease(config.run_dir, stop.abort), keeper:
         result = _run(config, prepare(config), console, stop, keeper)
         curves = write_curves(config.run_dir, config.train.selection_metric)
@@ -105,7 +104,7 @@ def _run(
         keeper.on_event(event)
 
     start_ray(config.cluster)
-    with TrainingProgress(console) as progress, stop.on_signals():
+    with TrainingProgress(console) as progress:
         result = run_gang(
             *(pretrain_job, config, document),
             config=config.cluster,

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 
+from cluster.configuration import ClusterConfig
 from cluster.packages import root
 from cluster.reporter import Reporter, StopSignal
 
@@ -64,3 +65,20 @@ def test_a_second_ctrl_c_ends_at_once():
         [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(root())}, timeout=20
     )
     assert ended.returncode == -signal.SIGINT
+
+
+def test_a_stop_while_ray_starts_is_requested_and_not_taken_by_ray(monkeypatch):
+    from ray._private import utils
+
+    from cluster import ray_start
+
+    def start(num_cpus: int) -> None:
+        utils.set_sigterm_handler(lambda number, frame: sys.exit(number))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ray_start.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray_start, "_start_embedded", start)
+    stop, take = StopSignal(), utils.set_sigterm_handler
+    with stop.on_signals():
+        ray_start.start_ray(ClusterConfig())
+    assert stop.requested and utils.set_sigterm_handler is take

@@ -12,7 +12,7 @@ import pytest
 from cluster.configuration import ClusterConfig
 from cluster.storage import Storage
 from launch.cli import run as grail
-from launch.commands.align import _report
+from launch.commands.align import _report, align
 from launch.config_document import to_document, to_yaml
 from launch.run_status import report_run
 from rl.advantages.binary import Binary
@@ -277,6 +277,20 @@ def test_two_learners_with_a_reference_and_broadcast_weights_outlive_kills(start
         assert expected[alone["step"]] > 0
         assert numbers(tmp_path / "run", name) == pytest.approx(expected, abs=1e-4)
     assert_same_state(saved_state(tmp_path / "run"), saved_state(tmp_path / "alone"), tolerance=1e-5)
+
+
+def test_sigterm_before_ray_runs_ends_with_the_code_of_a_stop(start, tmp_path, monkeypatch, capsys):
+    config = alignment(start, tmp_path / "run", rollout=RolloutConfig(workers=1))
+    # First of all, since it takes the function over when it is imported.
+    monkeypatch.setattr("cluster.worker_group.start_ray", lambda config: None)
+    monkeypatch.setattr(
+        "cluster.ray_start.start_ray", lambda config, num_cpus: signal.raise_signal(signal.SIGTERM)
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    assert align(config) == 75
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert f"Go on with: grail align {tmp_path}/run/align.yaml" in capsys.readouterr().err
+    assert (tmp_path / "run" / "align.yaml").exists() and report_run(f"{tmp_path}/run").state == "stopped"
 
 
 def test_a_reward_that_raises_ends_the_command_with_its_name_and_the_user(start, tmp_path, capsys):
