@@ -55,6 +55,8 @@ class WorldConfig:
     """Clicks of a user on average."""
     seed: int = 0
     """Seed of the catalogue and of every user."""
+    noise: float = 1.0
+    """Divides what taste, quality and clusters add to the log-odds of a click: clicks tell less above 1, more below."""
 
     def __post_init__(self) -> None:
         if not 3 <= self.num_clusters <= self.num_items:
@@ -62,6 +64,8 @@ class WorldConfig:
                 f"--num-clusters must be from 3 to the number of items, given {self.num_clusters} clusters "
                 f"and {self.num_items} items"
             )
+        if self.noise <= 0:
+            raise ConfigError(f"--noise of the world must be above 0, given {self.noise:g}")
         if self.num_users < 1 or self.mean_clicks < 3 or self.mean_clicks > self.num_items / 8:
             raise ConfigError(
                 "the world needs at least 1 user and --mean-clicks from 3 to an eighth of the items, given "
@@ -85,7 +89,9 @@ class World:
             raise ConfigError(
                 f"only data built from the world knows its truth, given source {description.get('name')!r}"
             )
-        return World(WorldConfig(**{entry.name: description[entry.name] for entry in fields(WorldConfig)}))
+        # Shards that were built before an option existed lack it.
+        known = {entry.name for entry in fields(WorldConfig)} & description.keys()
+        return World(WorldConfig(**{name: description[name] for name in known}))
 
     @cached_property
     def catalogue(self) -> Catalogue:
@@ -93,7 +99,8 @@ class World:
 
     def histories(self, user_ids: np.ndarray) -> Histories:
         """Pages, looks and clicks of these users, made anew from the seed."""
-        return simulate(self.catalogue, np.asarray(user_ids), self.config.seed, self.config.mean_clicks)
+        config = self.config
+        return simulate(self.catalogue, np.asarray(user_ids), config.seed, config.mean_clicks, config.noise)
 
     def states(self, user_ids: np.ndarray, moment: Moment) -> UserStates:
         """What these users want at a moment, and what they have clicked by then."""
@@ -104,7 +111,7 @@ class World:
 
         Shapes: items [B, K], a negative item stands for an empty place; returns [B, K].
         """
-        probability = expit(appeal(self.catalogue, states, np.maximum(items, 0)))
+        probability = expit(appeal(self.catalogue, states, np.maximum(items, 0), self.config.noise))
         first = self.config.num_items * np.arange(len(items))[:, None]
         clicked = np.isin(first + items, (first + states.clicked)[states.clicked >= 0])
         return np.where(clicked | (items < 0), 0.0, probability)
@@ -183,7 +190,10 @@ def world_fingerprint(config: WorldConfig | None = None) -> str:
     }
     users = np.arange(min(FINGERPRINT_USERS, world.config.num_users))
     events = world.histories(users).events
-    digest = hashlib.sha256(json.dumps([asdict(world.config), constants]).encode())
+    options = asdict(world.config)
+    if options["noise"] == 1.0:
+        del options["noise"]  # younger than the fingerprints of reports
+    digest = hashlib.sha256(json.dumps([options, constants]).encode())
     for name in ("row", "item", "page", "shown", "clicked", "carted", "purchased"):
         digest.update(events[name].astype("<i8").tobytes())
     return digest.hexdigest()[:16]

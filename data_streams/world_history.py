@@ -75,24 +75,24 @@ class Histories:
     """State of every user at each moment."""
 
 
-def appeal(catalogue: Catalogue, states: UserStates, items: np.ndarray) -> np.ndarray:
+def appeal(catalogue: Catalogue, states: UserStates, items: np.ndarray, noise: float) -> np.ndarray:
     """Log-odds that a serious look at each item becomes a click. Shapes: items [B, K] -> [B, K]."""
     cluster = catalogue.cluster[items]
     style = np.einsum("bkd,bd->bk", catalogue.style[items], states.taste)
     at_home = (cluster[:, :, None] == states.homes[:, None, :]).any(-1)
-    return (
-        APPEAL_BIAS
-        + APPEAL_STYLE * style
-        + APPEAL_QUALITY * catalogue.quality[items]
-        + APPEAL_FOCUS * (cluster == states.focus[:, None])
-        + APPEAL_HOME * at_home
-    )
+    # Added one after the other, since the worlds of reports are known to the last bit.
+    odds = APPEAL_BIAS + APPEAL_STYLE / noise * style
+    odds = odds + APPEAL_QUALITY / noise * catalogue.quality[items]
+    odds = odds + APPEAL_FOCUS / noise * (cluster == states.focus[:, None])
+    return odds + APPEAL_HOME / noise * at_home
 
 
-def simulate(catalogue: Catalogue, user_ids: np.ndarray, seed: int, mean_clicks: float) -> Histories:
+def simulate(
+    catalogue: Catalogue, user_ids: np.ndarray, seed: int, mean_clicks: float, noise: float
+) -> Histories:
     """The histories of these users, each up to its own number of clicks."""
     streams = [np.random.Generator(np.random.Philox(key=[seed, int(user)])) for user in user_ids]
-    crowd = _Crowd(catalogue, np.array([stream.random(16) for stream in streams]), mean_clicks)
+    crowd = _Crowd(catalogue, np.array([stream.random(16) for stream in streams]), mean_clicks, noise)
     while len(crowd.active):
         draws = np.array([streams[row].random((PAGES_PER_DRAW, _PAGE_DRAWS)) for row in crowd.active])
         places = crowd.active
@@ -106,8 +106,8 @@ def simulate(catalogue: Catalogue, user_ids: np.ndarray, seed: int, mean_clicks:
 class _Crowd:
     """Users in the course of their histories; every array has a row per user."""
 
-    def __init__(self, catalogue: Catalogue, draws: np.ndarray, mean_clicks: float):
-        self.catalogue = catalogue
+    def __init__(self, catalogue: Catalogue, draws: np.ndarray, mean_clicks: float, noise: float):
+        self.catalogue, self.noise = catalogue, noise
         num_users, num_clusters = len(draws), len(catalogue.members)
         self.num_clicks_wanted = _history_lengths(draws[:, 0], mean_clicks)
         self.temper = (draws[:, 1] * catalogue.successors.shape[1]).astype(int)
@@ -130,7 +130,7 @@ class _Crowd:
         state = self._state(rows)
         look = draws[:, 8 + STYLE_DIM :].reshape(len(rows), _LOOK_DRAWS, LOOKS_PER_PAGE)
         items = self._look_at(state, look[:, 0], look[:, 1], look[:, 2])
-        log_odds = appeal(self.catalogue, state, items)
+        log_odds = appeal(self.catalogue, state, items, self.noise)
         serious = look[:, 3] < expit(log_odds) * ATTENTION
         known = (state.clicked[:, None, :] == items[:, :, None]).any(-1)
         same = (items[:, :, None] == items[:, None, :]) & np.tri(LOOKS_PER_PAGE, k=-1, dtype=bool)

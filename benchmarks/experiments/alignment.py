@@ -19,12 +19,14 @@ from matplotlib.figure import Figure
 from benchmarks.setting.commands import grail
 from benchmarks.setting.paired import paired_change
 from cluster.errors import ConfigError
-from data_streams.world import WorldConfig, world_fingerprint
+from data_streams.world import World, WorldConfig, world_fingerprint
 
 WORLDS = {
     "middle": WorldConfig(num_users=6000, num_items=1500, num_clusters=40, mean_clicks=40.0, seed=0),
-    "small": WorldConfig(num_users=3000, num_items=800, num_clusters=20, mean_clicks=30.0, seed=1),
-    "sparse": WorldConfig(num_users=8000, num_items=2500, num_clusters=80, mean_clicks=25.0, seed=2),
+    "small": WorldConfig(num_users=3000, num_items=800, num_clusters=20, mean_clicks=30.0, seed=1, noise=1.4),
+    "sparse": WorldConfig(
+        num_users=8000, num_items=2500, num_clusters=80, mean_clicks=25.0, seed=2, noise=0.8
+    ),
 }
 VARIANTS = {
     "GRPO": "--objective grpo",
@@ -142,8 +144,9 @@ def _of_start(results: dict[tuple[str, str], list[Result]]) -> float | None:
 def _prepare(folder: Path, world: str, options: Options) -> None:
     """Data, vectors, semantic IDs, start and reward model of a world."""
     config = WORLDS[world]
+    _require_same(folder, config)
     size = []
-    for name in ("num_users", "num_items", "num_clusters", "mean_clicks", "seed"):
+    for name in ("num_users", "num_items", "num_clusters", "mean_clicks", "seed", "noise"):
         size += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
     pages = "--keep-exposures --sequence-actions click cart purchase --split-actions click".split()
     sizes = [str(options.code_size)] * 3
@@ -167,6 +170,16 @@ def _prepare(folder: Path, world: str, options: Options) -> None:
         if not done.exists():
             grail(*command)
             done.touch()
+
+
+def _require_same(folder: Path, config: WorldConfig) -> None:
+    """What is there already must be of this world. Raises: ConfigError."""
+    manifest = folder / "clicks" / "manifest.json"
+    if not manifest.exists():
+        return
+    made = World.from_source(json.loads(manifest.read_text())["source"]).config
+    if made != config:
+        raise ConfigError(f"{folder} must hold {config}, and holds {made}; give another --out, or remove it")
 
 
 def _aligned(folder: Path, policy: Path, variant: str, given: str, seed: int, options: Options) -> Path:

@@ -1,6 +1,7 @@
 """The table of the alignment experiment, with commands that only pretend to train."""
 
 import json
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -65,6 +66,21 @@ def test_the_start_stands_beside_the_last_and_the_best_step_of_each_world(comman
     done = len(commands)
     alignment.main([*options, "--variants", "GRPO", "GRPO-SR"])
     assert len(commands) == done
+
+
+def test_what_was_made_of_another_world_is_not_taken_for_this_one(commands, tmp_path):
+    (tmp_path / "small" / "clicks").mkdir(parents=True)
+    manifest = tmp_path / "small" / "clicks" / "manifest.json"
+    # Of before there was noise.
+    source = {name: value for name, value in asdict(alignment.WORLDS["small"]).items() if name != "noise"}
+    manifest.write_text(json.dumps({"source": {"name": "world", **source}}))
+    with pytest.raises(ConfigError, match=r"must hold .*noise=1.4.* and holds .*noise=1.0.*another --out"):
+        alignment.main(["--out", str(tmp_path), "--worlds", "small"])
+
+
+def test_the_worlds_differ_in_size_and_noise():
+    for name in ("num_users", "num_items", "mean_clicks", "noise"):
+        assert len({getattr(world, name) for world in alignment.WORLDS.values()}) == 3, name
 
 
 def test_on_data_of_ones_own_nothing_is_prepared(commands, tmp_path):

@@ -1,5 +1,6 @@
 """The synthetic world: reproducible user by user, plausible, and truthful about its own probabilities."""
 
+from dataclasses import asdict
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +13,7 @@ from data_streams.build import BuildConfig, build
 from data_streams.shards import Manifest
 from data_streams.sources.world import WorldSource
 from data_streams.world import World, WorldConfig, world_fingerprint
+from data_streams.world_history import APPEAL_BIAS, appeal
 from launch.world_truth import load_truth
 
 SMALL = {"num_users": 400, "num_items": 300, "num_clusters": 15, "mean_clicks": 12.0, "seed": 3}
@@ -88,9 +90,10 @@ def test_attention_falls_with_the_position(events):
     assert rate[0] > 1.4 * rate[6]
 
 
-def test_the_oracle_knows_the_probability_of_the_held_out_clicks():
+@pytest.mark.parametrize("noise", [1.0, 1.6])
+def test_the_oracle_knows_the_probability_of_the_held_out_clicks(noise):
     """Over many users each probability must come true as often as it says (calibration in bins)."""
-    big = World(WorldConfig(**{**SMALL, "num_users": 3_000}))
+    big = World(WorldConfig(**{**SMALL, "num_users": 3_000, "noise": noise}))
     users = np.arange(3_000)
     clicked = big.histories(users).moments["end"].clicked
     last = (clicked >= 0).sum(1) - 1
@@ -166,6 +169,8 @@ def test_a_built_world_can_be_found_again_from_its_manifest(tmp_path, world):
 def test_impossible_worlds_are_refused():
     with pytest.raises(ConfigError, match="--num-clusters must be from 3 to the number of items, given 9"):
         WorldConfig(num_items=8, num_clusters=9)
+    with pytest.raises(ConfigError, match="--noise of the world must be above 0, given 0"):
+        WorldConfig(noise=0)
     with pytest.raises(ConfigError, match="from 3 to an eighth of the items, given 6000 users, 400 clicks"):
         WorldConfig(num_items=2_400, mean_clicks=400)
 
@@ -186,8 +191,31 @@ def test_the_truth_speaks_in_rows_of_the_data_set(tmp_path):
     assert load_truth(path, "valid").moment == "validation"
 
 
+def test_noise_makes_clicks_tell_less_and_the_truth_knows_it():
+    users, lists = np.arange(200), np.broadcast_to(np.arange(300), (200, 300))
+    best = []
+    for noise in (0.7, 1.0, 1.6):
+        noisy = World(WorldConfig(**SMALL, noise=noise))
+        states = noisy.states(users, "test")
+        best.append(np.sort(noisy.click_probability(states, lists), axis=1)[:, -10:].mean())
+        clicked, scores = states.clicked[:, :3], noisy.oracle_scores(users)
+        assert (np.take_along_axis(scores, clicked, axis=1) == 0).all() and np.allclose(scores.sum(1), 1)
+        odds = appeal(noisy.catalogue, states, lists, noise) - APPEAL_BIAS
+        assert np.allclose(odds * noise, appeal(noisy.catalogue, states, lists, 1.0) - APPEAL_BIAS)
+    assert best[0] > best[1] + 0.05 and best[1] > best[2] + 0.05
+
+
+def test_shards_of_before_there_was_noise_know_their_truth(world):
+    source = {
+        "name": "world",
+        **{name: value for name, value in asdict(world.config).items() if name != "noise"},
+    }
+    assert World.from_source(source).config == world.config
+
+
 def test_the_defaults_of_the_world_are_frozen():
     """Results of alignment are compared on it: whoever changes the world changes this line and repeats them."""
     assert world_fingerprint() == "2c1c13fd9de3b775"
     assert world_fingerprint(WorldConfig(seed=1)) != world_fingerprint()
     assert world_fingerprint(WorldConfig(num_users=7_000)) != world_fingerprint()
+    assert world_fingerprint(WorldConfig(noise=1.1)) != world_fingerprint()
