@@ -119,7 +119,12 @@ class SumOfCodes(torch.nn.Module):
 def test_process_rewards_are_the_scores_of_every_prefix(config):
     data = replace(config.data, columns=())
     function = Process(
-        SimpleNamespace(config=replace(config, data=data), model=SumOfCodes(), lookup=lambda ids: {})
+        SimpleNamespace(
+            config=replace(config, data=data),
+            model=SumOfCodes(),
+            lookup=lambda ids: {},
+            device=torch.device("cpu"),
+        )
     )
     assert function.of_codes
     first, second = score(function, group([1, 2], history=[10, 20]), group([1, 2], history=[1]))
