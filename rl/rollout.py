@@ -173,6 +173,7 @@ class PooledRollouts(Rollouts):
             self._broadcast()
         elif self._pool is not None:
             self._share()
+            self._weights = None  # the store holds them now
 
     def _broadcast(self) -> None:
         if self._pool.pending:
@@ -219,6 +220,8 @@ class PooledRollouts(Rollouts):
 
     def _take(self, ticket: int, drawn: Completions | None) -> None:
         """Keep completions, or drop those of a lost policy and have them drawn again by the one of now."""
+        if ticket not in self._asked:
+            return  # the answer to a broadcast that was given up
         asked, part = self._asked.pop(ticket)
         if drawn is None:
             self._submit(part, asked, is_refused=True)
@@ -234,7 +237,7 @@ class PooledRollouts(Rollouts):
 
 
 def build_worker(
-    config: PretrainConfig, options: AlignOptions, use_gpu: bool = False
+    config: PretrainConfig, options: AlignOptions, use_gpu: bool
 ) -> Callable[[RolloutWork | WeightCall], Completions | bool | None]:
     """What a member of the pool does with some prompts, or None without the weights to do it; and how it gets weights
     by broadcast."""

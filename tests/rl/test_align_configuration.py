@@ -13,7 +13,8 @@ from rl.objectives.ecpo import Ecpo
 from rl.objectives.grpo_sr import GrpoSr
 from rl.places import Places
 from rl.reward_mix import RewardTerm
-from rl.reward_pool import RewardPoolConfig
+from rl.reward_pool import RewardPool, RewardPoolConfig
+from rl.rewards import RewardSetting
 from rl.rewards.duration import Duration
 from rl.rewards.hit import Hit
 from trainer.configuration import PretrainConfig
@@ -109,6 +110,21 @@ def test_accelerators_that_the_cluster_lacks_are_refused_at_once(monkeypatch):
         ClusterError, match=r"--rollout.gpus-per-worker.*need 2.5 accelerators.*the cluster has 2"
     ):
         Places.reserve(asked)
+
+
+def test_each_pool_reserves_its_accelerators_and_works_on_them(monkeypatch):
+    placed, made = [], []
+    monkeypatch.setattr("cluster.placement.ray.cluster_resources", lambda: {"GPU": 4.0})
+    monkeypatch.setattr("rl.places.place", lambda workers, **given: placed.append((workers, given["gpus"])))
+    monkeypatch.setattr("rl.reward_pool.Pool", lambda *given, **options: made.append((given[2], options)))
+    asked = config(
+        rollout=RolloutConfig(workers=2, gpus_per_worker=1), reward=RewardPoolConfig(gpus_per_worker=0.5)
+    )
+    Places.reserve(asked)
+    assert placed == [(2, 1), (1, 0.5)]
+    RewardPool(asked.rewards, RewardSetting(data_path=""), config=asked.reward, cluster=asked.cluster)
+    ((setting, options),) = made
+    assert setting.device == "cuda:0" and options["gpus_per_member"] == 0.5
 
 
 def test_the_policy_of_an_alignment_has_no_dropout_and_starts_from_the_run(monkeypatch):
