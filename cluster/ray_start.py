@@ -6,6 +6,7 @@ import os
 import secrets
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -46,11 +47,10 @@ def start_ray(config: ClusterConfig, num_cpus: int | None = None) -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Ray's default of 15 lets any other program of the machine starve the training.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    with _keeping_sigterm():
-        if config.address is None:
-            _start_embedded(needed)
-        else:
-            _join(config.address)
+    if config.address is None:
+        _start_embedded(needed)
+    else:
+        _join(config.address)
 
 
 def _start_embedded(num_cpus: int) -> None:
@@ -64,7 +64,7 @@ def _start_embedded(num_cpus: int) -> None:
     os.environ.pop("RAY_AUTH_MODE", None)
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    with _shielded_from_signals():
+    with _shielded_from_signals(), _keeping_sigterm():
         ray.init(
             address="local",
             num_cpus=num_cpus,
@@ -88,12 +88,13 @@ def _join(address: str) -> None:
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     packages = [str(root() / package) for package in PACKAGES]
     try:
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            logging_level="ERROR",
-            runtime_env={"py_modules": packages, "env_vars": {"RAY_USAGE_STATS_ENABLED": "0"}},
-        )
+        with _keeping_sigterm():
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level="ERROR",
+                runtime_env={"py_modules": packages, "env_vars": {"RAY_USAGE_STATS_ENABLED": "0"}},
+            )
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         raise ClusterError(
             f"a Ray cluster was expected at --cluster.address {address}, and it cannot be joined ({error}); "
@@ -142,13 +143,17 @@ class _ShieldedProcess(services.ConsolePopen):
 @contextmanager
 def _keeping_sigterm() -> Iterator[None]:
     """Whoever listens to SIGTERM goes on doing so; Ray 2.60 would put a handler in its place that ends the process."""
-    take = ray_utils.set_sigterm_handler
-    if callable(signal.getsignal(signal.SIGTERM)):
-        ray_utils.set_sigterm_handler = lambda handler: None
+    take, handler = ray_utils.set_sigterm_handler, signal.getsignal(signal.SIGTERM)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ray_utils.set_sigterm_handler = lambda ray_handler: None
     try:
         yield
     finally:
         ray_utils.set_sigterm_handler = take
+        # The C++ part of Ray has taken the signal too, and would abort.
+        signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager

@@ -67,18 +67,21 @@ def test_a_second_ctrl_c_ends_at_once():
     assert ended.returncode == -signal.SIGINT
 
 
-def test_a_stop_while_ray_starts_is_requested_and_not_taken_by_ray(monkeypatch):
+def test_who_listens_to_sigterm_still_does_so_once_ray_runs(monkeypatch):
     from ray._private import utils
+    from ray._raylet import AuthenticationMode
 
     from cluster import ray_start
 
-    def start(num_cpus: int) -> None:
+    def start(**options: object) -> None:
         utils.set_sigterm_handler(lambda number, frame: sys.exit(number))
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as its C++ part does
 
     monkeypatch.setattr(ray_start.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray_start, "_start_embedded", start)
+    monkeypatch.setattr(ray_start.ray, "init", start)
+    monkeypatch.setattr(ray_start, "get_authentication_mode", lambda: AuthenticationMode.TOKEN)
     stop, take = StopSignal(), utils.set_sigterm_handler
     with stop.on_signals():
         ray_start.start_ray(ClusterConfig())
+        os.kill(os.getpid(), signal.SIGTERM)
     assert stop.requested and utils.set_sigterm_handler is take
