@@ -95,8 +95,8 @@ class SearchConfig:
     validation_width: int = 20
     """The same while training."""
     space: Literal["catalogue", "free"] = "catalogue"
-    """Walk only through paths of existing items that are not filtered, or through all paths of codes, of which
-    those of no item are then counted (hallucination rate) and left out of the lists."""
+    """Walk only through paths of existing items, or through all paths of codes, of which those of no item are then
+    counted (hallucination rate) and left out of the lists. Neither walks to items that are filtered."""
     allow: str = ""
     """File of item ids, one a line: no other items are found, by any model."""
     deny: str = ""

@@ -67,8 +67,6 @@ def check_prm(source: SearchedRun, run: SearchedRun) -> None:
 class GenerativeSearch(Search):
     """Every rank decodes for its own users; only lookups are collective: of prompts and, with a PRM, of the candidates
     of each depth, so that ranks make equally many whatever users they have.
-
-    Seen items are masked inside a search through the catalogue, and taken out of the result of a free one.
     """
 
     def __init__(
@@ -90,7 +88,7 @@ class GenerativeSearch(Search):
 
         Shapes: codes [N, L] int64; allowed [n] item rows.
 
-        Raises: ConfigError for a beam wider than the catalogue, and for lists of items in a free search.
+        Raises: ConfigError for a beam wider than the catalogue.
         """
         self.model, self.lookup, self.trie, self.codes = model, lookup, trie, codes
         self.allowed = allowed if allowed is None else allowed.to(device)
@@ -100,11 +98,6 @@ class GenerativeSearch(Search):
             raise ConfigError(
                 f"search.width and search.validation-width must not exceed the {trie.num_items} items of the "
                 f"catalogue, got {config.width}; lower them"
-            )
-        if config.space == "free" and allowed is not None:
-            raise ConfigError(
-                "search.allow and search.deny act inside a search through the catalogue; leave them out, or say "
-                "--search.space catalogue"
             )
         self.reward, self.recall_among = reward, recall_among or config.width
         self.beam = BeamSearch.Config(
@@ -153,8 +146,6 @@ class GenerativeSearch(Search):
             seen = _without(seen, targets)
         decoded = self._decode(batch, seen)
         items, scores = decoded.existing()
-        if seen is not None and self.config.space == "free":
-            items, scores = _take_out(items, scores, seen, self.num_items)
         measures = {} if targets is None else self._prefix_recall(decoded, targets)
         if self.config.space == "free":
             measures["hallucination_rate"] = decoded.hallucination_rates()
@@ -194,11 +185,11 @@ class GenerativeSearch(Search):
         return self.lookup(self.model.prompt_ids(batch))
 
     def _space(self, batch: SequenceBatch, seen: Jagged | None) -> PathSpace:
+        allowed = None
+        if seen is not None or self.allowed is not None:
+            allowed = AllowedItems.build(self.trie, num_users=batch.num_users, allow=self.allowed, deny=seen)
         if self.config.space == "free":
-            return FreeSpace(self.trie.code_sizes, self.trie)
-        if seen is None and self.allowed is None:
-            return CatalogueSpace(self.trie)
-        allowed = AllowedItems.build(self.trie, num_users=batch.num_users, allow=self.allowed, deny=seen)
+            return FreeSpace(self.trie.code_sizes, self.trie, allowed)
         return CatalogueSpace(self.trie, allowed)
 
     def _autocast(self) -> torch.autocast:
@@ -251,15 +242,6 @@ def _without(lists: Jagged, targets: Tensor) -> Jagged:
     kept = lists.values != targets[rows]
     counts = torch.zeros_like(lists.lengths).index_add_(0, rows, kept.long())
     return Jagged.from_lengths(lists.values[kept], counts.cpu()).to(targets.device)
-
-
-def _take_out(items: Tensor, scores: Tensor, seen: Jagged, num_items: int) -> tuple[Tensor, Tensor]:
-    """Lists without seen items, the others moved up. Shapes: 2 x [B, W] -> 2 x [B, W]."""
-    users = torch.arange(len(items), device=items.device)[:, None]
-    known = torch.isin(users * num_items + items, seen.row_index() * num_items + seen.values) | (items < 0)
-    order = known.byte().sort(dim=1, stable=True).indices
-    items, scores = items.masked_fill(known, -1), scores.masked_fill(known, float("-inf"))
-    return items.gather(1, order), scores.gather(1, order)
 
 
 def _ranks(items: Tensor, scores: Tensor, targets: Tensor) -> Tensor:
