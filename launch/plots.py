@@ -4,6 +4,7 @@ import io
 import math
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import PurePath
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -110,6 +111,13 @@ def write_scaling(run_dir: str, lines: Sequence[dict]) -> str:
         by_cost.plot(
             cost, [line[prefixes[-1]] for line in chosen], f"C3{style}o", label=f"{kind} {prefixes[-1]}"
         )
+    for run in dict.fromkeys(line["run"] for line in lines if line["kind"] == "beside"):
+        chosen = [line for line in lines if line.get("run") == run]
+        for axes, across in ((by_number, "number"), (by_cost, "gflop_per_user")):
+            for name, style in ((recall, ":s"), (prefixes[-1], "-.s")):
+                values = [line[name] for line in chosen]
+                label = f"{PurePath(run).name} {name}"
+                axes.plot([line[across] for line in chosen], values, style, label=label, markersize=3)
     by_number.set(xlabel="candidates of the PRM (K+), or width of a plain beam", xscale="log")
     by_cost.set(xlabel="GFLOP per user", xscale="log")
     for axes in (by_number, by_cost):

@@ -75,3 +75,7 @@ def test_searches_are_compared_without_baselines_and_users(trained, tmp_path, ca
     line = ["evaluate", str(run_dir), "--search.prm", "--search.candidates", "50", "100"]
     assert grail([*line, "--per-user", str(tmp_path / "users.parquet")]) == 2
     assert "without --baselines and --per-user" in capsys.readouterr().err
+    assert grail([*line[:3], "--beside", str(run_dir)]) == 2
+    assert "table of several --search.candidates" in capsys.readouterr().err
+    assert grail([*line, "--beside", str(tmp_path)]) == 1
+    assert "must be a run directory" in capsys.readouterr().err
