@@ -72,15 +72,17 @@ console = Console()
 
 
 def main(minutes: float = 20.0, kills: int = 50, seed: int = 0) -> int:
-    """Try faults for about so many minutes, which shall be enough for so many SIGKILLs; the exit code is 1 if anything
-    was lost.
+    """Try faults for about so many minutes, up to half as long again while so many SIGKILLs are not made; the exit code
+    is 1 if anything was lost.
     """
     begun, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="grail-chaos-"))
     data = build_tiny_data(folder / "data")
     undisturbed = [train_undisturbed(data, folder / f"seed-{number}", number) for number in SEEDS]
     console.print(f"undisturbed, {QUALITY} of seeds {SEEDS}: {_numbers(undisturbed)}")
     faults, losses, rounds = [], [], 0
-    while time.monotonic() < begun + 60 * minutes or not rounds:
+    while (spent := (time.monotonic() - begun) / 60) < minutes or (
+        spent < 1.5 * minutes and count_kills(faults) < kills
+    ):
         place, name = PLACES[rounds % len(PLACES)], f"round-{rounds + 1}"
         rounds += 1
         tried: list[Fault] = []
