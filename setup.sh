@@ -131,7 +131,7 @@ import_packages() {
 import importlib, importlib.metadata as metadata, platform
 modules = """torch torchrec fbgemm_gpu deepspeed ray webdataset wandb torchdata tensordict torchmetrics numpy scipy polars
 pyarrow.parquet tyro rich matplotlib faiss fsspec safetensors yaml jaxtyping psutil pytest beartype
-launch trainer sharding models rl data_streams cluster"""
+transformers launch trainer sharding models rl data_streams cluster"""
 for module in modules.split():
     print("importing", module, flush=True)
     importlib.import_module(module)

@@ -79,13 +79,25 @@ def evaluate_job(
 
 
 def scaling_job(
-    process: Process, config: PretrainConfig, step: int, split: str, reporter: Reporter
+    process: Process,
+    config: PretrainConfig,
+    step: int,
+    split: str,
+    beside: list[tuple[PretrainConfig, int]],
+    reporter: Reporter,
 ) -> list[dict[str, Any]]:
-    """Searches steered by a PRM with more and more candidates, and plain beams; see trainer.search_scaling."""
-    from trainer.search_scaling import compare_searches
+    """Searches steered by a PRM with more and more candidates, and plain beams, also of the runs and steps beside.
 
-    assembly = _load(process, config, step)
-    return compare_searches(assembly, prm=_prm(assembly), split=split)
+    See trainer.search_scaling.
+    """
+    from trainer.search_scaling import beams_beside, compare_searches
+
+    assembly, others = _load(process, config, step), []
+    # First, so that a run that does not fit is refused before the longest part.
+    for run in beside:
+        fingerprint = assembly.semantic_ids.fingerprint
+        others += beams_beside(_load(process, *run), fingerprint=fingerprint, split=split)
+    return compare_searches(assembly, prm=_prm(assembly), split=split) + others
 
 
 def _write_per_user(path: str, users: Any, metrics: Any) -> None:

@@ -4,6 +4,7 @@ import io
 import math
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import PurePath
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,6 +14,8 @@ from launch.run_directory import ALIGNMENT_CURVES, CURVES, EXPERTS, SCALING_PICT
 from trainer.metric_log import read_metrics
 
 _FEW_POINTS = 50
+_COLORS_OF_OTHERS = 4
+"""The first of those for runs beside; red is the last of the run's own."""
 _EXPERTS = "train/experts"
 _LOAD = re.compile(rf"{_EXPERTS}/(\d+)/load/(\d+)")
 
@@ -110,6 +113,16 @@ def write_scaling(run_dir: str, lines: Sequence[dict]) -> str:
         by_cost.plot(
             cost, [line[prefixes[-1]] for line in chosen], f"C3{style}o", label=f"{kind} {prefixes[-1]}"
         )
+    runs = dict.fromkeys(line["run"] for line in lines if line["kind"] == "beside")
+    for color, run in enumerate(runs, start=_COLORS_OF_OTHERS):
+        chosen, name = [line for line in lines if line.get("run") == run], PurePath(run).name
+        cost = [line["gflop_per_user"] for line in chosen]
+        of_prefix, of_items = ([line[metric] for line in chosen] for metric in (prefixes[-1], recall))
+        by_number.plot(
+            [line["number"] for line in chosen], of_prefix, f"C{color}-.s", label=f"{name} {prefixes[-1]}"
+        )
+        by_cost.plot(cost, of_prefix, f"C{color}-.s", label=f"{name} {prefixes[-1]}")
+        by_cost.plot(cost, of_items, f"C{color}:s", label=f"{name} {recall}")
     by_number.set(xlabel="candidates of the PRM (K+), or width of a plain beam", xscale="log")
     by_cost.set(xlabel="GFLOP per user", xscale="log")
     for axes in (by_number, by_cost):

@@ -56,6 +56,18 @@ def find_step(config: PretrainConfig, checkpoint: str) -> int:
     return CheckpointReader(Storage(f"{config.run_dir}/{CHECKPOINTS}"), chosen).step
 
 
+def asked_alike(config: PretrainConfig, other: PretrainConfig) -> PretrainConfig:
+    """A run's configuration, evaluated as another run is, on its data and by its search."""
+    served = {entry.name: getattr(other.data, entry.name) for entry in dataclasses.fields(DataOptions)}
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, **served),
+        evaluation=other.evaluation,
+        search=other.search,
+        cluster=other.cluster,
+    )
+
+
 def _with_sections(form: type, config: PretrainConfig) -> Any:
     """The command's defaults with the run's sections in place."""
     default = form()

@@ -32,6 +32,7 @@ from models.layers.dropout import Dropout
 from models.layers.linear import Linear
 from models.layers.shared_prompt_attention import PromptKeyValues, PromptLayout
 from models.layers.transformer import FeedForward
+from models.objectives.negatives import draw_different
 from models.recommender import LossSum, StepContext
 from models.semantic_ids import SemanticIds
 from models.stochastic_length import uniform_of_events
@@ -57,7 +58,7 @@ class ProcessRewardConfig:
     dropout: float = 0.1
     """Dropout on what blocks add."""
     num_negatives: int = 256
-    """Prefixes of the catalogue drawn per step and depth, shared by all users; all of them where there are fewer."""
+    """Different prefixes of the catalogue drawn per step and depth, shared by all users; all where there are fewer."""
     positions: int | None = 4
     """Positions drawn per user and step that the PRM learns at; None takes all. With a small part of them it learns far
     more slowly than the generator beside it, and then chooses worse than it."""
@@ -166,15 +167,15 @@ class PathReward(nn.Module):
         return self.output(inner).float().view(hidden.shape[:2])
 
     def draw_negatives(self, context: StepContext) -> dict[int, Tensor]:
-        """Prefixes of the catalogue by depth, the same on every rank. Shapes: [N, depth] each, on the host."""
+        """Different prefixes of the catalogue by depth, the same on every rank, all equally likely.
+
+        Shapes: [N, depth] each, on the host.
+        """
         drawn = {}
         for depth in self.depths:
-            number, wanted = self.trie.num_nodes(depth), self.config.num_negatives
             seed = purpose_seed(context.seed, "prefix negatives", context.step, depth)
             generator = torch.Generator().manual_seed(seed)
-            nodes = torch.arange(number)
-            if number > wanted:
-                nodes = torch.randint(number, (wanted,), generator=generator)
+            nodes = draw_different(self.trie.num_nodes(depth), self.config.num_negatives, generator)
             drawn[depth] = self.trie.paths(depth, nodes)
         return drawn
 

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from importlib import metadata
 from statistics import median
 
@@ -146,3 +147,11 @@ def test_whatever_a_pinned_package_needs_is_pinned_too():
 def test_installed_packages_have_the_pinned_versions():
     installed = {name: metadata.version(name).split("+")[0] for name in pins()}
     assert installed == pins(), "run make setup"
+
+
+def test_extras_have_the_pinned_versions():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    asked = dict(pin.split("==") for extra in extras.values() for pin in extra)
+    shared = asked.keys() & pins().keys()
+    assert {"transformers", "s3fs"} <= shared, "what tests need of an extra is among the pins"
+    assert {name: asked[name] for name in shared} == {name: pins()[name] for name in shared}

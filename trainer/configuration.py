@@ -88,21 +88,33 @@ class EvaluationConfig:
 class SearchConfig:
     """How a model that generates semantic IDs is asked for items; retrieval models are searched exactly."""
 
+    method: Literal["beam", "sample", "gumbel"] = "beam"
+    """The most likely paths; or so many draws as the beam would be wide, each item listed once in the order drawn:
+    `sample` draws again and again, so that lists get shorter where items come twice, `gumbel` puts nothing back."""
     width: int = 50
-    """Prefixes the beam search keeps per user and depth."""
+    """Prefixes the beam search keeps per user and depth, or draws per user."""
     earlier_widths: tuple[int, ...] = ()
     """The same for each depth before the last, where those keep other numbers than search.width."""
     validation_width: int = 20
     """The same while training."""
     space: Literal["catalogue", "free"] = "catalogue"
-    """Walk only through paths of existing items that are not filtered, or through all paths of codes, of which
-    those of no item are then counted (hallucination rate) and left out of the lists."""
+    """Walk only through paths of existing items, or through all paths of codes, of which those of no item are then
+    counted (hallucination rate) and left out of the lists. Neither walks to items that are filtered."""
     allow: str = ""
     """File of item ids, one a line: no other items are found, by any model."""
     deny: str = ""
     """File of item ids, one a line: these are not found, by any model."""
     over: Literal["all", "allowed"] = "all"
-    """What a level's probabilities sum to one over: all codes, or those the search may take."""
+    """What a level's probabilities sum to one over in a beam: all codes, or those the search may take. Draws are always
+    from the latter."""
+    temperature: float = 1.0
+    """Divides the model's scores of every level; above 1 draws vary more."""
+    top_k: int | None = None
+    """Only the k most likely codes of a prefix can be drawn; left out, all."""
+    top_p: float = 1.0
+    """Only the most likely codes that hold this much probability together can be drawn."""
+    seed: int = 0
+    """Seed of the draws; a user's depend on it alone, not on the other users or the number of workers."""
     prm: bool = False
     """Let a process reward model choose the prefixes the beam keeps, and order the result."""
     prm_run: str = ""
@@ -116,6 +128,16 @@ class SearchConfig:
     """Depths, from 1 on, at which it has more candidates than the beam is wide and so chooses; left out, all."""
 
     def __post_init__(self) -> None:
+        if self.method != "beam" and (self.prm or self.earlier_widths):
+            raise ConfigError(
+                f"search.prm and search.earlier-widths are of beams, and search.method is {self.method}; leave them "
+                "out (--search.no-prm), or say --search.method beam"
+            )
+        if self.method == "beam" and (self.top_k is not None or self.top_p < 1):
+            raise ConfigError(
+                "search.top-k and search.top-p say what can be drawn; add --search.method sample or gumbel, or leave "
+                "them out"
+            )
         if self.candidates and min(self.candidates) < self.width:
             raise ConfigError(
                 f"search.candidates must not be below search.width ({self.width}), and {min(self.candidates)} is; "

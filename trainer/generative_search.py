@@ -1,4 +1,4 @@
-"""Search by generating semantic IDs: a beam over the catalogue's paths, or over all paths of codes."""
+"""Search by generating semantic IDs: a beam or draws over the catalogue's paths, or over all paths of codes."""
 
 import sys
 from dataclasses import dataclass
@@ -9,12 +9,15 @@ from torch import Tensor
 
 from cluster.errors import ConfigError
 from cluster.process import Process
+from cluster.seeds import purpose_seed
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
 from data_streams.semantic_ids import SemanticIdTable
 from models.decoding.allowed_items import AllowedItems
 from models.decoding.beam_search import BeamSearch
-from models.decoding.search import Decoded
+from models.decoding.gumbel import GumbelSampling
+from models.decoding.sampling import Sampling
+from models.decoding.search import Decoded, PathSearch
 from models.decoding.space import CatalogueSpace, FreeSpace, PathSpace
 from models.decoding.trie import PrefixTrie
 from models.generator import DecodeState, Generator
@@ -24,6 +27,9 @@ from models.tables import Lookup, Rows
 from sharding.item_index import Found, evaluating
 from trainer.configuration import PretrainConfig, SearchConfig
 from trainer.search import Search, seen_items
+
+DRAWS = {"sample": Sampling.Config, "gumbel": GumbelSampling.Config}
+"""By the name of `search.method`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +73,6 @@ def check_prm(source: SearchedRun, run: SearchedRun) -> None:
 class GenerativeSearch(Search):
     """Every rank decodes for its own users; only lookups are collective: of prompts and, with a PRM, of the candidates
     of each depth, so that ranks make equally many whatever users they have.
-
-    Seen items are masked inside a search through the catalogue, and taken out of the result of a free one.
     """
 
     def __init__(
@@ -90,7 +94,7 @@ class GenerativeSearch(Search):
 
         Shapes: codes [N, L] int64; allowed [n] item rows.
 
-        Raises: ConfigError for a beam wider than the catalogue, and for lists of items in a free search.
+        Raises: ConfigError for a beam wider than the catalogue.
         """
         self.model, self.lookup, self.trie, self.codes = model, lookup, trie, codes
         self.allowed = allowed if allowed is None else allowed.to(device)
@@ -101,16 +105,12 @@ class GenerativeSearch(Search):
                 f"search.width and search.validation-width must not exceed the {trie.num_items} items of the "
                 f"catalogue, got {config.width}; lower them"
             )
-        if config.space == "free" and allowed is not None:
-            raise ConfigError(
-                "search.allow and search.deny act inside a search through the catalogue; leave them out, or say "
-                "--search.space catalogue"
-            )
         self.reward, self.recall_among = reward, recall_among or config.width
         self.beam = BeamSearch.Config(
             width=config.width,
             earlier_widths=_checked(config.earlier_widths, "earlier-widths", len(model.code_sizes) - 1),
             over=config.over,
+            temperature=config.temperature,
             guided_candidates=_num_candidates(config, model, config.width),
         )
 
@@ -142,9 +142,9 @@ class GenerativeSearch(Search):
         )
 
     def find(self, batch: SequenceBatch, *, k: int, rank_held_out: bool, filter_seen: bool) -> Found:
-        if k > self.beam.width:
+        if k > self.config.width:
             raise ConfigError(
-                f"lists of {k} items need a search.width of at least {k}, got {self.beam.width}; widen it, or "
+                f"lists of {k} items need a search.width of at least {k}, got {self.config.width}; widen it, or "
                 "ask for fewer"
             )
         targets = batch.held_out.to(self.device) if rank_held_out else None
@@ -153,15 +153,18 @@ class GenerativeSearch(Search):
             seen = _without(seen, targets)
         decoded = self._decode(batch, seen)
         items, scores = decoded.existing()
-        if seen is not None and self.config.space == "free":
-            items, scores = _take_out(items, scores, seen, self.num_items)
+        order = scores
+        if self.config.method == "sample":
+            items, scores = _once(items, scores)
+            # What is drawn first stands first, whatever its probability.
+            order = -torch.arange(self.config.width, device=self.device).expand_as(scores).float()
         measures = {} if targets is None else self._prefix_recall(decoded, targets)
         if self.config.space == "free":
             measures["hallucination_rate"] = decoded.hallucination_rates()
         return Found(
             items=_cut(items, k, -1) if k else None,
             scores=_cut(scores, k, float("-inf")) if k else None,
-            ranks=None if targets is None else _ranks(items, scores, targets),
+            ranks=None if targets is None else _ranks(items, order, targets),
             measures=measures,
         )
 
@@ -176,10 +179,19 @@ class GenerativeSearch(Search):
     def _decode(self, batch: SequenceBatch, seen: Jagged | None) -> Decoded:
         with evaluating(self.model), self._autocast():
             state = self.model.prefill(self._rows(batch), batch.to(self.device))
-            space, width = self._space(batch, seen), self.beam.width
-            search = BeamSearch(self.beam, self._guide(batch, state))
+            space, width = self._space(batch, seen), self.config.width
+            search = self._path_search(batch, state)
             search.check(self.model, space, width, batch.num_users)
-            return search.search_from(self.model, state, space, k=width)
+            # By user, so that the draws are the same in any batch.
+            seeds = batch.user_ids.to(self.device) + (purpose_seed(self.config.seed, "search") >> 8)
+            return search.search_from(self.model, state, space, k=width, seeds=seeds)
+
+    def _path_search(self, batch: SequenceBatch, state: DecodeState) -> PathSearch:
+        config = self.config
+        if config.method == "beam":
+            return BeamSearch(self.beam, self._guide(batch, state))
+        draws = DRAWS[config.method]
+        return draws(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p).build()
 
     def _guide(self, batch: SequenceBatch, state: DecodeState) -> PrefixGuide | None:
         if self.reward is None:
@@ -194,11 +206,11 @@ class GenerativeSearch(Search):
         return self.lookup(self.model.prompt_ids(batch))
 
     def _space(self, batch: SequenceBatch, seen: Jagged | None) -> PathSpace:
+        allowed = None
+        if seen is not None or self.allowed is not None:
+            allowed = AllowedItems.build(self.trie, num_users=batch.num_users, allow=self.allowed, deny=seen)
         if self.config.space == "free":
-            return FreeSpace(self.trie.code_sizes, self.trie)
-        if seen is None and self.allowed is None:
-            return CatalogueSpace(self.trie)
-        allowed = AllowedItems.build(self.trie, num_users=batch.num_users, allow=self.allowed, deny=seen)
+            return FreeSpace(self.trie.code_sizes, self.trie, allowed)
         return CatalogueSpace(self.trie, allowed)
 
     def _autocast(self) -> torch.autocast:
@@ -253,12 +265,13 @@ def _without(lists: Jagged, targets: Tensor) -> Jagged:
     return Jagged.from_lengths(lists.values[kept], counts.cpu()).to(targets.device)
 
 
-def _take_out(items: Tensor, scores: Tensor, seen: Jagged, num_items: int) -> tuple[Tensor, Tensor]:
-    """Lists without seen items, the others moved up. Shapes: 2 x [B, W] -> 2 x [B, W]."""
-    users = torch.arange(len(items), device=items.device)[:, None]
-    known = torch.isin(users * num_items + items, seen.row_index() * num_items + seen.values) | (items < 0)
-    order = known.byte().sort(dim=1, stable=True).indices
-    items, scores = items.masked_fill(known, -1), scores.masked_fill(known, float("-inf"))
+def _once(items: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Lists without what stands further ahead already, the others moved up. Shapes: 2 x [B, W] -> 2 x [B, W]."""
+    ordered, cells = items.sort(dim=1, stable=True)
+    repeats = torch.nn.functional.pad(ordered.diff(dim=1) == 0, (1, 0))
+    left_out = torch.zeros_like(repeats).scatter(1, cells, repeats) | (items < 0)
+    order = left_out.byte().sort(dim=1, stable=True).indices
+    items, scores = items.masked_fill(left_out, -1), scores.masked_fill(left_out, float("-inf"))
     return items.gather(1, order), scores.gather(1, order)
 
 

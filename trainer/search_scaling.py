@@ -1,4 +1,5 @@
-"""Test-time scaling: what a search finds and costs as a PRM scores more candidates, beside plain wider beams."""
+"""Test-time scaling: what a search finds and costs as a PRM scores more candidates, beside plain wider beams and the
+plain beams of other models."""
 
 import time
 from collections.abc import Sequence
@@ -8,8 +9,10 @@ from typing import Any
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
+from cluster.errors import ConfigError
 from sharding.collectives import exchange_integers
 from trainer.assembly import Assembly
+from trainer.configuration import SearchConfig
 from trainer.evaluate import evaluate
 from trainer.search import Search
 
@@ -19,21 +22,40 @@ WITHOUT_INTERVALS = 0
 def compare_searches(assembly: Assembly, *, prm: Assembly | None, split: str) -> list[dict[str, Any]]:
     """One line per search: kind, K+ or width, metrics of evaluation, GFLOP and milliseconds per user; collective.
 
-    Plain beams are as wide at all depths. All searches are measured by the `search.width` best items and prefixes, also
-    those whose beam is wider.
+    All searches are measured by the `search.width` best items and prefixes, also those whose beam is wider.
     """
-    config = assembly.config.search
-    unguided = replace(config, earlier_widths=(), prm=False, prm_run="", candidates=(), prm_depths=())
-    plain = [config.width, *(number for number in config.candidates if number > config.width)]
-    lines = [_measure(assembly, replace(unguided, width=width), split, width) for width in plain]
-    for number in config.candidates:
-        chosen = replace(config, candidates=(number,))
-        lines.append(_measure(assembly, chosen, split, number, prm=prm))
+    lines = plain_beams(assembly, split=split)
+    for number in assembly.config.search.candidates:
+        chosen = replace(assembly.config.search, candidates=(number,))
+        lines.append({"kind": "prm", **_measure(assembly, chosen, split, number, prm=prm)})
     return lines
 
 
+def plain_beams(assembly: Assembly, *, split: str) -> list[dict[str, Any]]:
+    """Lines of plain beams as wide at all depths as the configured candidates are many; collective."""
+    config = assembly.config.search
+    unguided = replace(config, earlier_widths=(), prm=False, prm_run="", candidates=(), prm_depths=())
+    widths = [config.width, *(number for number in config.candidates if number > config.width)]
+    measured = [_measure(assembly, replace(unguided, width=width), split, width) for width in widths]
+    return [{"kind": "plain", **line} for line in measured]
+
+
+def beams_beside(assembly: Assembly, *, fingerprint: str, split: str) -> list[dict[str, Any]]:
+    """Lines of the plain beams of another run, which must generate the semantic IDs of this fingerprint; collective.
+
+    Raises: ConfigError where it does not.
+    """
+    table, run_dir = assembly.semantic_ids, assembly.config.run_dir
+    if table is None or table.fingerprint != fingerprint:
+        raise ConfigError(
+            f"runs beside must generate the same semantic IDs, {fingerprint}, and {run_dir} "
+            f"{'generates none' if table is None else f'was trained with {table.fingerprint}'}; leave it out"
+        )
+    return [{**line, "kind": "beside", "run": run_dir} for line in plain_beams(assembly, split=split)]
+
+
 def _measure(
-    assembly: Assembly, config: Any, split: str, number: int, prm: Assembly | None = None
+    assembly: Assembly, config: SearchConfig, split: str, number: int, prm: Assembly | None = None
 ) -> dict[str, Any]:
     configured = replace(assembly, config=replace(assembly.config, search=config))
     search = configured.search(prm=prm, recall_among=assembly.config.search.width)
@@ -50,7 +72,6 @@ def _measure(
     )
     seconds = time.perf_counter() - started
     return {
-        "kind": "prm" if config.prm else "plain",
         "number": number,
         "gflop_per_user": flops / 1e9,
         "ms_per_user": 1000 * seconds / result.num_users,
@@ -71,9 +92,11 @@ def _flops_per_user(search: Search, assembly: Assembly, split: str) -> float:
 def render_scaling(lines: Sequence[dict[str, Any]]) -> Table:
     shown = [name for name in lines[0] if name.startswith(("recall@", "ndcg@", "hrecall"))]
     table = Table(title="Plain beams, and a PRM with more and more candidates")
-    for name in ("search", "width or K+", "GFLOP/user", "ms/user", *shown):
-        table.add_column(name, justify="left" if name == "search" else "right")
+    table.add_column("search", overflow="fold")
+    for name in ("width or K+", "GFLOP/user", "ms/user", *shown):
+        table.add_column(name, justify="right")
     for line in lines:
         numbers = [f"{line['gflop_per_user']:.2f}", f"{line['ms_per_user']:.1f}"]
-        table.add_row(line["kind"], str(line["number"]), *numbers, *(f"{line[name]:.4f}" for name in shown))
+        name = f"plain, {line['run']}" if line["kind"] == "beside" else line["kind"]
+        table.add_row(name, str(line["number"]), *numbers, *(f"{line[name]:.4f}" for name in shown))
     return table

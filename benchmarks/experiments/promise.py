@@ -56,7 +56,8 @@ class Options:
     guided: int = 200
     """Candidates where the PRM is compared by depth and with the wider beam; one of those above."""
     larger: tuple[str, ...] = ()
-    """Trained generators of the same semantic IDs whose plain beams stand beside, such as seeds of a larger model."""
+    """Trained generators of the same semantic IDs whose plain beams stand beside, such as seeds of a larger model; they
+    are measured with the first seed."""
     extra: tuple[str, ...] = ()
     """Further options of all training runs as NAME=VALUE or NAME, such as train.epochs=4."""
 
@@ -76,15 +77,11 @@ def main(arguments: list[str]) -> None:
         given = ("--data.path", options.data, "--data.semantic-ids", options.ids, "--seed", str(seed))
         run_dir = Path(options.out) / f"seed-{seed}"
         pretrain_once(run_dir, options.recipe, *given, *option_words(options.extra))
-        lines = _scaling(run_dir, "own", options.candidates)
+        lines, beside = _scaling(options, run_dir, options.larger if seed == options.seeds[0] else ())
         scaling.setdefault("own", []).append(lines)
+        scaling.setdefault(LARGER, []).extend(beside)
         for name, users in _searched(options, run_dir, lines).items():
             found.setdefault(name, []).append(users)
-        _write(options, found, scaling)
-    for larger in options.larger:
-        # The comparison of searches counts FLOPs, and asks for a PRM: any that knows these semantic IDs.
-        lines = _scaling(Path(larger), "beside", options.candidates[:2], "--search.prm-run", str(run_dir))
-        scaling.setdefault(LARGER, []).append(lines)
         _write(options, found, scaling)
 
 
@@ -106,16 +103,27 @@ def _searched(options: Options, run_dir: Path, lines: Lines) -> dict[str, pl.Dat
     }
 
 
-def _scaling(run_dir: Path, name: str, candidates: Sequence[int], *given: str) -> Lines:
-    """Searches of a run with more and more candidates, measured once."""
-    kept = run_dir / f"search-scaling-{name}-{'-'.join(map(str, candidates))}.json"
+def _scaling(options: Options, run_dir: Path, larger: Sequence[str]) -> tuple[Lines, list[Lines]]:
+    """Searches of a run with more and more candidates, and the plain beams of larger ones; measured once."""
+    name = "beside" if larger else "own"
+    kept = run_dir / f"search-scaling-{name}-{'-'.join(map(str, options.candidates))}.json"
     if not kept.exists():
-        width = str(candidates[0])
-        numbers = ("--search.candidates", *map(str, candidates))
-        cutoffs = ("--evaluation.cutoffs", *CUTOFFS)
-        grail("evaluate", str(run_dir), *cutoffs, "--search.prm", "--search.width", width, *numbers, *given)
+        numbers = ("--search.candidates", *map(str, options.candidates))
+        words = (
+            "--evaluation.cutoffs",
+            *CUTOFFS,
+            "--search.prm",
+            "--search.width",
+            str(options.width),
+            *numbers,
+        )
+        grail("evaluate", str(run_dir), *words, *(("--beside", *larger) if larger else ()))
         shutil.copy(run_dir / "search_scaling.json", kept)
-    return json.loads(kept.read_text())["searches"]
+    lines = json.loads(kept.read_text())["searches"]
+    beside = of_kind(lines, "beside")
+    runs = dict.fromkeys(line["run"] for line in beside)
+    own = [line for line in lines if line["kind"] != "beside"]
+    return own, [[line for line in beside if line["run"] == run] for run in runs]
 
 
 def of_kind(lines: Lines, kind: str) -> Lines:
@@ -190,7 +198,7 @@ def _write(options: Options, found: dict[str, list[pl.DataFrame]], scaling: dict
     names = ("recall@10", "recall@50", hrecall[-1])
     own = mean_lines(scaling["own"])
     cost_rows = scaling_rows(own, names)
-    larger = [line for line in mean_lines(scaling.get(LARGER, ())) if line["kind"] == "plain"]
+    larger = mean_lines(scaling[LARGER])
     cost_rows += [[LARGER, *row[1:]] for row in scaling_rows(larger, names)]
     pair_head = ["from", "to", "metric", "seeds", "change", "95 %", "relative (95 %)"]
     cost_head = ["search", "K+ or width", "GFLOP per user", "ms per user"]

@@ -1,6 +1,7 @@
 """Rank the held-out items of all users with a run's weights: grail evaluate RUN_DIR [options]"""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -8,8 +9,8 @@ from cluster.configuration import ClusterConfig
 from cluster.errors import ConfigError
 from cluster.storage import Storage
 from launch.progress import start_console
-from launch.run_directory import EVALUATION, SEARCH_SCALING, absolute
-from launch.served_run import DataOptions, find_step, parse_served
+from launch.run_directory import EVALUATION, SEARCH_SCALING, absolute, load_config
+from launch.served_run import DataOptions, asked_alike, find_step, parse_served
 from trainer.configuration import EvaluationConfig, PretrainConfig, SearchConfig
 
 
@@ -23,6 +24,9 @@ class EvaluateOptions:
     """Evaluate popularity, co-occurrence and transitions beside it, and the oracle where the truth is known."""
     per_user: str | None = None
     """Parquet file that each user's own metrics are written to, to compare two runs user by user."""
+    beside: tuple[str, ...] = ()
+    """Runs over the same semantic IDs, larger ones perhaps, whose plain beams stand in the table of several
+    --search.candidates."""
     data: DataOptions = field(default_factory=DataOptions)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
@@ -37,8 +41,12 @@ def run(arguments: list[str]) -> int:
                 "several --search.candidates are compared in one table without --baselines and --per-user; give one "
                 "number of candidates, or leave those out"
             )
-        compare_candidates(config, checkpoint=options.checkpoint, split=options.split)
+        compare_candidates(config, checkpoint=options.checkpoint, split=options.split, beside=options.beside)
         return 0
+    if options.beside:
+        raise ConfigError(
+            "--beside puts other runs into the table of several --search.candidates; give two numbers or more"
+        )
     evaluate(
         config,
         checkpoint=options.checkpoint,
@@ -90,7 +98,9 @@ def evaluate(
     return content
 
 
-def compare_candidates(config: PretrainConfig, *, checkpoint: str, split: str) -> None:
+def compare_candidates(
+    config: PretrainConfig, *, checkpoint: str, split: str, beside: Sequence[str] = ()
+) -> None:
     """Test-time scaling: write search_scaling.json and .png into the run directory and print a table."""
     from rich.console import Console
 
@@ -100,8 +110,14 @@ def compare_candidates(config: PretrainConfig, *, checkpoint: str, split: str) -
     from trainer.search_scaling import render_scaling
 
     step = find_step(config, checkpoint)
+    others = [asked_alike(load_config(run), config) for run in beside]
+    steps = [find_step(other, "best") for other in others]
     start_console()
-    lines = run_gang(*(scaling_job, config, step, split), config=config.cluster, run_dir=config.run_dir)
+    lines = run_gang(
+        *(scaling_job, config, step, split, list(zip(others, steps, strict=True))),
+        config=config.cluster,
+        run_dir=config.run_dir,
+    )
     storage = Storage(config.run_dir)
     content = {"step": step, "split": split, "width": config.search.width, "searches": lines}
     storage.write(SEARCH_SCALING, json.dumps(content, indent=1).encode())

@@ -32,6 +32,8 @@ class PathSpace(ABC):
     """Prefixes are integers ("nodes") that sort like their codes; depth 0 has the one node 0."""
 
     code_sizes: tuple[int, ...]
+    allowed: AllowedItems | None
+    """What each user may have; None where no item is forbidden."""
 
     @property
     @abstractmethod
@@ -76,16 +78,11 @@ class PathSpace(ABC):
                 f"the model must have the code sizes of the catalogue's semantic IDs, {list(self.code_sizes)}, "
                 f"and it has {list(code_sizes)}; use the table of semantic IDs it was trained with"
             )
-        known = self.num_users
-        if known is not None and known != num_users:
+        if self.allowed is not None and self.allowed.num_users != num_users:
             raise ConfigError(
-                f"the allowed items must be those of the batch's {num_users} users, and they are of {known}"
+                f"the allowed items must be those of the batch's {num_users} users, and they are of "
+                f"{self.allowed.num_users}"
             )
-
-    @property
-    def num_users(self) -> int | None:
-        """Users the space was made for; None where it is the same for any."""
-        return None
 
 
 class CatalogueSpace(PathSpace):
@@ -93,10 +90,6 @@ class CatalogueSpace(PathSpace):
 
     def __init__(self, trie: PrefixTrie, allowed: AllowedItems | None = None):
         self.trie, self.allowed, self.code_sizes = trie, allowed, trie.code_sizes
-
-    @property
-    def num_users(self) -> int | None:
-        return None if self.allowed is None else self.allowed.num_users
 
     @property
     def num_results(self) -> int:
@@ -108,9 +101,7 @@ class CatalogueSpace(PathSpace):
     def candidates(self, depth: int, nodes: Tensor) -> Candidates:
         children, exists = self.trie.children(depth, nodes)
         if self.allowed is not None:
-            # Siblings lie side by side, so the items of one end where those of the next begin.
-            edges = torch.cat((children[..., :1], children + 1), dim=-1)
-            exists &= self.allowed.before(self.trie.first_place[depth + 1][edges]).diff() > 0
+            exists &= _allowed_below(self.trie, self.allowed, depth + 1, children) > 0
         return Candidates(nodes=children, codes=self.trie.codes(depth + 1, children), allowed=exists)
 
     def codes(self, depth: int, nodes: Tensor) -> Tensor:
@@ -155,11 +146,18 @@ class FreeSpace(PathSpace):
     """All paths of codes, also those of no item: what the bare model would say.
 
     Nodes are packed prefixes. The trie tells which paths belong to an item, and a path of several items
-    stands for the first of them; without a trie, none does. Items cannot be forbidden here.
+    stands for the first of them that the user may have; without a trie, none does. Forbidden are paths whose items
+    all are, and prefixes that lead to nothing else.
     """
 
-    def __init__(self, code_sizes: tuple[int, ...], trie: PrefixTrie | None = None):
-        self.code_sizes, self.trie = tuple(code_sizes), trie
+    def __init__(
+        self,
+        code_sizes: tuple[int, ...],
+        trie: PrefixTrie | None = None,
+        allowed: AllowedItems | None = None,
+    ):
+        """Items are forbidden in terms of the trie, which must be given then."""
+        self.code_sizes, self.trie, self.allowed = tuple(code_sizes), trie, allowed
 
     @property
     def num_results(self) -> int:
@@ -170,7 +168,9 @@ class FreeSpace(PathSpace):
 
     def candidates(self, depth: int, nodes: Tensor) -> Candidates:
         codes = torch.arange(self.code_sizes[depth], device=nodes.device)
-        return Candidates(nodes=nodes[..., None] * self.code_sizes[depth] + codes, codes=None, allowed=None)
+        longer = nodes[..., None] * self.code_sizes[depth] + codes
+        allowed = None if self.allowed is None else ~self._closed(depth, nodes)
+        return Candidates(nodes=longer, codes=None, allowed=allowed)
 
     def codes(self, depth: int, nodes: Tensor) -> Tensor:
         return unpack(nodes, self.code_sizes[:depth])
@@ -191,10 +191,26 @@ class FreeSpace(PathSpace):
     def draw_items(self, leaves: Tensor, uniform: Tensor) -> Tensor:
         return self._first_items(leaves)
 
+    def _closed(self, depth: int, nodes: Tensor) -> Tensor:
+        """Which codes lead only to forbidden items: all their paths are of items. Shapes: [B, W] -> [B, W, K]."""
+        parents = self.trie.find_packed(nodes, depth)
+        children, exists = self.trie.children(depth, parents.clamp(min=0))
+        has_others = self.trie.num_paths(depth + 1, children) < math.prod(self.code_sizes[depth + 1 :])
+        is_closed = ~has_others & (_allowed_below(self.trie, self.allowed, depth + 1, children) == 0)
+        return self.trie.code_mask(depth + 1, children, exists & (parents[..., None] >= 0) & is_closed)
+
     def _first_items(self, leaves: Tensor) -> Tensor:
         if self.trie is None:
             return torch.full_like(leaves, -1)
         found = self.trie.find_packed(leaves, self.trie.depth)
-        return torch.where(
-            found >= 0, self.trie.items[self.trie.first_place[-1][found.clamp(min=0)]], -1
-        ).long()
+        places = self.trie.first_place[-1][found.clamp(min=0)].long()
+        if self.allowed is not None:
+            places = self.allowed.select(self.allowed.before(places))
+        return torch.where(found >= 0, self.trie.items[places], -1).long()
+
+
+def _allowed_below(trie: PrefixTrie, allowed: AllowedItems, depth: int, siblings: Tensor) -> Tensor:
+    """Number of the user's allowed items below nodes that lie side by side. Shapes: [B, W, M] -> [B, W, M]."""
+    # The items of one end where those of the next begin.
+    edges = torch.cat((siblings[..., :1], siblings + 1), dim=-1)
+    return allowed.before(trie.first_place[depth][edges]).diff()

@@ -90,11 +90,21 @@ class PrefixTrie:
     def child_mask(self, depth: int, nodes: Tensor) -> Tensor:
         """Which codes may follow nodes of this depth; node -1 has none. Shapes: [...] -> [..., K] bool."""
         children, exists = self.children(depth, nodes.clamp(min=0))
-        exists &= nodes[..., None] >= 0
-        size = self.code_sizes[depth]
-        codes = torch.where(exists, self.codes(depth + 1, children), size)
-        mask = torch.zeros(*nodes.shape, size + 1, dtype=torch.bool, device=nodes.device)
+        return self.code_mask(depth + 1, children, exists & (nodes[..., None] >= 0))
+
+    def code_mask(self, depth: int, nodes: Tensor, chosen: Tensor) -> Tensor:
+        """The last codes of the chosen among nodes of this depth. Shapes: [..., M], [..., M] bool -> [..., K] bool."""
+        size = self.code_sizes[depth - 1]
+        codes = torch.where(chosen, self.codes(depth, nodes), size)
+        mask = torch.zeros(*nodes.shape[:-1], size + 1, dtype=torch.bool, device=nodes.device)
         return mask.scatter_(-1, codes, True)[..., :size]
+
+    def num_paths(self, depth: int, nodes: Tensor) -> Tensor:
+        """Different paths of items below nodes of this depth. Shapes: [...] -> [...] int64."""
+        first, last = nodes, nodes + 1
+        for of_level in self.first_child[depth:]:
+            first, last = of_level[first].long(), of_level[last].long()
+        return last - first
 
     def find(self, paths: Tensor) -> Tensor:
         """The node of each prefix, or -1 where no item begins with it. Shapes: [..., d] -> [...] int64."""

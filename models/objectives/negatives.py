@@ -135,6 +135,21 @@ class PairwiseObjective(SharedNegativeObjective):
         return shared_negative_loss(queries, negatives, positive, targets, negative_ids, self.formula())
 
 
+def draw_different(number: int, wanted: int, generator: torch.Generator) -> Tensor:
+    """So many different integers below a number, or all there are; every choice is equally likely. Shapes: [N].
+
+    Cost: does not grow with the number.
+    """
+    if number < 2 * wanted:
+        return torch.randperm(number, generator=generator)[:wanted]
+    drawn = torch.zeros(0, dtype=torch.int64)
+    while len(drawn) < wanted:
+        # One round is enough as good as always: of twice as many draws more than half differ.
+        more = torch.randint(number, (2 * wanted,), generator=generator)
+        drawn = torch.cat((drawn, more)).unique()
+    return drawn[torch.randperm(len(drawn), generator=generator)[:wanted]]
+
+
 def item_probabilities(item_counts: np.ndarray | None, power: float) -> np.ndarray:
     """count^power, scaled to add up to 1; 0 for items without events. Shapes: [N] -> [N] float64.
 

@@ -36,7 +36,8 @@ def pretrain_line(data, table, run_dir, *options: str) -> list[str]:
 def test_only_items_of_an_allow_list_are_recommended(data, trained, tmp_path, capsys):
     run_dir, _ = trained
     (tmp_path / "allow.txt").write_text("i1\ni2\ni3\ni4\n")
-    line = ["recommend", str(run_dir), "--users", "2", "--search.allow", str(tmp_path / "allow.txt")]
+    line = ["recommend", str(run_dir), "--search.method", "gumbel", "--users", "2"]
+    line += ["--search.allow", str(tmp_path / "allow.txt")]
     assert grail([*line, "--evaluation.no-filter-seen"]) == 0
     shown = capsys.readouterr().out
     assert all(shown.count(f"Title {item} ") >= 2 for item in (1, 2, 3, 4))
@@ -74,3 +75,7 @@ def test_searches_are_compared_without_baselines_and_users(trained, tmp_path, ca
     line = ["evaluate", str(run_dir), "--search.prm", "--search.candidates", "50", "100"]
     assert grail([*line, "--per-user", str(tmp_path / "users.parquet")]) == 2
     assert "without --baselines and --per-user" in capsys.readouterr().err
+    assert grail([*line[:3], "--beside", str(run_dir)]) == 2
+    assert "table of several --search.candidates" in capsys.readouterr().err
+    assert grail([*line, "--beside", str(tmp_path)]) == 1
+    assert "must be a run directory" in capsys.readouterr().err

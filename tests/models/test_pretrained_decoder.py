@@ -15,13 +15,10 @@ from tests.training_cases import make_batch
 WIDTH, HEADS, KEY_HEADS = 16, 4, 2
 
 
-def with_transformers():
-    return pytest.importorskip("transformers", reason="the extra `hf` is not installed")
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
-    transformers = with_transformers()
+    import transformers  # takes a second, and only where these tests are run
+
     config = transformers.Qwen2Config(
         vocab_size=50,
         hidden_size=WIDTH,
@@ -46,8 +43,10 @@ def make_model(folder: str, **options) -> GenRec:
 
 
 def test_states_equal_those_of_transformers_on_one_sequence_per_page(folder):
-    transformers, model, batch = with_transformers(), make_model(folder), page_batch()
-    plain = transformers.AutoModel.from_pretrained(folder).eval()
+    from transformers import AutoModel
+
+    model, batch = make_model(folder), page_batch()
+    plain = AutoModel.from_pretrained(folder).eval()
     paths = model.item_codes[batch.pages.items.values]
     history, written = model.encode_pages(batch, paths)
     tokens = model.merger(model.codes(model.item_codes[batch.items.values]))
@@ -101,7 +100,6 @@ def test_new_tokens_begin_like_those_of_the_vocabulary(folder):
 
 
 def test_only_safetensors_are_read(tmp_path):
-    with_transformers()
     Path(tmp_path / "config.json").write_text("{}")
     Path(tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"config.json and \*.safetensors"):

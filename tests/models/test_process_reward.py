@@ -8,7 +8,14 @@ import torch
 from cluster.errors import ConfigError
 from models.decoding.trie import PrefixTrie
 from models.kernels.info_nce import info_nce
-from models.process_reward import PLACES, PathReward, ProcessReward, ProcessRewardConfig, draw_positions
+from models.objectives.negatives import draw_different
+from models.process_reward import (
+    PLACES,
+    PathReward,
+    ProcessReward,
+    ProcessRewardConfig,
+    draw_positions,
+)
 from models.recommender import StepContext
 from tests.generator_cases import (
     CODE_SIZES,
@@ -83,7 +90,37 @@ def test_negatives_are_prefixes_of_the_catalogue_and_all_of_them_where_there_are
     assert sorted(drawn[1].flatten().tolist()) == list(range(4)), "fewer prefixes than negatives: all of them"
     assert [len(drawn[depth]) for depth in (2, 3)] == [5, 5]
     assert all((trie.find(prefixes) >= 0).all() for prefixes in drawn.values())
+    assert all(len(prefixes.unique(dim=0)) == len(prefixes) for prefixes in drawn.values())
     assert not torch.equal(drawn[3], model.prm.draw_negatives(StepContext(step=4, seed=1))[3])
+
+
+def drawn_again_and_again(number: int, wanted: int, generator: torch.Generator) -> list[int]:
+    """The naive way: one after another, and once more where it has been drawn before."""
+    drawn: list[int] = []
+    while len(drawn) < min(number, wanted):
+        one = int(torch.randint(number, (1,), generator=generator))
+        if one not in drawn:
+            drawn.append(one)
+    return drawn
+
+
+@pytest.mark.parametrize(("number", "wanted"), [(12, 3), (5, 3), (3, 3), (2, 3)])
+def test_negatives_are_drawn_without_replacement_as_a_naive_loop_draws_them(number, wanted):
+    draws = 3000
+    counts = torch.zeros(2, number)
+    together = torch.zeros(2, number, number)
+    for way, draw in enumerate((draw_different, drawn_again_and_again)):
+        generator = torch.Generator().manual_seed(way)
+        for _ in range(draws):
+            found = torch.as_tensor(draw(number, wanted, generator))
+            assert len(set(found.tolist())) == len(found) == min(number, wanted)
+            counts[way, found] += 1
+            together[way, found[:, None], found[None]] += 1
+    share = min(number, wanted) / number
+    pair = share * (min(number, wanted) - 1) / (number - 1)
+    torch.testing.assert_close(counts / draws, torch.full((2, number), share), atol=0.04, rtol=0)
+    off_diagonal = together[:, ~torch.eye(number, dtype=torch.bool)] / draws
+    torch.testing.assert_close(off_diagonal, torch.full_like(off_diagonal, pair), atol=0.04, rtol=0)
 
 
 def test_candidates_do_not_see_each_other_nor_later_events():

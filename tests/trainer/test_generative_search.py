@@ -75,10 +75,85 @@ def test_only_allowed_items_are_found_by_either_kind_of_search():
 
 def test_a_free_search_counts_paths_of_no_item():
     search, batch = search_of(SearchConfig(width=60, space="free")), users()
-    found = search.find(batch, k=20, rank_held_out=True, filter_seen=True)
+    found = search.find(batch, k=20, rank_held_out=True, filter_seen=False)
     # All 4 * 5 * 3 paths are walked, and those of the catalogue are few.
     distinct = len(semantic_ids().codes.unique(dim=0))
     torch.testing.assert_close(found.measures["hallucination_rate"], torch.full((4,), 1 - distinct / 60))
+
+
+def test_seen_items_and_lists_are_filtered_inside_a_free_search():
+    batch, allowed = users(), torch.tensor([3, 4, 40, 41, 50, 77, 90])
+    seen = search_of(SearchConfig(width=60, space="free"))
+    listed = search_of(SearchConfig(width=60, space="free"), allowed)
+    codes = semantic_ids().codes
+    for search, filter_seen in ((seen, True), (listed, False), (listed, True)):
+        found = search.find(batch, k=60, rank_held_out=True, filter_seen=filter_seen)
+        scores = search.score(batch, torch.arange(NUM_ITEMS).expand(4, -1))
+        for user in range(4):
+            may = set(range(NUM_ITEMS)) if search is seen else set(allowed.tolist())
+            if filter_seen:
+                past = batch.seen.values[slice(*batch.seen.offsets[user : user + 2])].tolist()
+                may -= set(past) - {int(batch.held_out[user])}
+            # A path stands for the first of its items that is allowed.
+            first = {tuple(codes[item].tolist()): item for item in sorted(may, reverse=True)}
+            expected = sorted(first.values(), key=lambda item: -scores[user, item])
+            count = len(expected)
+            assert found.items[user].tolist() == expected + [-1] * (60 - count)
+            torch.testing.assert_close(found.scores[user, :count], scores[user, expected], atol=1e-4, rtol=0)
+
+
+def naive_first_places(drawn: list[int]) -> list[int]:
+    return [item for place, item in enumerate(drawn) if item >= 0 and item not in drawn[:place]]
+
+
+@pytest.mark.parametrize("method", ["sample", "gumbel"])
+@pytest.mark.parametrize("space", ["catalogue", "free"])
+def test_drawn_lists_hold_each_item_once_in_the_order_drawn(method, space):
+    width = 40
+    config = SearchConfig(width=width, method=method, space=space, temperature=0.7, top_k=4)
+    search, batch = search_of(config), users()
+    batch = replace(batch, held_out=batch.items.values[batch.items.offsets[1:] - 1])
+    found = search.find(batch, k=width, rank_held_out=True, filter_seen=False)
+    drawn = search._decode(batch, None).items.tolist()
+    for user in range(4):
+        expected = naive_first_places(drawn[user])
+        assert found.items[user].tolist() == expected + [-1] * (width - len(expected))
+        assert (found.scores[user] > float("-inf")).tolist() == [True] * len(expected) + [False] * (
+            width - len(expected)
+        )
+        target = int(batch.held_out[user])
+        if method == "sample":
+            expected_rank = 1 + expected.index(target) if target in expected else float("inf")
+            assert found.ranks[user] == expected_rank
+    assert ("hallucination_rate" in found.measures) == (space == "free")
+
+
+@pytest.mark.parametrize("method", ["sample", "gumbel"])
+def test_draws_belong_to_the_user_and_the_seed(method):
+    config, batch = SearchConfig(width=20, method=method), users()
+    ask = lambda search, of: search.find(of, k=20, rank_held_out=False, filter_seen=True).items  # noqa: E731
+    batch = replace(batch, held_out=None)
+    found = ask(search_of(config), batch)
+    assert torch.equal(ask(search_of(config), batch), found)
+    assert torch.equal(ask(search_of(config), batch.select(2, 4)), found[2:])
+    assert not torch.equal(ask(search_of(replace(config, seed=1)), batch), found)
+    for user in range(4):
+        past = batch.seen.values[slice(*batch.seen.offsets[user : user + 2])]
+        assert not torch.isin(found[user], past).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "gumbel", "prm": True}, "search.prm and search.earlier-widths are of beams"),
+        ({"method": "sample", "earlier_widths": (3, 4)}, "are of beams, and search.method is sample"),
+        ({"top_k": 3}, "say what can be drawn"),
+        ({"top_p": 0.5}, "say what can be drawn"),
+    ],
+)
+def test_options_of_beams_and_of_draws_are_not_mixed(options, message):
+    with pytest.raises(ConfigError, match=message):
+        SearchConfig(**options)
 
 
 def test_widths_and_lists_that_cannot_be_are_refused():
@@ -88,12 +163,11 @@ def test_widths_and_lists_that_cannot_be_are_refused():
         search_of(SearchConfig(width=98))
     with pytest.raises(ConfigError, match=r"lists of 11 items need a search.width of at least 11, got 10"):
         search_of(SearchConfig(width=10)).find(users(), k=11, rank_held_out=False, filter_seen=True)
-    with pytest.raises(ConfigError, match=r"act inside a search through the catalogue"):
-        search_of(SearchConfig(space="free"), allowed=torch.tensor([1]))
     batch = users()
-    with pytest.raises(DataError, match=r"leave none to 1 of 4 users"):
-        search = search_of(allowed=batch.items.values[:1])
-        search.find(replace(batch, held_out=None), k=3, rank_held_out=False, filter_seen=True)
+    for space in ("catalogue", "free"):
+        search = search_of(replace(EVERYTHING, width=60, space=space), allowed=batch.items.values[:1])
+        with pytest.raises(DataError, match=r"leave none to 1 of 4 users"):
+            search.find(replace(batch, held_out=None), k=3, rank_held_out=False, filter_seen=True)
 
 
 def test_lists_are_read_from_files_of_item_ids(tmp_path):

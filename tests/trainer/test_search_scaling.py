@@ -1,17 +1,22 @@
 """Whole small runs: PROMISE, a PRM trained alone on its frozen encoder, and what their searches find and cost."""
 
+import io
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
+from cluster.errors import ConfigError
 from cluster.process import Process
 from cluster.storage import Storage
 from data_streams.item_table import ItemTable
 from data_streams.semantic_ids import SemanticIdTable
 from launch.plots import write_scaling
+from launch.served_run import asked_alike
 from models.decoder_only import DecoderOnly
 from models.process_reward import ProcessReward, ProcessRewardConfig
 from models.promise import Promise
@@ -19,6 +24,7 @@ from tests.process_group import run_on_processes
 from tests.tiny_run import build_tiny_data, run, tiny_config
 from trainer.configuration import LogConfig, PretrainConfig, SearchConfig
 from trainer.metric_log import read_metrics
+from trainer.search_scaling import render_scaling
 
 CODE_SIZES = (4, 5, 4)
 WIDTH = 10
@@ -67,7 +73,7 @@ def train_and_compare(process: Process, folder: Path) -> dict:
     from trainer.checkpoint_reader import CheckpointReader
     from trainer.frozen import load_frozen
     from trainer.run_state import load_weights
-    from trainer.search_scaling import compare_searches
+    from trainer.search_scaling import beams_beside, compare_searches
 
     def load(config: PretrainConfig):
         assembly = assemble(config, process)
@@ -81,13 +87,24 @@ def train_and_compare(process: Process, folder: Path) -> dict:
     searched = replace(config, search=replace(config.search, candidates=(10, 20, 40)))
     own = compare_searches(load(searched), prm=None, split="test")
     other = compare_searches(load(searched), prm=load(alone), split="test")
+    larger = load(asked_alike(configs["decoder"], searched))
+    fingerprint = larger.semantic_ids.fingerprint
+    beside = beams_beside(larger, fingerprint=fingerprint, split="test")
+    refused = _refusal(lambda: beams_beside(larger, fingerprint="of others", split="test"))
     frozen = load_frozen(alone, "latest")
     batch = next(iter(load(config).users("test").batches())).select(0, 3)
     paths = frozen.model.item_codes[torch.arange(6).view(3, 2)]
     rows = frozen.lookup(frozen.model.prefix_ids(batch, paths))
     scores = frozen.model.prefix_scores(rows, batch, paths)
     moved = {name: _moved(configs[name], configs[f"prm of {name}"]) for name in ("promise", "decoder")}
-    return {"results": results, "own": own, "other": other, "scores": scores, "moved": moved}
+    found = {"own": own, "other": other, "beside": beside, "refused": refused}
+    return {**found, "results": results, "scores": scores, "moved": moved}
+
+
+def _refusal(call: Callable[[], object]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        call()
+    return str(caught.value)
 
 
 def _moved(config: PretrainConfig, alone: PretrainConfig) -> float:
@@ -132,3 +149,20 @@ def test_more_candidates_cost_the_prm_alone_and_the_table_names_each_search(outc
         "a PRM with an encoder of its own encodes once more"
     )
     assert Path(write_scaling(str(folder), found["own"])).stat().st_size > 10_000
+
+
+def test_plain_beams_of_another_run_stand_beside(outcome):
+    folder, found = outcome
+    beside, plain = found["beside"], found["own"][:3]
+    assert [(line["kind"], line["number"]) for line in beside] == [
+        ("beside", line["number"]) for line in plain
+    ]
+    assert {line["run"] for line in beside} == {str(folder / "decoder")}
+    assert {*beside[0]} == {*plain[0], "run"}, "both are measured alike"
+    assert beside[0]["gflop_per_user"] != plain[0]["gflop_per_user"]
+    assert "must generate the same semantic IDs, of others, and" in found["refused"]
+    table = io.StringIO()
+    Console(file=table, width=400).print(render_scaling([*found["own"], *beside]))
+    assert table.getvalue().count(f"plain, {folder / 'decoder'}") == 3
+    alone = Path(write_scaling(str(folder), found["own"])).read_bytes()
+    assert Path(write_scaling(str(folder), [*found["own"], *beside])).read_bytes() != alone

@@ -174,6 +174,69 @@ def test_a_free_search_over_all_paths_sums_to_one(world):
     torch.testing.assert_close(found.log_probs.exp().sum(1), torch.ones(6))
 
 
+def naive_free_beam(model, rows, batch, codes, user: int, allowed: set[int], width: int):
+    """Paths and items a beam over all paths keeps, where items not allowed are forbidden; by loops."""
+    items_of = {}
+    for item, path in enumerate(codes.tolist()):
+        items_of.setdefault(tuple(path), []).append(item)
+    every = [tuple(path) for path in torch.cartesian_prod(*map(torch.arange, SIZES)).tolist()]
+    own = {path: [item for item in items_of.get(path, ()) if item in allowed] for path in every}
+    is_open = [path for path in every if own[path] or path not in items_of]
+    rows_of_user, alone = one_user(rows, batch, user)
+    of_codes = model.log_probabilities(rows_of_user, alone, torch.tensor(every)[None])[0]
+    totals = {(): 0.0}
+    for depth in range(1, len(SIZES) + 1):
+        longer = {
+            path[:depth]: of_codes[every.index(path), :depth].sum().item()
+            for path in is_open
+            if path[: depth - 1] in totals
+        }
+        totals = dict(sorted(longer.items(), key=lambda entry: -entry[1])[:width])
+    return list(totals), [own[path][0] if own[path] else -1 for path in totals]
+
+
+@pytest.mark.parametrize("width", [60, 9, 3])
+def test_filters_act_inside_a_free_search(world, width):
+    model, rows, batch, codes, trie = world
+    generator = torch.Generator().manual_seed(3)
+    deny = Jagged.from_lengths(
+        torch.randint(NUM_ITEMS, (100,), generator=generator), torch.tensor([0, 40, 5, 40, 10, 5])
+    )
+    # All but a few items are forbidden, so that some prefixes lead to nothing but these.
+    allow = torch.randperm(NUM_ITEMS, generator=generator)[:12]
+    space = FreeSpace(SIZES, trie, AllowedItems.build(trie, num_users=6, allow=allow, deny=deny))
+    found = beam(width).search(model, rows, batch, space, k=width)
+    forced = model.log_probabilities(
+        rows, batch, found.paths, space=space, distribution=beam(1).distribution()
+    )
+    torch.testing.assert_close(forced.sum(-1), found.log_probs, atol=1e-5, rtol=0)
+    for user in range(batch.num_users):
+        denied = deny.values[deny.offsets[user] : deny.offsets[user + 1]].tolist()
+        allowed = set(allow.tolist()) - set(denied)
+        paths, items = naive_free_beam(model, rows, batch, codes, user, allowed, width)
+        count = len(paths)
+        assert count < 60 if width == 60 else count == width, "a narrow beam is full whatever is forbidden"
+        assert [tuple(path) for path in found.paths[user, :count].tolist()] == paths
+        assert found.items[user].tolist() == items + [-1] * (width - count)
+        assert (found.log_probs[user, count:] == float("-inf")).all()
+    assert found.legal.any() and not found.legal.all()
+
+
+def test_a_free_search_never_enters_a_prefix_of_forbidden_items_alone():
+    sizes = (2, 3)
+    codes = torch.tensor([[0, 0], [0, 1], [0, 2], [1, 1]])
+    trie, model = PrefixTrie.build(codes, sizes), make_generator(sizes, 4)
+    rows, batch = make_users([2, 3], 4)
+    deny = Jagged.from_lengths(torch.tensor([0, 1, 2, 3]), torch.tensor([3, 1]))
+    space = FreeSpace(sizes, trie, AllowedItems.build(trie, num_users=2, deny=deny))
+    found = beam(6).search(model, rows, batch, space, k=6)
+    paths = [{tuple(path) for path in user if path[0] >= 0} for user in found.paths.tolist()]
+    assert paths == [{(1, 0), (1, 1), (1, 2)}, {(0, 0), (0, 1), (0, 2), (1, 0), (1, 2)}]
+    assert found.kept[0].tolist()[0].count(-1) == 1 and -1 not in found.kept[0].tolist()[1]
+    narrow = beam(1).search(model, rows, batch, space, k=1)
+    assert narrow.filled.all() and narrow.paths[0, 0, 0] == 1
+
+
 def test_a_guide_with_no_choice_changes_only_the_order(world):
     model, rows, batch, codes, _ = world
     space = CatalogueSpace(PrefixTrie.build(torch.unique(codes, dim=0), SIZES))

@@ -49,6 +49,20 @@ def test_a_search_gives_allowed_items_with_the_probability_of_their_paths(world,
 
 
 @pytest.mark.parametrize("name", SEARCHES)
+def test_a_free_search_gives_no_forbidden_items(world, name):
+    model, rows, batch, space, deny = world
+    free = FreeSpace(SIZES, space.trie, space.allowed)
+    search = plugin_config("models.decoding", name)().build()
+    found = search.search(model, rows, batch, free, k=50, seeds=torch.arange(3))
+    assert found.filled.all() and not found.legal.all() and (found.log_probs > float("-inf")).all()
+    for user in range(3):
+        denied = deny.values[deny.offsets[user] : deny.offsets[user + 1]]
+        assert not torch.isin(found.items[user], denied).any()
+    forced = model.log_probabilities(rows, batch, found.paths, space=free, distribution=search.distribution())
+    torch.testing.assert_close(forced.sum(-1), found.log_probs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
 def test_a_batch_without_users_gives_nothing(world, name):
     model, _, _, space, _ = world
     rows, batch = make_users([], NUM_ITEMS)
