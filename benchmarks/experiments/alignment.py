@@ -77,8 +77,9 @@ class Options:
     policy: str = POLICY
     """Options of the generator's pretraining, given as --policy="..." with an equals sign."""
     align: str = (
-        "--train.learning-rate 3e-4 --train.ema-decay 0.99 --align.users-per-step 32 --align.group-size 32 "
-        "--train.validate-every-steps 100 --log.every-steps 1 --rollout.workers 0 --reward.workers 0"
+        "--train.epochs 4 --train.learning-rate 1e-4 --train.warmup-steps 60 --train.ema-decay 0.99 "
+        "--align.users-per-step 32 --align.group-size 32 --train.validate-every-steps 200 --log.every-steps 1 "
+        "--rollout.workers 0 --reward.workers 0"
     )
     """Options of all alignments, given as --align="--train.max-steps 100 ..." with an equals sign."""
 
