@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import NullFormatter
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = {
@@ -64,6 +65,7 @@ def draw_curves(
             exponents[varied][side] = fitted_exponent(sizes, values)
             panel.plot(sizes, values, "o-", label=f"{side}: {varied}^{exponents[varied][side]:.2f}")
         panel.set(xscale="log", yscale="log", xlabel=varied, ylabel="seconds")
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.legend(fontsize=8)
         panel.grid(alpha=0.3)
     figure.tight_layout()
