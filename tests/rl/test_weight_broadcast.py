@@ -78,7 +78,8 @@ def test_every_worker_gets_the_bits_of_the_learner_though_one_dies_and_one_hangs
     os.kill(dead, signal.SIGKILL)
     begun = time.monotonic()
     assert not sender.send(9, make_weights(9))
-    assert time.monotonic() - begun < TIMEOUT_S
+    # Mostly at once; a send of gloo's that is on its way keeps the survivor connected until its own time-out.
+    assert time.monotonic() - begun < 3 * TIMEOUT_S
     assert "weights 9 did not reach all rollout workers" in caplog.text and pool.deaths == 1
     os.kill(halted, signal.SIGSTOP)
     impatient = WeightSender(pool, nccl=False, start_timeout_s=0, timeout_s=1)
