@@ -67,6 +67,8 @@ class _Work:
     """Whether it is given to another member when one dies with it."""
     deaths: int = 0
     """Members that have died with it."""
+    due: float = math.inf
+    """When the member that has it is ended."""
 
 
 class Pool:
@@ -88,15 +90,17 @@ class Pool:
         gpus_per_member: float = 0.0,
         max_deaths: int = 10,
         patience_s: float = 60.0,
+        item_timeout_s: float = math.inf,
         name: str = "pool",
         placement: Placement | None = None,
     ):
         """`max_deaths` counts those between two finished items; `patience_s` is how long the pool may be without
-        a ready member, once it had one. A pool that an actor keeps needs the `placement` that its driver has made:
-        a reservation of an actor's own outlives it (Ray 2.60)."""
+        a ready member, once it had one; a member that takes longer than `item_timeout_s` for an item hangs, and is
+        ended as if it had died. A pool that an actor keeps needs the `placement` that its driver has made: a
+        reservation of an actor's own outlives it (Ray 2.60)."""
         start_ray(cluster, num_cpus=math.ceil(members * cpus_per_member))
         self.build, self.arguments, self.name = build, arguments, name
-        self.max_deaths, self.patience_s = max_deaths, patience_s
+        self.max_deaths, self.patience_s, self.item_timeout_s = max_deaths, patience_s, item_timeout_s
         self._is_own_placement = placement is None
         self.placement = placement or place(
             members, cpus=cpus_per_member, gpus=gpus_per_member, timeout_s=cluster.start_timeout_s
@@ -218,6 +222,7 @@ class Pool:
         """Start and hand out what is due, wait for an answer; results that came, and the answers they came from."""
         self._start_due()
         self._hand_out()
+        self._end_overdue()
         ready = self._wait(max(min(seconds, self._time_to_act()), 0.0))
         results = [result for reference in ready for result in self._take(reference)]
         self._check_not_gone()
@@ -226,7 +231,19 @@ class Pool:
     def _hand_out(self) -> None:
         while self._idle and self._queue:
             slot, work = self._idle.pop(), self._queue.popleft()
+            work.due = time.monotonic() + self.item_timeout_s
             self._busy[slot.actor.work.remote(work.item)] = (slot, work)
+
+    def _end_overdue(self) -> None:
+        now = time.monotonic()
+        for slot, work in self._busy.values():
+            if work is not None and now >= work.due:
+                logger.warning(
+                    "member %d of the %s has had item %d for %.0f s; it hangs, and is replaced",
+                    *(slot.index, self.name, work.ticket, self.item_timeout_s),
+                )
+                work.due = math.inf
+                ray.kill(slot.actor)
 
     def _wait(self, seconds: float) -> list[Any]:
         if not self._busy:
@@ -297,6 +314,7 @@ class Pool:
     def _time_to_act(self) -> float:
         """Seconds until something is due even if no member answers."""
         now, due = time.monotonic(), [slot.restart_at for slot in self.slots if slot.restart_at is not None]
+        due += [work.due for _, work in self._busy.values() if work is not None]
         if self._gone_since is not None:
             due.append(self._gone_since + self._limit_s)
         return max(min(due) - now, _SHORTEST_WAIT_S) if due else math.inf

@@ -59,6 +59,8 @@ class RolloutConfig:
     once, by NCCL where it and the workers have an accelerator each, by gloo otherwise."""
     wait_s: float = 60.0
     """How long a run waits for a rollout worker when all have died; then it stops and can be resumed."""
+    timeout_s: float = 600.0
+    """How long a worker may take for the prompts it was given; then it is replaced, and another draws for them."""
 
     def __post_init__(self) -> None:
         if self.workers < 0:

@@ -33,6 +33,8 @@ class RewardPoolConfig:
     """Users whose completions are scored together by one worker; None shares a batch out evenly."""
     wait_s: float = 60.0
     """How long a run waits for a reward worker when all have died; then it stops and can be resumed."""
+    timeout_s: float = 600.0
+    """How long a worker may take for the groups it was given; then it is replaced, and another scores them."""
 
     def __post_init__(self) -> None:
         if self.workers < 0 or (self.groups_per_call is not None and self.groups_per_call < 1):
@@ -161,6 +163,7 @@ class RewardPool(Rewards):
             cpus_per_member=config.cpus_per_worker,
             gpus_per_member=config.gpus_per_worker,
             patience_s=config.wait_s,
+            item_timeout_s=config.timeout_s,
             name=NAME,
             placement=placement,
         )

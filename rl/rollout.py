@@ -151,6 +151,7 @@ class PooledRollouts(Rollouts):
                 cpus_per_member=config.cpus_per_worker,
                 gpus_per_member=config.gpus_per_worker,
                 patience_s=config.wait_s,
+                item_timeout_s=config.timeout_s,
                 name=NAME,
                 placement=placement,
             )

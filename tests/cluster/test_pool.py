@@ -25,6 +25,16 @@ def _build_squarer(marker: str):
     return square
 
 
+def _build_halting(marker: str):
+    def square(item: int) -> int:
+        if item == 2 and not Path(marker).exists():
+            Path(marker).touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return item * item
+
+    return square
+
+
 def _build_deadly():
     return lambda item: os.kill(os.getpid(), signal.SIGKILL)
 
@@ -52,6 +62,14 @@ def test_a_pool_finishes_every_item_though_a_member_is_killed(tmp_path, caplog):
     assert {index: square for index, (square, _) in answers.items()} == {n: n * n for n in range(10)}
     assert "died with item 5" in caplog.text and pool.deaths == 1
     assert len({pid for _, pid in answers.values()}) <= 3
+
+
+def test_a_member_that_hangs_is_replaced_and_its_item_given_to_another(tmp_path, caplog):
+    with Pool(
+        _build_halting, str(tmp_path / "marker"), members=2, cluster=TWO, item_timeout_s=2, name="reward pool"
+    ) as pool:
+        assert dict(pool.map(range(5))) == {n: n * n for n in range(5)}
+    assert "of the reward pool has had item 2 for 2 s; it hangs" in caplog.text and pool.deaths == 1
 
 
 def test_an_item_that_kills_every_member_ends_the_pool_with_its_number():
