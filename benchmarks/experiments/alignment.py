@@ -219,7 +219,9 @@ def _evaluated(run_dir: Path, checkpoint: str, prefix: Path) -> pl.DataFrame:
         for space, more in (("catalogue", ()), ("free", ("--evaluation.no-filter-seen",))):
             file = Path(f"{prefix}-{space}.parquet")
             given = ["--evaluation.cutoffs", "10", "50", "--search.space", space, "--search.width", "50"]
-            grail("evaluate", str(run_dir), "--checkpoint", checkpoint, *given, *more, "--per-user", str(file))
+            grail(
+                "evaluate", str(run_dir), "--checkpoint", checkpoint, *given, *more, "--per-user", str(file)
+            )
             parts.append(pl.read_parquet(file).sort("user_row"))
         parts[0].with_columns(parts[1]["hallucination_rate"]).write_parquet(kept)
     return pl.read_parquet(kept)
