@@ -8,6 +8,7 @@ from a policy that is there already, by the rewards for hits and ranks, which ne
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,10 @@ POLICY = (
     "--train.learning-rate 3e-3 --train.precision fp32"
 )
 METRICS = ("recall@10", "recall@50", "ndcg@10", "utility@10", "utility@50", "hallucination_rate")
+COMPARED = ("utility@10", "utility@50", "ndcg@10", "recall@50")
+"""User by user with the start."""
+DRAWN = ("utility@50", "ndcg@10")
+"""The first there is."""
 START, LAST, BEST = "SFT", "last", "best"
 REWARD_STEPS = 20
 """Steps whose mean reward is that of a policy; of the start the first step alone."""
@@ -231,16 +236,15 @@ def _write(options: Options, found: Found) -> None:
     """The table: means over seeds; changes with their intervals over users, paired with the start."""
     columns = next(iter(found.values()))[START, BEST][0].users.columns
     metrics = [metric for metric in METRICS if metric in columns]
-    main_metric = _main_metric(columns)
+    compared = [metric for metric in COMPARED if metric in columns]
     head = ["world", "policy", "step", "runs", "reward of the start", "reward", *metrics]
-    head += [f"{main_metric} against SFT", f"{main_metric} - SFT (95 %)", "recall@50 - SFT (95 %)"]
+    head += [f"{metric} against SFT (95 %)" for metric in compared]
     lines = [*_preface(options, found), f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for world, results in found.items():
         start = results[START, BEST][0].users
         for (name, which), runs in results.items():
-            cells = _cells(runs, start, metrics, main_metric)
-            if name == START:
-                cells[-3:] = [""] * 3
+            cells = _cells(runs, start, metrics, () if name == START else compared)
+            cells += [""] * (len(head) - 3 - len(cells))
             lines.append(f"| {' | '.join([world, name, f'{which} ({_steps(runs)})', *cells])} |")
     (Path(options.out) / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines), flush=True)
@@ -260,7 +264,9 @@ def _preface(options: Options, found: Found) -> list[str]:
     return [*lines, ""]
 
 
-def _cells(runs: list[Result], start: pl.DataFrame, metrics: list[str], main_metric: str) -> list[str]:
+def _cells(
+    runs: list[Result], start: pl.DataFrame, metrics: Sequence[str], compared: Sequence[str]
+) -> list[str]:
     means = {metric: np.mean([run.users[metric].mean() for run in runs]) for metric in metrics}
     rewards = (
         [getattr(run, name) for run in runs if getattr(run, name) is not None]
@@ -268,19 +274,13 @@ def _cells(runs: list[Result], start: pl.DataFrame, metrics: list[str], main_met
     )
     cells = [str(len(runs)), *(f"{np.mean(values):.4f}" if values else "" for values in rewards)]
     cells += [f"{means[metric]:.4f}" for metric in metrics]
-    cells.append(f"{means[main_metric] / start[main_metric].mean() - 1:+.1%}")
-    for metric in (main_metric, "recall@50"):
-        cells.append(str(paired_change([run.users for run in runs], [start], metric)))
-    return cells
+    users = [run.users for run in runs]
+    return cells + [paired_change(users, [start], metric).as_share() for metric in compared]
 
 
 def _steps(runs: list[Result]) -> str:
     steps = sorted({run.step for run in runs})
     return str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
-
-
-def _main_metric(columns: list[str]) -> str:
-    return "utility@10" if "utility@10" in columns else "ndcg@10"
 
 
 def _draw(file: Path, found: Found) -> None:
@@ -290,7 +290,8 @@ def _draw(file: Path, found: Found) -> None:
         figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True
     ):
         colours: dict[str, str] = {}
-        metric = _main_metric(results[START, BEST][0].users.columns)
+        columns = results[START, BEST][0].users.columns
+        metric = next(metric for metric in DRAWN if metric in columns)
         for (name, which), runs in results.items():
             colour = colours.setdefault(name, f"C{len(colours)}")
             values = [run.users[metric].mean() for run in runs]

@@ -58,8 +58,9 @@ def test_the_start_stands_beside_the_last_and_the_best_step_of_each_world(comman
     assert (
         found[0]["reward"] == "0.2000" and found[1]["reward"] == "0.5000" and found[2]["reward"] == "0.3000"
     )
-    assert found[1]["utility@10 against SFT"] == "+200.0%"
-    assert found[2]["recall@50 - SFT (95 %)"] == "+0.1000 to +0.1000"
+    assert found[0]["utility@50 against SFT (95 %)"] == ""
+    assert found[1]["utility@50 against SFT (95 %)"] == "+200.0% (+200.0% to +200.0%)"
+    assert found[2]["recall@50 against SFT (95 %)"] == "+100.0% (+100.0% to +100.0%)"
     text = (tmp_path / "table.md").read_text()
     assert f"middle {world_fingerprint()}" in text and "vary the alignment only" in text
     assert (tmp_path / "picture.png").exists()
@@ -90,7 +91,8 @@ def test_on_data_of_ones_own_nothing_is_prepared(commands, tmp_path):
     assert all("hit,rank" in words for words in commands if words[0] == "align")
     found = rows(tmp_path)
     assert {row["world"] for row in found} == {"beauty"} and len(found) == 5
-    assert found[1]["ndcg@10 - SFT (95 %)"] == "+0.2000 to +0.2000" and "utility@10" not in found[1]
+    assert found[1]["ndcg@10 against SFT (95 %)"] == "+200.0% (+200.0% to +200.0%)"
+    assert "utility@10" not in found[1]
     assert "Fingerprints" not in (tmp_path / "table.md").read_text()
 
 
