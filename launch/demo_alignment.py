@@ -131,12 +131,16 @@ class AlignmentDemo:
         return align.align(align.parse_config(f"{self.out}/policy", options))
 
     def evaluate(self) -> dict[str, dict[str, Any]]:
-        """The policy before and after, by the held-out clicks and by the truth of the world."""
+        """The policy before and after, by the held-out clicks and by the truth of the world.
+
+        After the last step: by held-out clicks alone, which are not what is rewarded, the start may be best.
+        """
         from launch.commands import evaluate
 
+        steps = {"policy": "best", "aligned": "latest"}
         return {
-            name: evaluate.evaluate(_at(load_config(f"{self.out}/{name}")))["metrics"]
-            for name in ("policy", "aligned")
+            name: evaluate.evaluate(_at(load_config(f"{self.out}/{name}")), checkpoint=step)["metrics"]
+            for name, step in steps.items()
         }
 
 

@@ -111,12 +111,14 @@ def _heading(place: str, text: str) -> None:
 
 
 def _summary(out: str, found: dict[str, Any], generator: dict[str, dict[str, float]], seconds: float) -> None:
-    metric = "ndcg@10"
-    others = {name: round(metrics[metric], 4) for name, metrics in found["baselines"].items()}
+    others = {name: round(metrics["ndcg@10"], 4) for name, metrics in found["baselines"].items()}
     _heading("done", f"in {duration(seconds)}")
-    print(f"{metric} of the test clicks: {found['metrics'][metric]:.4f}; others: {json.dumps(others)}")
-    before, after = (generator[name]["utility@10"] for name in ("policy", "aligned"))
-    print(f"true utility of the generator's lists (random 0, best 1): {before:.4f} before, {after:.4f} after")
+    print(f"ndcg@10 of the test clicks: {found['metrics']['ndcg@10']:.4f}; others: {json.dumps(others)}")
+    for metric, words in {"utility@10": "true utility (random 0, best 1)", "ndcg@10": "ndcg@10"}.items():
+        before, after = (generator[name][metric] for name in ("policy", "aligned"))
+        print(
+            f"{words} of the generator's lists: {before:.4f} before alignment, {after:.4f} after its last step"
+        )
     print(f"Pictures: {out}/shards/inspect.png (the data), {out}/run/{CURVES} (the training),")
     print(f"          {out}/aligned/{ALIGNMENT_CURVES} (the alignment)")
     print(f"Numbers:  {out}/run/metrics.jsonl, {out}/run/evaluation.json")
