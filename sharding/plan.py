@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 _KINDS = {"row_wise": ShardingType.ROW_WISE.value, "table_wise": ShardingType.TABLE_WISE.value}
 _GIB = 2**30
 _MIB = 2**20
+_DIM_UNIT = 4
+"""Of the kernels of fbgemm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +44,17 @@ class TablePlacement:
 
 
 def collections(specs: Sequence[TableSpec]) -> dict[str, EmbeddingCollection]:
-    """TorchRec modules on the meta device; tables of one collection share their dimension."""
+    """TorchRec modules on the meta device; tables of one collection share their dimension.
+
+    Raises: PlanError for a dimension that its kernels do not know.
+    """
     by_dim: dict[int, list[TableSpec]] = {}
     for spec in specs:
+        if spec.dim % _DIM_UNIT:
+            raise PlanError(
+                f"the rows of a table must have a multiple of {_DIM_UNIT} numbers, and those of {spec.name} have "
+                f"{spec.dim}; give the model such a width"
+            )
         by_dim.setdefault(spec.dim, []).append(spec)
     return {
         f"dim{dim}": EmbeddingCollection(

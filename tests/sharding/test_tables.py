@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -124,3 +126,10 @@ def test_a_placement_of_an_unknown_table_names_the_tables_there_are():
 def test_tables_that_do_not_fit_are_a_plan_error():
     (message,) = run_on_processes(plan_with, 1, {"hbm_gib_per_worker": 0.000001})
     assert "do not fit on 1 workers" in message and "more workers" in message
+
+
+def test_rows_of_a_size_that_the_kernels_do_not_know_are_refused():
+    from sharding.plan import collections
+
+    with pytest.raises(PlanError, match=r"multiple of 4 numbers, and those of item have 50; give .* width"):
+        collections([replace(ITEM, dim=50)])
