@@ -9,7 +9,7 @@ from a policy that is there already, by the rewards for hits and ranks, which ne
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,10 @@ from matplotlib.figure import Figure
 
 from benchmarks.setting.commands import grail
 from benchmarks.setting.paired import paired_change
+from benchmarks.setting.report import Table
 from cluster.errors import ConfigError
 from data_streams.world import World, WorldConfig, world_fingerprint
+from trainer.metric_log import read_metrics
 
 WORLDS = {
     "middle": WorldConfig(num_users=6000, num_items=1500, num_clusters=40, mean_clicks=40.0, seed=0),
@@ -91,14 +93,19 @@ class Options:
     def __post_init__(self) -> None:
         if len({bool(name) for name in (self.data, self.ids, self.policy_run)}) > 1:
             raise ConfigError("--data, --ids and --policy-run are given together, or none of them")
-        known = OWN_VARIANTS if self.data else VARIANTS
-        if unknown := {*self.variants} - {*known}:
-            raise ConfigError(f"--variants must be of {', '.join(known)}; got {', '.join(sorted(unknown))}")
+        if unknown := {*self.variants} - {*self.known}:
+            raise ConfigError(
+                f"--variants must be of {', '.join(self.known)}; got {', '.join(sorted(unknown))}"
+            )
+
+    @property
+    def known(self) -> dict[str, str]:
+        """The variants there are, with their options."""
+        return OWN_VARIANTS if self.data else VARIANTS
 
     def chosen(self) -> dict[str, str]:
-        """The variants to compare, with their options."""
-        known = OWN_VARIANTS if self.data else VARIANTS
-        return {name: known[name] for name in self.variants or known}
+        """Those to compare."""
+        return {name: self.known[name] for name in self.variants or self.known}
 
     def places(self) -> tuple[str, ...]:
         """Names of the worlds, or that of the data."""
@@ -152,8 +159,8 @@ def _prepare(folder: Path, world: str, options: Options) -> None:
     config = WORLDS[world]
     _require_same(folder, config)
     size = []
-    for name in ("num_users", "num_items", "num_clusters", "mean_clicks", "seed", "noise"):
-        size += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+    for name, value in asdict(config).items():
+        size += [f"--{name.replace('_', '-')}", str(value)]
     pages = "--keep-exposures --sequence-actions click cart purchase --split-actions click".split()
     sizes = [str(options.code_size)] * 3
     tokenize = ["--data", f"{folder}/clicks", "--embeddings.from-run", f"{folder}/items"]
@@ -207,7 +214,7 @@ def _result(run_dir: Path, which: str, start: pl.DataFrame) -> Result:
     """The last or the best step on held-out items of a run; step 0 is the start itself."""
     ended = json.loads((run_dir / "alignment.json").read_text())
     step = ended["step" if which == LAST else "best_step"]
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(str(run_dir))
     rewards = [line["align/reward"] for line in lines if "align/reward" in line and line["step"] <= step]
     first = next(line["align/reward"] for line in lines if "align/reward" in line)
     users = _evaluated(run_dir, str(step), run_dir / "users") if step else start
@@ -239,15 +246,16 @@ def _write(options: Options, found: Found) -> None:
     compared = [metric for metric in COMPARED if metric in columns]
     head = ["world", "policy", "step", "runs", "reward of the start", "reward", *metrics]
     head += [f"{metric} against SFT (95 %)" for metric in compared]
-    lines = [*_preface(options, found), f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for world, results in found.items():
         start = results[START, BEST][0].users
         for (name, which), runs in results.items():
             cells = _cells(runs, start, metrics, () if name == START else compared)
             cells += [""] * (len(head) - 3 - len(cells))
-            lines.append(f"| {' | '.join([world, name, f'{which} ({_steps(runs)})', *cells])} |")
-    (Path(options.out) / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines), flush=True)
+            rows.append([world, name, f"{which} ({_steps(runs)})", *cells])
+    text = "\n".join([*_preface(options, found), str(Table(head, rows))]) + "\n"
+    (Path(options.out) / "table.md").write_text(text)
+    print(text, end="", flush=True)
     _draw(Path(options.out) / "picture.png", found)
 
 

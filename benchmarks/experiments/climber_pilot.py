@@ -6,6 +6,7 @@ pretrained run.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -16,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.setting.commands import evaluated_users, option_words, pretrain_once
-from benchmarks.setting.paired import paired_change
+from benchmarks.setting.paired import CHANGE_HEAD, change_cells, paired_change
 from benchmarks.setting.report import Table, draw_points, mean_cells, write_tables
 
 CUTOFFS = ("10", "20", "50")
@@ -126,7 +127,7 @@ def reference(variant: Variant | str, options: Options) -> Variant | str:
     return replace(variant, branches=min(options.branches))
 
 
-def compared(found: Found, options: Options) -> tuple[list[str], list[list[str]]]:
+def compared(found: Found, options: Options) -> tuple[Sequence[str], list[list[str]]]:
     """Head and rows of what changes user by user, over the seeds that both have."""
     rows = []
     for variant, runs in found.items():
@@ -137,9 +138,8 @@ def compared(found: Found, options: Options) -> tuple[list[str], list[list[str]]
         measured = {*runs[0].columns} & {*found[before][0].columns}
         for metric in (name for name in COMPARED if name in measured):
             change = paired_change(runs[:seeds], found[before][:seeds], metric)
-            cells = [str(before), str(variant), metric, str(seeds), f"{change.mean:+.4f}", str(change)]
-            rows.append([*cells, change.as_share()])
-    return ["from", "to", "metric", "seeds", "change", "95 %", "relative (95 %)"], rows
+            rows.append(change_cells(before, variant, metric, seeds, change))
+    return CHANGE_HEAD, rows
 
 
 def curves(found: Found, metric: str) -> dict[tuple[int, float], list[tuple[float, list[float]]]]:

@@ -13,7 +13,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from benchmarks.setting.commands import evaluated_users, option_words, pretrain_once
-from benchmarks.setting.paired import paired_change
+from benchmarks.setting.paired import CHANGE_HEAD, change_cells, paired_change
 from benchmarks.setting.report import Table, draw_points, mean_cells, write_tables
 from cluster.errors import ConfigError
 from data_streams.batch import CLICKED, SequenceBatch
@@ -206,19 +206,8 @@ def compared(
         for metric in METRICS if seeds else ():
             change = paired_change(frames[after][:seeds], frames[before][:seeds], metric)
             excluded = "yes" if change.excludes_loss(LOSS) else "no"
-            cells = [str(before), str(after), metric, str(seeds), f"{change.mean:+.4f}", str(change)]
-            rows.append([*cells, change.as_share(), excluded])
-    head = [
-        "from",
-        "to",
-        "metric",
-        "seeds",
-        "change",
-        "95 %",
-        "relative (95 %)",
-        f"excludes a loss of {LOSS:.0%}",
-    ]
-    return head, rows
+            rows.append([*change_cells(before, after, metric, seeds, change), excluded])
+    return [*CHANGE_HEAD, f"excludes a loss of {LOSS:.0%}"], rows
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from scipy.optimize import curve_fit
 
 from benchmarks.setting.commands import grail, option_words
 from cluster.errors import ConfigError
+from trainer.metric_log import METRICS_NAME, read_metrics
 
 SHAPES = {16: (2, 2), 32: (2, 2), 48: (3, 2), 64: (4, 2), 96: (4, 4), 128: (6, 4), 192: (8, 6)}
 """Width -> blocks, heads."""
-METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ def fit_law(sizes: Sequence[float], losses: Sequence[float]) -> dict[str, float]
 
 def _loss(options: Options, width: int, seed: int) -> float:
     run_dir, (blocks, heads) = Path(options.out) / f"width-{width}-seed-{seed}", SHAPES[width]
-    if not (run_dir / METRICS).exists():
+    if not (run_dir / METRICS_NAME).exists():
         extra = option_words(options.extra)
         grail(
             *("pretrain", "onerec-v2-world", "--data.path", options.data),
@@ -99,8 +99,7 @@ def _loss(options: Options, width: int, seed: int) -> float:
             *extra,
             *("model.feedforward:feed-forward-config", "--model.feedforward.hidden", str(4 * width)),
         )
-    lines = [json.loads(line) for line in (run_dir / METRICS).read_text().splitlines()]
-    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    losses = [line["train/loss"] for line in read_metrics(str(run_dir)) if "train/loss" in line]
     return float(np.mean(losses[-max(int(options.last_part * len(losses)), 1) :]))
 
 

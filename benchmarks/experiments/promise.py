@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.setting.commands import evaluated_users, grail, option_words, pretrain_once
-from benchmarks.setting.paired import paired_change
+from benchmarks.setting.paired import CHANGE_HEAD, change_cells, paired_change
 from benchmarks.setting.report import Table, draw_points, mean_cells, write_tables
 from cluster.errors import ConfigError
 from data_streams.semantic_ids import SemanticIdTable
@@ -185,8 +185,7 @@ def compared(found: dict[str, list[pl.DataFrame]]) -> list[list[str]]:
             continue
         for metric in COMPARED:
             change = paired_change(found[after], found[before], metric)
-            cells = [before, after, metric, str(len(found[after])), f"{change.mean:+.4f}", str(change)]
-            rows.append([*cells, change.as_share()])
+            rows.append(change_cells(before, after, metric, len(found[after]), change))
     return rows
 
 
@@ -200,14 +199,13 @@ def _write(options: Options, found: dict[str, list[pl.DataFrame]], scaling: dict
     cost_rows = scaling_rows(own, names)
     larger = mean_lines(scaling[LARGER])
     cost_rows += [[LARGER, *row[1:]] for row in scaling_rows(larger, names)]
-    pair_head = ["from", "to", "metric", "seeds", "change", "95 %", "relative (95 %)"]
     cost_head = ["search", "K+ or width", "GFLOP per user", "ms per user"]
     cost_head += [f"{name} (plain beam of equal FLOPs)" for name in names]
     folder = Path(options.out)
     write_tables(
         folder,
         Table(["search", "seeds", *measured], rows),
-        Table(pair_head, compared(found)),
+        Table(CHANGE_HEAD, compared(found)),
         Table(cost_head, cost_rows),
     )
     figure = Figure(figsize=(15, 4.5), layout="constrained")

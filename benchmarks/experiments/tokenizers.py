@@ -13,8 +13,10 @@ import tyro
 from matplotlib.figure import Figure
 
 from benchmarks.setting.commands import evaluated, grail, option_words
+from benchmarks.setting.report import Table, draw_intervals, write_tables
 
 METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
+DRAWN = "recall@10"
 TOKENIZERS: dict[str, tuple[str, ...]] = {
     "residual-kmeans": ("residual-kmeans",),
     "residual-kmeans, reassigned": ("residual-kmeans", "--collisions", "reassign"),
@@ -90,25 +92,19 @@ def _trained(options: Options, table: Path, seed: int) -> dict:
 def _write(folder: Path, found: dict[tuple[str, str], tuple[dict, list[dict]]]) -> None:
     """The table, means over seeds, and the picture."""
     names = ["tokenizer", "input", "share a path", "purity of the first code", "seeds", *METRICS]
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    rows = []
     for (tokenizer, given), (report, results) in found.items():
         means = [sum(result["metrics"][name] for result in results) / len(results) for name in METRICS]
         purity = f"{report['purity'][0]:.3f}" if report.get("purity") else ""
         cells = [tokenizer, given, f"{report['collision_rate']:.2%}", purity, str(len(results))]
-        lines.append(f"| {' | '.join([*cells, *(f'{mean:.4f}' for mean in means)])} |")
-    (folder / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines), flush=True)
+        rows.append([*cells, *(f"{mean:.4f}" for mean in means)])
+    write_tables(folder, Table(names, rows))
     figure = Figure(figsize=(8, 1 + 0.35 * len(found)), layout="constrained")
-    axes = figure.subplots()
-    for place, (_, results) in enumerate(found.values()):
-        for result in results:
-            low, high = result["intervals"]["recall@10"]
-            axes.plot([low, high], [place, place], color="tab:blue", alpha=0.4, linewidth=4)
-            axes.plot(result["metrics"]["recall@10"], place, "o", color="tab:blue")
-    axes.set_yticks(range(len(found)), [f"{tokenizer}, {given}" for tokenizer, given in found])
-    axes.invert_yaxis()
-    axes.set_xlabel("recall@10, a point and a 95 % interval over users for each seed")
-    axes.grid(axis="x", alpha=0.3)
+    drawn = {
+        ", ".join(name): [(one["metrics"][DRAWN], *one["intervals"][DRAWN]) for one in results]
+        for name, (_, results) in found.items()
+    }
+    draw_intervals(figure.subplots(), drawn, DRAWN)
     figure.savefig(folder / "picture.png", dpi=120)
 
 

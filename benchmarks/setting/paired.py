@@ -10,6 +10,8 @@ from cluster.errors import DataError
 from trainer.metrics import resampled_means
 
 RESAMPLES = 2_000
+CHANGE_HEAD = ("from", "to", "metric", "seeds", "change", "95 %", "relative (95 %)")
+"""Of a table with a row of `change_cells` for each pair and metric."""
 NO_SHARE = float("nan")
 """Where nothing, or hardly anything, was found before."""
 
@@ -57,6 +59,18 @@ def paired_change(runs: Sequence[pl.DataFrame], starts: Sequence[pl.DataFrame], 
         relative=float(own.mean() / other.mean() - 1) if is_share else NO_SHARE,
         relative_interval=_interval(after / before - 1) if is_share else (NO_SHARE, NO_SHARE),
     )
+
+
+def change_cells(before: object, after: object, metric: str, seeds: int, change: Change) -> list[str]:
+    return [
+        str(before),
+        str(after),
+        metric,
+        str(seeds),
+        f"{change.mean:+.4f}",
+        str(change),
+        change.as_share(),
+    ]
 
 
 def _by_user(frames: Sequence[pl.DataFrame], metric: str) -> np.ndarray:

@@ -11,6 +11,9 @@ from trainer.metrics import bootstrap_intervals
 
 RESAMPLES = 1_000
 
+Interval = tuple[float, float, float]
+"""Mean, low and high end."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -40,13 +43,23 @@ def mean_cells(runs: Sequence[pl.DataFrame], metrics: Sequence[str]) -> list[str
 
 
 def draw_points(axes: Axes, found: Mapping[str, Sequence[pl.DataFrame]], metric: str) -> None:
+    """`draw_intervals` of metrics by user."""
+    draw_intervals(
+        axes, {name: [_interval(run, metric) for run in runs] for name, runs in found.items()}, metric
+    )
+
+
+def _interval(run: pl.DataFrame, metric: str) -> Interval:
+    low, high = bootstrap_intervals({metric: run[metric].to_numpy()}, resamples=RESAMPLES)[metric]
+    return run[metric].mean(), low, high
+
+
+def draw_intervals(axes: Axes, found: Mapping[str, Sequence[Interval]], metric: str) -> None:
     """A line for each name; on it a point and a 95 % interval over users for each seed."""
-    for place, runs in enumerate(found.values()):
-        for run in runs:
-            values = {metric: run[metric].to_numpy()}
-            low, high = bootstrap_intervals(values, resamples=RESAMPLES)[metric]
+    for place, intervals in enumerate(found.values()):
+        for mean, low, high in intervals:
             axes.plot([low, high], [place, place], color="tab:blue", alpha=0.4, linewidth=4)
-            axes.plot(run[metric].mean(), place, "o", color="tab:blue")
+            axes.plot(mean, place, "o", color="tab:blue")
     axes.set_yticks(range(len(found)), list(found))
     axes.invert_yaxis()
     axes.set_xlabel(f"{metric}, a point and a 95 % interval over users for each seed")

@@ -111,10 +111,10 @@ def compare_candidates(
 
     step = find_step(config, checkpoint)
     others = [asked_alike(load_config(run), config) for run in beside]
-    steps = [find_step(other, "best") for other in others]
+    served = [(other, find_step(other, "best")) for other in others]
     start_console()
     lines = run_gang(
-        *(scaling_job, config, step, split, list(zip(others, steps, strict=True))),
+        *(scaling_job, config, step, split, served),
         config=config.cluster,
         run_dir=config.run_dir,
     )

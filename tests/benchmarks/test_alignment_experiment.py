@@ -28,8 +28,10 @@ def commands(monkeypatch):
             run_dir = Path(option["--run-dir"])
             run_dir.mkdir()
             (run_dir / "alignment.json").write_text(json.dumps({"step": 3, "best_step": 2}))
-            lines = [json.dumps({"step": step, "align/reward": value}) for step, value in REWARDS.items()]
-            (run_dir / "metrics.jsonl").write_text("\n".join(lines))
+            lines = [
+                json.dumps({"step": step, "align/reward": value}) + "\n" for step, value in REWARDS.items()
+            ]
+            (run_dir / "metrics.jsonl").write_text("".join(lines))
         if "--per-user" in option:
             step = {"best": 1}.get(option["--checkpoint"]) or int(option["--checkpoint"])
             names = [name for name in alignment.METRICS if "world" in given[0] or "utility" not in name]
@@ -43,7 +45,7 @@ def commands(monkeypatch):
 
 def rows(folder):
     lines = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| ")]
-    head, *rest = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    head, _, *rest = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     return [dict(zip(head, cells, strict=True)) for cells in rest]
 
 
