@@ -91,7 +91,7 @@ def _group_lengths(lengths: np.ndarray) -> list[tuple[int, int]]:
         if users and tokens + length * count < (1 - MAX_PADDING) * longest * (users + count):
             groups.append((users, longest))
             users = tokens = 0
-        longest = longest if users else _round_up(length)
+        longest = longest if users else round_up(length)
         users, tokens = users + count, tokens + length * count
     if users:
         groups.append((users, longest))
@@ -102,7 +102,7 @@ def _group_lengths(lengths: np.ndarray) -> list[tuple[int, int]]:
     ]
 
 
-def _round_up(length: int) -> int:
+def round_up(length: int) -> int:
     """Keep the five leading bits. Example: 31 -> 31, 33 -> 34, 129 -> 136."""
     unit = 1 << max(length.bit_length() - 5, 0)
     return -(-length // unit) * unit
