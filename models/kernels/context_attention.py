@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from data_streams.jagged import Jagged
+from models.kernels.few_queries import SharedContext
 from models.kernels.length_buckets import (
     BucketLayout,
     bucket_layout,
@@ -61,20 +62,43 @@ class ContextLayout:
 class ContextCells:
     """Keys and values as they lie in the buckets: laid out once, read by many layers."""
 
-    keys: tuple[Tensor, ...]
-    """By bucket: [users, groups, length, D]."""
-    values: tuple[Tensor, ...]
+    buckets: tuple["SharedContext | GroupedContext", ...]
     whole: tuple[Tensor, Tensor]
     """What they were made of, [C, groups, D] each."""
 
     @staticmethod
     def build(keys: Tensor, values: Tensor, layout: ContextLayout) -> "ContextCells":
         """Shapes: keys and values [C, groups, D]."""
-        by_group = lambda tokens: tuple(  # noqa: E731
-            cells.to(pair_dtype(cells, cells.shape[1])).transpose(1, 2).contiguous()
-            for cells in to_cells(tokens, layout.keys)
+        one_each = all(length == 1 for _, length in layout.targets.buckets)
+        kind = SharedContext if keys.device.type == "cpu" and one_each else GroupedContext
+        cells = (
+            (part.to(pair_dtype(part, part.shape[1])) for part in to_cells(tokens, layout.keys))
+            for tokens in (keys, values)
         )
-        return ContextCells(keys=by_group(keys), values=by_group(values), whole=(keys, values))
+        buckets = tuple(kind(*both) for both in zip(*cells, strict=True))
+        return ContextCells(buckets=buckets, whole=(keys, values))
+
+
+class GroupedContext:
+    """Keys and values of users by group, so that each has a product of its own."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        """Shapes: keys and values [users, C, groups, D]."""
+        self.keys, self.values = (part.transpose(1, 2).contiguous() for part in (keys, values))
+
+    def attend(self, queries: Tensor, hidden: Tensor) -> Tensor:
+        """Shapes: queries [users, N, L, heads, D], hidden [users, N, C] bool -> [users, N, L, heads, D]."""
+        users, num_targets, num_codes, heads, dim = queries.shape
+        groups = self.keys.shape[1]
+        with without_autocast(queries):
+            shared = queries.unflatten(3, (groups, -1)).permute(0, 3, 1, 4, 2, 5)
+            scores = (shared.flatten(2, 4).to(self.keys.dtype) @ self.keys.transpose(2, 3)).float() * dim**-0.5
+            rows = scores.view(users, groups, num_targets, heads // groups * num_codes, scores.shape[-1])
+            # Not -inf: padding targets see nothing, and would be NaN.
+            weights = rows.masked_fill(hidden[:, None, :, None], torch.finfo(torch.float32).min).softmax(-1)
+            attended = (weights.view_as(scores).to(self.values.dtype) @ self.values).to(queries.dtype)
+        apart = attended.view(users, groups, num_targets, heads // groups, num_codes, dim)
+        return apart.permute(0, 2, 4, 1, 3, 5).reshape(queries.shape)
 
 
 def context_attention(queries: Tensor, context: ContextCells, layout: ContextLayout) -> Tensor:
@@ -85,25 +109,8 @@ def context_attention(queries: Tensor, context: ContextCells, layout: ContextLay
     if queries.shape[0] == 0:
         return queries + 0 * sum(part.sum() for part in context.whole)
     cells = to_cells(queries, layout.targets)
-    blocks = [
-        _attend(*parts) for parts in zip(cells, context.keys, context.values, layout.hidden, strict=True)
-    ]
+    blocks = [own.attend(*parts) for own, *parts in zip(context.buckets, cells, layout.hidden, strict=True)]
     return to_tokens(blocks, layout.targets)
-
-
-def _attend(queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
-    """Shapes: queries [users, N, L, heads, D], keys and values [users, groups, C, D], hidden [users, N, C]."""
-    users, num_targets, num_codes, heads, dim = queries.shape
-    groups = keys.shape[1]
-    with without_autocast(queries):
-        shared = queries.unflatten(3, (groups, -1)).permute(0, 3, 1, 4, 2, 5)
-        scores = (shared.flatten(2, 4).to(keys.dtype) @ keys.transpose(2, 3)).float() * dim**-0.5
-        rows = scores.view(users, groups, num_targets, heads // groups * num_codes, scores.shape[-1])
-        # Not -inf: padding targets see nothing, and would be NaN.
-        weights = rows.masked_fill(hidden[:, None, :, None], torch.finfo(torch.float32).min).softmax(-1)
-        attended = (weights.view_as(scores).to(values.dtype) @ values).to(queries.dtype)
-    apart = attended.view(users, groups, num_targets, heads // groups, num_codes, dim)
-    return apart.permute(0, 2, 4, 1, 3, 5).reshape(queries.shape)
 
 
 def reference_context_attention(

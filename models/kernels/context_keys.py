@@ -47,43 +47,62 @@ class _TurnNormed(torch.autograd.Function):
         turned, normed = (vectors.new_empty(shape, dtype=matmul_dtype(vectors)) for _ in range(2))
         # Places repeat from user to user.
         ctx.turns = turns_of(torch.arange(int(places.max()) + 1), shape[-1])
+        unit, work = _buffers(vectors, 2)
         for rows in _blocks(vectors):
-            unit, _ = _unit(vectors[rows])
-            block = unit.mul_(weight).view(-1, *shape[1:])
-            normed[rows] = block
-            turned[rows] = _turn(block, ctx.turns[places[rows]])
+            size = len(vectors[rows])
+            _to_unit(vectors[rows], unit[:size], work[:size])
+            normed[rows] = unit[:size].mul_(weight).view(-1, *shape[1:])
+            _turn(unit[:size], ctx.turns.index_select(0, places[rows]), work[:size])
+            turned[rows] = work[:size].view(-1, *shape[1:])
         return turned, normed
 
     @staticmethod
     def backward(ctx, to_turned: Tensor | None, to_normed: Tensor | None):
         vectors, weight, places = ctx.saved_tensors
         to_vectors, to_weight = torch.empty_like(vectors), torch.zeros_like(weight)
+        buffers = _buffers(vectors, 3)
         for rows in _blocks(vectors):
-            unit, scale = _unit(vectors[rows])
-            gradient = torch.zeros_like(unit) if to_normed is None else to_normed[rows].flatten(1).float()
+            unit, work, gradient = (buffer[: len(vectors[rows])] for buffer in buffers)
+            gradient.zero_()
             if to_turned is not None:
-                back = _turn(to_turned[rows].float().contiguous(), ctx.turns[places[rows]].conj())
-                gradient = gradient + back.flatten(1)
-            by_unit = gradient * unit
-            to_weight += by_unit.sum(0)
-            share = by_unit.mul_(weight).mean(-1, keepdim=True)
-            to_vectors[rows] = (gradient * weight).sub_(unit.mul_(share)).mul_(scale)
+                work.copy_(to_turned[rows].flatten(1))
+                _turn(work, ctx.turns.index_select(0, places[rows]).conj(), gradient)
+            if to_normed is not None:
+                gradient.add_(work.copy_(to_normed[rows].flatten(1)))
+            scale = _to_unit(vectors[rows], unit, work)
+            torch.mul(gradient, unit, out=work)
+            to_weight += work.sum(0)
+            share = (work @ weight)[:, None] / len(weight)
+            to_vectors[rows] = gradient.mul_(weight).sub_(unit.mul_(share)).mul_(scale)
         return to_vectors, to_weight, None, None
 
 
 def _blocks(vectors: Tensor) -> Iterator[slice]:
-    size = max(BLOCK_ELEMENTS // vectors.shape[1], 1)
+    size = _block_rows(vectors)
     return (slice(first, first + size) for first in range(0, len(vectors), size))
 
 
-def _unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors of mean square 1, in a tensor of their own, and their scale. Shapes: [n, D] -> [n, D] and [n, 1]."""
-    vectors = vectors.float()
-    scale = vectors.square().mean(-1, keepdim=True).add_(EPSILON).rsqrt_()
-    return vectors * scale, scale
+def _block_rows(vectors: Tensor) -> int:
+    return max(BLOCK_ELEMENTS // vectors.shape[1], 1)
 
 
-def _turn(vectors: Tensor, turns: Tensor) -> Tensor:
-    """Shapes: vectors [n, groups, D] fp32, turns [n, D / 2] complex -> [n, groups, D]."""
-    pairs = torch.view_as_complex(vectors.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns[:, None]).flatten(-2)
+def _buffers(vectors: Tensor, count: int) -> Tensor:
+    """The same memory for all blocks: fresh memory is slow."""
+    size = min(_block_rows(vectors), len(vectors))
+    return vectors.new_empty(count, size, vectors.shape[1], dtype=torch.float32)
+
+
+def _to_unit(vectors: Tensor, unit: Tensor, work: Tensor) -> Tensor:
+    """Fill in the vectors scaled to a mean square of 1; returns the scale. Shapes: [n, D] each -> [n, 1]."""
+    unit.copy_(vectors)
+    scale = torch.mul(unit, unit, out=work).mean(-1, keepdim=True).add_(EPSILON).rsqrt_()
+    unit.mul_(scale)
+    return scale
+
+
+def _turn(vectors: Tensor, turns: Tensor, turned: Tensor) -> None:
+    """Fill in the turned vectors. Shapes: vectors and turned [n, groups * D] fp32, turns [n, D / 2] complex."""
+    pairs, result = (
+        torch.view_as_complex(part.view(len(part), -1, turns.shape[1], 2)) for part in (vectors, turned)
+    )
+    torch.mul(pairs, turns[:, None], out=result)

@@ -149,7 +149,9 @@ def to_cells(tokens: Tensor, layout: BucketLayout) -> Iterator[Tensor]:
     cells = tokens.flatten(1)
     if not layout.is_identity:
         cells = _Rearrange.apply(cells, layout.token_of_cell, layout.cell_of_token, None)
-    parts = cells.split([users * length for users, length in layout.buckets])
+    sizes = [users * length for users, length in layout.buckets]
+    # The way back through a split of one part would copy it.
+    parts = cells.split(sizes) if len(sizes) != 1 else (cells,)
     for part, (users, length) in zip(parts, layout.buckets, strict=True):
         yield part.view(users, length, *tokens.shape[1:])
 
@@ -159,7 +161,8 @@ def to_tokens(blocks: list[Tensor], layout: BucketLayout) -> Tensor:
 
     Shapes: [users, length, ...] -> [T, ...].
     """
-    cells = torch.cat([block.reshape(-1, *block.shape[2:]).flatten(1) for block in blocks])
+    flat = [block.reshape(-1, *block.shape[2:]).flatten(1) for block in blocks]
+    cells = torch.cat(flat) if len(flat) != 1 else flat[0]
     if not layout.is_identity:
         cells = _Rearrange.apply(cells, layout.cell_of_token, layout.token_of_cell, padding_cells(layout))
     return cells.view(-1, *blocks[0].shape[2:])
