@@ -92,7 +92,9 @@ class GroupedContext:
         groups = self.keys.shape[1]
         with without_autocast(queries):
             shared = queries.unflatten(3, (groups, -1)).permute(0, 3, 1, 4, 2, 5)
-            scores = (shared.flatten(2, 4).to(self.keys.dtype) @ self.keys.transpose(2, 3)).float() * dim**-0.5
+            scores = (
+                shared.flatten(2, 4).to(self.keys.dtype) @ self.keys.transpose(2, 3)
+            ).float() * dim**-0.5
             rows = scores.view(users, groups, num_targets, heads // groups * num_codes, scores.shape[-1])
             # Not -inf: padding targets see nothing, and would be NaN.
             weights = rows.masked_fill(hidden[:, None, :, None], torch.finfo(torch.float32).min).softmax(-1)

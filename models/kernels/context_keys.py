@@ -18,9 +18,7 @@ EPSILON = torch.finfo(torch.float32).eps
 """That of nn.RMSNorm in fp32."""
 
 
-def turn_normed(
-    vectors: Tensor, weight: Tensor, places: Tensor, *, groups: int
-) -> tuple[Tensor, Tensor]:
+def turn_normed(vectors: Tensor, weight: Tensor, places: Tensor, *, groups: int) -> tuple[Tensor, Tensor]:
     """The normed vectors in groups, turned by the rotary embedding of their places, and as they are.
 
     Shapes: vectors [C, groups * D], weight [groups * D], places [C] int64 -> 2 x [C, groups, D].

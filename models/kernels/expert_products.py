@@ -43,7 +43,7 @@ class _ByExpert(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, expand: Tensor, contract: Tensor, ends: Sequence[int]) -> Tensor:
         ctx.save_for_backward(rows, expand, contract)
-        ctx.ends, ctx.expanded = ends, []
+        ctx.ends, ctx.expanded = ends, {}
         outputs = torch.empty_like(rows)
         widen, narrow = (torch.empty_like(stack[0], dtype=rows.dtype) for stack in (expand, contract))
         gated = rows.new_empty(min(BLOCK_ROWS, len(rows)), contract.shape[1])
@@ -56,13 +56,13 @@ class _ByExpert(torch.autograd.Function):
                 own = gated[: len(expanded)]
                 torch.ops.aten.silu.out(gate, out=own).mul_(value)
                 torch.mm(own, narrow, out=outputs[span])
-                ctx.expanded.append(expanded)
+                ctx.expanded[span.start] = expanded
         return outputs
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         rows, expand, contract = ctx.saved_tensors
-        gradient, all_expanded = gradient.contiguous(), iter(ctx.expanded)
+        gradient = gradient.contiguous()
         to_rows, to_expand, to_contract = (torch.empty_like(whole) for whole in (rows, expand, contract))
         widen, narrow = (torch.empty_like(stack[0], dtype=rows.dtype) for stack in (expand, contract))
         sizes = [last - first for first, last in pairwise([0, *ctx.ends])]
@@ -76,7 +76,8 @@ class _ByExpert(torch.autograd.Function):
             widen.copy_(expand[expert])
             narrow.copy_(contract[expert])
             first, last = spans[0].start, spans[-1].stop
-            for span, expanded in zip(spans, all_expanded):
+            for span in spans:
+                expanded = ctx.expanded[span.start]
                 own = slice(span.start - first, span.stop - first)
                 to_gated, swished = scratch[:, : len(expanded)]
                 torch.mm(gradient[span], narrow.T, out=to_gated)

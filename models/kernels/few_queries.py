@@ -46,7 +46,9 @@ class _Handed(torch.autograd.Function):
     def backward(ctx, to_keys: None, to_values: None):
         left = [parts for parts in ctx.asked if parts is not None]
         ctx.asked[:] = [None] * len(ctx.asked)
-        queries, to_scores, weights, gradients = (torch.cat(parts, dim=1) for parts in zip(*left, strict=True))
+        queries, to_scores, weights, gradients = (
+            torch.cat(parts, dim=1) for parts in zip(*left, strict=True)
+        )
         return to_scores.transpose(1, 2) @ queries, weights.transpose(1, 2) @ gradients, None
 
 

@@ -81,10 +81,13 @@ class _Dispatch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        by_choice = gradient.index_select(0, ctx.grouping.slots)
-        if len(by_choice) > ctx.num_rows:
-            by_choice = by_choice.unflatten(0, (ctx.num_rows, -1)).sum(1)
-        return by_choice, None
+        slots = ctx.grouping.slots
+        each = max(len(slots) // max(ctx.num_rows, 1), 1)
+        first, *others = (slots[number::each] for number in range(each))
+        by_token = gradient.index_select(0, first)
+        for choice in others:
+            by_token += gradient.index_select(0, choice)
+        return by_token, None
 
 
 class _Collect(torch.autograd.Function):

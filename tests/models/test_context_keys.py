@@ -26,7 +26,9 @@ def test_blocks_equal_the_written_out_form_forward_and_backward(block_elements, 
     used = [number for number, factor in enumerate(factors) if factor]
     torch.testing.assert_close(ours, expected)
     numbers = torch.arange(float(TOKENS * GROUPS * DIM)).view(TOKENS, GROUPS, DIM).sin()
-    losses = [sum((number + 1) * (both[number] * numbers).sum() for number in used) for both in (ours, expected)]
+    losses = [
+        sum((number + 1) * (both[number] * numbers).sum() for number in used) for both in (ours, expected)
+    ]
     for own, other in zip(*(torch.autograd.grad(loss, (vectors, weight)) for loss in losses), strict=True):
         torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-5)
 
