@@ -41,17 +41,18 @@ class _TurnNormed(torch.autograd.Function):
     def forward(ctx, vectors: Tensor, weight: Tensor, places: Tensor, groups: int):
         ctx.save_for_backward(vectors, weight, places)
         ctx.set_materialize_grads(False)
-        shape = (len(vectors), groups, vectors.shape[1] // groups)
-        turned, normed = (vectors.new_empty(shape, dtype=matmul_dtype(vectors)) for _ in range(2))
+        shape, dtype = (groups, len(vectors), vectors.shape[1] // groups), matmul_dtype(vectors)
+        # By group, as attention reads them.
+        turned, normed = (vectors.new_empty(shape, dtype=dtype).transpose(0, 1) for _ in range(2))
         # Places repeat from user to user.
         ctx.turns = turns_of(torch.arange(int(places.max()) + 1), shape[-1])
         unit, work = _buffers(vectors, 2)
         for rows in _blocks(vectors):
             size = len(vectors[rows])
             _to_unit(vectors[rows], unit[:size], work[:size])
-            normed[rows] = unit[:size].mul_(weight).view(-1, *shape[1:])
+            normed[rows] = unit[:size].mul_(weight).view(normed[rows].shape)
             _turn(unit[:size], ctx.turns.index_select(0, places[rows]), work[:size])
-            turned[rows] = work[:size].view(-1, *shape[1:])
+            turned[rows] = work[:size].view(turned[rows].shape)
         return turned, normed
 
     @staticmethod
@@ -63,10 +64,11 @@ class _TurnNormed(torch.autograd.Function):
             unit, work, gradient = (buffer[: len(vectors[rows])] for buffer in buffers)
             gradient.zero_()
             if to_turned is not None:
-                work.copy_(to_turned[rows].flatten(1))
+                work.view(to_turned[rows].shape).copy_(to_turned[rows])
                 _turn(work, ctx.turns.index_select(0, places[rows]).conj(), gradient)
             if to_normed is not None:
-                gradient.add_(work.copy_(to_normed[rows].flatten(1)))
+                work.view(to_normed[rows].shape).copy_(to_normed[rows])
+                gradient.add_(work)
             scale = _to_unit(vectors[rows], unit, work)
             torch.mul(gradient, unit, out=work)
             to_weight += work.sum(0)

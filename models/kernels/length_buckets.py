@@ -146,9 +146,9 @@ class _Rearrange(torch.autograd.Function):
 
 def to_cells(tokens: Tensor, layout: BucketLayout) -> Iterator[Tensor]:
     """One block of cells per bucket. Shapes: tokens [T, ...] -> [users, length, ...] each."""
-    cells = tokens.flatten(1)
+    cells = tokens
     if not layout.is_identity:
-        cells = _Rearrange.apply(cells, layout.token_of_cell, layout.cell_of_token, None)
+        cells = _Rearrange.apply(tokens.flatten(1), layout.token_of_cell, layout.cell_of_token, None)
     sizes = [users * length for users, length in layout.buckets]
     # The way back through a split of one part would copy it.
     parts = cells.split(sizes) if len(sizes) != 1 else (cells,)
