@@ -35,36 +35,32 @@ def grouped_products(rows: Tensor, expand: Tensor, contract: Tensor, ends: Tenso
 
 
 class _ByExpert(torch.autograd.Function):
-    """Weights are brought into the dtype of the rows one expert at a time, and so are their gradients back.
-
-    What is needed of one expert or block alone lies in the same memory for all of them: fresh memory is slow.
-    """
+    """What is needed of one expert or block alone lies in the same memory for all of them: fresh memory is slow."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, expand: Tensor, contract: Tensor, ends: Sequence[int]) -> Tensor:
+        ctx.ends, ctx.expanded, ctx.weight_dtype = ends, {}, expand.dtype
+        expand, contract = expand.to(rows.dtype), contract.to(rows.dtype)
         ctx.save_for_backward(rows, expand, contract)
-        ctx.ends, ctx.expanded = ends, {}
         outputs = torch.empty_like(rows)
-        widen, narrow = (torch.empty_like(stack[0], dtype=rows.dtype) for stack in (expand, contract))
         gated = rows.new_empty(min(BLOCK_ROWS, len(rows)), contract.shape[1])
         for expert, spans in _visited(ends):
-            widen.copy_(expand[expert])
-            narrow.copy_(contract[expert])
             for span in spans:
-                expanded = rows[span] @ widen
+                expanded = rows[span] @ expand[expert]
                 gate, value = expanded.chunk(2, dim=-1)
                 own = gated[: len(expanded)]
                 torch.ops.aten.silu.out(gate, out=own).mul_(value)
-                torch.mm(own, narrow, out=outputs[span])
+                torch.mm(own, contract[expert], out=outputs[span])
                 ctx.expanded[span.start] = expanded
         return outputs
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         rows, expand, contract = ctx.saved_tensors
-        gradient = gradient.contiguous()
-        to_rows, to_expand, to_contract = (torch.empty_like(whole) for whole in (rows, expand, contract))
-        widen, narrow = (torch.empty_like(stack[0], dtype=rows.dtype) for stack in (expand, contract))
+        gradient, to_rows = gradient.contiguous(), torch.empty_like(rows)
+        to_weights = [torch.empty_like(stack, dtype=ctx.weight_dtype) for stack in (expand, contract)]
+        to_expand, to_contract = to_weights
+        of_expert = [torch.empty_like(stack[0]) for stack in (expand, contract)]
         sizes = [last - first for first, last in pairwise([0, *ctx.ends])]
         gated, to_expanded = (
             rows.new_empty(max(sizes), size) for size in (contract.shape[1], expand.shape[2])
@@ -73,19 +69,18 @@ class _ByExpert(torch.autograd.Function):
         for expert in [number for number, size in enumerate(sizes) if size == 0]:
             to_expand[expert], to_contract[expert] = 0, 0
         for expert, spans in _visited(ctx.ends):
-            widen.copy_(expand[expert])
-            narrow.copy_(contract[expert])
             first, last = spans[0].start, spans[-1].stop
             for span in spans:
                 expanded = ctx.expanded[span.start]
                 own = slice(span.start - first, span.stop - first)
                 to_gated, swished = scratch[:, : len(expanded)]
-                torch.mm(gradient[span], narrow.T, out=to_gated)
+                torch.mm(gradient[span], contract[expert].T, out=to_gated)
                 _gate_backward(expanded, to_gated, swished, gated[own], to_expanded[own])
-                torch.mm(to_expanded[own], widen.T, out=to_rows[span])
-            size = last - first
-            to_contract[expert] = torch.mm(gated[:size].T, gradient[first:last], out=narrow)
-            to_expand[expert] = torch.mm(rows[first:last].T, to_expanded[:size], out=widen)
+                torch.mm(to_expanded[own], expand[expert].T, out=to_rows[span])
+            inputs = (rows[first:last], gated[: last - first])
+            gradients = (to_expanded[: last - first], gradient[first:last])
+            for whole, one, left, right in zip(to_weights, of_expert, inputs, gradients, strict=True):
+                whole[expert] = torch.mm(left.T, right, out=one)
         return to_rows, to_expand, to_contract, None
 
 
