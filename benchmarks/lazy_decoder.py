@@ -25,7 +25,8 @@ BENCHMARK = Benchmark(
     threads_per_rank=2,
 )
 CONTEXTS = {"full": (128, 512, 2048), "small": (8, 16)}
-USERS = {"full": 16, "small": 2}
+EVENTS = {"full": 2**15, "small": 32}
+"""Of all users of a step."""
 ROUNDS = {"full": 3, "small": 1}
 WIDTH = {"full": 256, "small": 16}
 CODE_SIZES = (256,) * 3
@@ -34,19 +35,25 @@ NUM_ITEMS = 1000
 
 def measure(process: Process, request: Request) -> dict[str, Any]:
     """Users have equally many events and one target each. The case in which we gain least is the headline; how the
-    ratio of times follows that of FLOPs is told by the least and the largest of ratio / FLOP ratio."""
+    ratio of times follows that of FLOPs is told by the least and the largest of ratio / FLOP ratio.
+
+    A step has as many events at every context, so the shorter the context, the more users: batches are filled by
+    events, as in training, and what a step costs whatever its size (weights that are cast, their gradients) weighs
+    alike.
+    """
     scale, cases, sides = request.scale, {}, {}
+    users = {context: EVENTS[scale] // context for context in CONTEXTS[scale]}
     lazy = lazy_config(WIDTH[scale])
     configs = {"ours": lazy, "peer": encoder_decoder(lazy)}
     precision = resolve_precision("auto", process.device)
     for context in CONTEXTS[scale]:
         for name, config in configs.items():
-            sides[f"{name} {context}"] = _step(config, USERS[scale], context, precision)
+            sides[f"{name} {context}"] = _step(config, users[context], context, precision)
     timings = interleave(process, sides, rounds=ROUNDS[scale])
     for context in CONTEXTS[scale]:
         ours, peer = (timings[f"{name} {context}"] for name in configs)
-        flops = {name: _flops(config, USERS[scale], context) for name, config in configs.items()}
-        compared = compare_rates(USERS[scale], ours, peer)
+        flops = {name: _flops(config, users[context], context) for name, config in configs.items()}
+        compared = compare_rates(users[context], ours, peer)
         wanted = flops["peer"] / flops["ours"]
         cases[str(context)] = {
             **compared,

@@ -62,19 +62,28 @@ class ContextCells:
     """Keys and values as they lie in the buckets: laid out once, read by many layers."""
 
     keys: tuple[Tensor, ...]
-    """By bucket: [users, groups, length, D]."""
+    """By bucket: [groups * users, length, D]."""
     values: tuple[Tensor, ...]
+    left: tuple["Left | None", ...]
+    """By bucket: what layers leave to be computed together; None where each computes all by itself."""
     whole: tuple[Tensor, Tensor]
     """What they were made of, [C, groups, D] each."""
 
     @staticmethod
     def build(keys: Tensor, values: Tensor, layout: ContextLayout) -> "ContextCells":
         """Shapes: keys and values [C, groups, D]."""
-        by_group = lambda tokens: tuple(  # noqa: E731
-            cells.to(pair_dtype(cells, cells.shape[1])).transpose(1, 2).contiguous()
+        by_group = lambda tokens: [  # noqa: E731
+            cells.to(pair_dtype(cells, cells.shape[1])).permute(2, 0, 1, 3).flatten(0, 1)
             for cells in to_cells(tokens, layout.keys)
-        )
-        return ContextCells(keys=by_group(keys), values=by_group(values), whole=(keys, values))
+        ]
+        buckets: list[tuple[Tensor, Tensor, Left | None]] = []
+        for *own, (_, num_targets) in zip(
+            by_group(keys), by_group(values), layout.targets.buckets, strict=True
+        ):
+            left: Left | None = [] if num_targets == 1 else None
+            buckets.append((*(own if left is None else _Shared.apply(*own, left)), left))
+        own_keys, own_values, own_left = zip(*buckets, strict=True) if buckets else ((), (), ())
+        return ContextCells(keys=own_keys, values=own_values, left=own_left, whole=(keys, values))
 
 
 def context_attention(queries: Tensor, context: ContextCells, layout: ContextLayout) -> Tensor:
@@ -86,24 +95,83 @@ def context_attention(queries: Tensor, context: ContextCells, layout: ContextLay
         return queries + 0 * sum(part.sum() for part in context.whole)
     cells = to_cells(queries, layout.targets)
     blocks = [
-        _attend(*parts) for parts in zip(cells, context.keys, context.values, layout.hidden, strict=True)
+        _attend(*parts)
+        for parts in zip(cells, context.keys, context.values, layout.hidden, context.left, strict=True)
     ]
     return to_tokens(blocks, layout.targets)
 
 
-def _attend(queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
-    """Shapes: queries [users, N, L, heads, D], keys and values [users, groups, C, D], hidden [users, N, C]."""
-    users, num_targets, num_codes, heads, dim = queries.shape
-    groups = keys.shape[1]
-    with without_autocast(queries):
-        shared = queries.unflatten(3, (groups, -1)).permute(0, 3, 1, 4, 2, 5)
-        scores = (shared.flatten(2, 4).to(keys.dtype) @ keys.transpose(2, 3)).float() * dim**-0.5
-        rows = scores.view(users, groups, num_targets, heads // groups * num_codes, scores.shape[-1])
-        # Not -inf: padding targets see nothing, and would be NaN.
-        weights = rows.masked_fill(hidden[:, None, :, None], torch.finfo(torch.float32).min).softmax(-1)
-        attended = (weights.view_as(scores).to(values.dtype) @ values).to(queries.dtype)
-    apart = attended.view(users, groups, num_targets, heads // groups, num_codes, dim)
-    return apart.permute(0, 2, 4, 1, 3, 5).reshape(queries.shape)
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, left: "Left | None") -> Tensor:
+    """Shapes: queries [users, N, L, heads, D], keys and values [groups * users, C, D], hidden [users, N, C]."""
+    users, _, _, _, dim = queries.shape
+    shared = queries.unflatten(3, (len(keys) // users, -1)).permute(3, 0, 1, 4, 2, 5)
+    rows = (shared * dim**-0.5).to(keys.dtype).flatten(2, 4).flatten(0, 1)
+    of_rows = hidden[:, :, None].expand(-1, -1, shared.shape[3] * shared.shape[4], -1)
+    attended = _Attend.apply(rows, keys, values, of_rows, left).view(shared.shape)
+    return attended.permute(1, 2, 4, 0, 3, 5).reshape(queries.shape).to(queries.dtype)
+
+
+Left = list[tuple[Tensor, Tensor, Tensor, Tensor] | None]
+"""By layer: the queries, the gradients of their scores, their weights, the gradients of what they attended to."""
+
+
+class _Attend(torch.autograd.Function):
+    """With a list, the gradients of keys and values are left to `_Shared`."""
+
+    @staticmethod
+    def forward(ctx, queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, left: Left | None):
+        if left is not None:
+            ctx.number = len(left)
+            left.append(None)
+        with without_autocast(queries):
+            scores = (queries @ keys.transpose(1, 2)).float()
+            by_group = scores.view(len(keys) // len(hidden), *hidden.shape)
+            # Not -inf: padding targets see nothing, and would be NaN.
+            by_group.masked_fill_(hidden, torch.finfo(torch.float32).min)
+            weights = scores.softmax(-1)
+            attended = weights.to(values.dtype) @ values
+        ctx.left = left
+        ctx.save_for_backward(queries, keys, values, weights)
+        return attended
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        queries, keys, values, weights = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        to_weights = (gradient @ values.transpose(1, 2)).float()
+        to_scores = torch._softmax_backward_data(to_weights, weights, -1, torch.float32).to(keys.dtype)
+        to_queries, parts = to_scores @ keys, (queries, to_scores, weights.to(values.dtype), gradient)
+        if ctx.left is None:
+            return to_queries, *_to_keys_values(*parts), None, None
+        ctx.left[ctx.number] = parts
+        return to_queries, None, None, None, None
+
+
+class _Shared(torch.autograd.Function):
+    """Keys and values as they are. Their gradients are computed from all layers at once.
+
+    With few queries they are long and cost little to compute, so to write and add them layer by layer took most of
+    the way back.
+    """
+
+    @staticmethod
+    def forward(ctx, keys: Tensor, values: Tensor, left: Left):
+        ctx.left = left
+        ctx.set_materialize_grads(False)
+        return keys.view_as(keys), values.view_as(values)
+
+    @staticmethod
+    def backward(ctx, *nothing: None):
+        found = [parts for parts in ctx.left if parts is not None]
+        ctx.left[:] = [None] * len(ctx.left)
+        return *_to_keys_values(*(torch.cat(parts, dim=1) for parts in zip(*found, strict=True))), None
+
+
+def _to_keys_values(
+    queries: Tensor, to_scores: Tensor, weights: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Shapes: queries and gradient [n, Q, D], to_scores and weights [n, Q, C] -> 2 x [n, C, D]."""
+    return to_scores.transpose(1, 2) @ queries, weights.transpose(1, 2) @ gradient
 
 
 def reference_context_attention(

@@ -91,7 +91,7 @@ def _group_lengths(lengths: np.ndarray) -> list[tuple[int, int]]:
         if users and tokens + length * count < (1 - MAX_PADDING) * longest * (users + count):
             groups.append((users, longest))
             users = tokens = 0
-        longest = longest if users else _round_up(length)
+        longest = longest if users else round_up(length)
         users, tokens = users + count, tokens + length * count
     if users:
         groups.append((users, longest))
@@ -102,7 +102,7 @@ def _group_lengths(lengths: np.ndarray) -> list[tuple[int, int]]:
     ]
 
 
-def _round_up(length: int) -> int:
+def round_up(length: int) -> int:
     """Keep the five leading bits. Example: 31 -> 31, 33 -> 34, 129 -> 136."""
     unit = 1 << max(length.bit_length() - 5, 0)
     return -(-length // unit) * unit
@@ -146,10 +146,12 @@ class _Rearrange(torch.autograd.Function):
 
 def to_cells(tokens: Tensor, layout: BucketLayout) -> Iterator[Tensor]:
     """One block of cells per bucket. Shapes: tokens [T, ...] -> [users, length, ...] each."""
-    cells = tokens.flatten(1)
+    cells = tokens
     if not layout.is_identity:
-        cells = _Rearrange.apply(cells, layout.token_of_cell, layout.cell_of_token, None)
-    parts = cells.split([users * length for users, length in layout.buckets])
+        cells = _Rearrange.apply(tokens.flatten(1), layout.token_of_cell, layout.cell_of_token, None)
+    sizes = [users * length for users, length in layout.buckets]
+    # The way back through a split of one part would copy it.
+    parts = cells.split(sizes) if len(sizes) != 1 else (cells,)
     for part, (users, length) in zip(parts, layout.buckets, strict=True):
         yield part.view(users, length, *tokens.shape[1:])
 
@@ -159,7 +161,8 @@ def to_tokens(blocks: list[Tensor], layout: BucketLayout) -> Tensor:
 
     Shapes: [users, length, ...] -> [T, ...].
     """
-    cells = torch.cat([block.reshape(-1, *block.shape[2:]).flatten(1) for block in blocks])
+    flat = [block.reshape(-1, *block.shape[2:]).flatten(1) for block in blocks]
+    cells = torch.cat(flat) if len(flat) != 1 else flat[0]
     if not layout.is_identity:
         cells = _Rearrange.apply(cells, layout.cell_of_token, layout.token_of_cell, padding_cells(layout))
     return cells.view(-1, *blocks[0].shape[2:])

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.kernels.length_buckets import round_up
+
 FILLED_SLOTS = 16
 """Groups are small, so they are filled up to less than the rows of `layers.linear`."""
 
@@ -26,7 +28,7 @@ class Grouping:
 
 
 def group_rows(experts: Tensor, num_experts: int, *, fill: bool) -> Grouping:
-    """Order choices by expert, and within one as they came; `fill` makes groups multiples of 16 slots.
+    """Order choices by expert, and within one as they came; `fill` makes groups of few different sizes.
 
     Shapes: experts [N] -> Grouping.
     Cost: a host sync where groups are filled up.
@@ -38,13 +40,18 @@ def group_rows(experts: Tensor, num_experts: int, *, fill: bool) -> Grouping:
     choices = order
     if fill:
         sizes = ends.diff(prepend=ends.new_zeros(1))
-        filled_ends = (-(-sizes // FILLED_SLOTS) * FILLED_SLOTS).cumsum(0)
+        filled_ends = torch.tensor([_filled(size) for size in sizes.tolist()]).cumsum(0)
         shifts = (filled_ends - filled_ends.diff(prepend=ends.new_zeros(1))) - (ends - sizes)
         places = places + shifts[ordered]
         choices = order.new_zeros(int(filled_ends[-1])).index_copy_(0, places, order)
         ends = filled_ends
     slots = torch.empty_like(order).index_copy_(0, order, places)
     return Grouping(ends=ends.to(torch.int32), slots=slots, choices=choices)
+
+
+def _filled(size: int) -> int:
+    """A multiple of 16, and of about a thirtieth of the size. Example: 33 -> 48, 1030 -> 1088."""
+    return -(-round_up(size) // FILLED_SLOTS) * FILLED_SLOTS
 
 
 def dispatch_rows(rows: Tensor, grouping: Grouping) -> Tensor:
@@ -74,10 +81,13 @@ class _Dispatch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        by_choice = gradient.index_select(0, ctx.grouping.slots)
-        if len(by_choice) > ctx.num_rows:
-            by_choice = by_choice.unflatten(0, (ctx.num_rows, -1)).sum(1)
-        return by_choice, None
+        slots = ctx.grouping.slots
+        each = max(len(slots) // max(ctx.num_rows, 1), 1)
+        first, *others = (slots[number::each] for number in range(each))
+        by_token = gradient.index_select(0, first)
+        for choice in others:
+            by_token += gradient.index_select(0, choice)
+        return by_token, None
 
 
 class _Collect(torch.autograd.Function):

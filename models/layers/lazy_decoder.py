@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from models.kernels.context_keys import turn_normed
 from models.layers.code_decoder import CodeBlock, CodeDecoder, KeyValues
 from models.layers.rotary import rotate
 
@@ -47,13 +48,14 @@ class ContextKeyValues(nn.Module):
     def forward(self, vectors: Tensor, places: Tensor) -> tuple[KeyValues, ...]:
         """Shapes: vectors [C, context dim], places [C] -> L_kv of them."""
         groups, split = self.shape.kv_groups, self.shape.kv_split
-        chunks = [
-            norm(chunk.float()).unflatten(-1, (groups, -1))
-            for norm, chunk in zip(self.norms, vectors.chunk(len(self.norms), dim=-1), strict=True)
+        chunks = vectors.chunk(len(self.norms), dim=-1)
+        found = [
+            turn_normed(chunk, norm.weight, places, groups=groups)
+            for norm, chunk in zip(self.norms, chunks, strict=True)
         ]
         return tuple(
-            KeyValues(keys=rotate(keys, places), values=values)
-            for keys, values in zip(chunks[::split], chunks[split - 1 :: split], strict=True)
+            KeyValues(keys=of_keys[0], values=of_values[1])
+            for of_keys, of_values in zip(found[::split], found[split - 1 :: split], strict=True)
         )
 
 

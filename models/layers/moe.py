@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cluster.errors import ConfigError
+from models.kernels.expert_products import expert_products
 from models.layers.expert_rows import collect_rows, dispatch_rows, group_rows
-from models.layers.feedforward import FeedForward, swish_gate
+from models.layers.feedforward import FeedForward
 from models.layers.linear import matmul_dtype, without_autocast
 
 _ALIGNED = 8
@@ -177,7 +177,5 @@ def run_experts(hidden: Tensor, chosen: Tensor, expand: Tensor, contract: Tensor
     compiles = hidden.device.type == "cpu" and dtype == torch.bfloat16
     grouping = group_rows(chosen.flatten(), expand.shape[0], fill=compiles)
     rows = dispatch_rows(hidden.to(dtype), grouping)
-    # Autocast does not know grouped products.
-    expanded = F.grouped_mm(rows, expand.to(dtype), offs=grouping.ends)
-    outputs = F.grouped_mm(swish_gate(expanded), contract.to(dtype), offs=grouping.ends)
+    outputs = expert_products(rows, expand, contract, grouping.ends)
     return collect_rows(outputs, grouping).view(*chosen.shape, hidden.shape[1])

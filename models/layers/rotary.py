@@ -14,9 +14,13 @@ def rotate(vectors: Tensor, positions: Tensor) -> Tensor:
 
     Shapes: vectors [..., heads, D] with an even D, positions [...] -> [..., heads, D].
     """
-    half = vectors.shape[-1] // 2
-    places = torch.arange(half, device=vectors.device)
-    angles = positions[..., None, None] * BASE ** (-places / half)
-    turns = torch.polar(torch.ones_like(angles), angles)
-    pairs = torch.view_as_complex(vectors.float().unflatten(-1, (half, 2)))
-    return torch.view_as_real(pairs * turns).flatten(-2).to(vectors.dtype)
+    pairs = torch.view_as_complex(vectors.float().unflatten(-1, (-1, 2)))
+    turned = pairs * turns_of(positions, vectors.shape[-1])[..., None, :]
+    return torch.view_as_real(turned).flatten(-2).to(vectors.dtype)
+
+
+def turns_of(positions: Tensor, dim: int) -> Tensor:
+    """What the pairs of a vector are multiplied by. Shapes: [...] -> [..., dim / 2] complex."""
+    places = torch.arange(dim // 2, device=positions.device)
+    angles = positions[..., None] * BASE ** (-places / (dim // 2))
+    return torch.polar(torch.ones_like(angles), angles)

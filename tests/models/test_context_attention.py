@@ -1,5 +1,7 @@
 """Attention to a context whose tokens are known from some position on, against the written-out form."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -76,15 +78,27 @@ def test_without_targets_nothing_is_attended_to_and_gradients_exist():
     assert all(part.grad is not None for part in parts)
 
 
-def test_users_of_unequal_history_with_one_target_each_keep_their_own():
-    sequences = Jagged.from_lengths(torch.arange(9), torch.tensor([2, 3, 4]))
-    positions = Jagged.from_lengths(torch.full((3,), 9), torch.ones(3, dtype=torch.int64))
-    layout = ContextLayout.build(sequences, torch.zeros(9).long(), torch.full((9,), NEVER), positions)
+@pytest.mark.parametrize("lengths", [(2, 3, 4), (40, 40, 40)])
+def test_layers_with_one_target_per_user_share_a_context_forward_and_backward(lengths):
+    num_users, num_keys = len(lengths), sum(lengths)
+    sequences = Jagged.from_lengths(torch.arange(num_keys), torch.tensor(lengths))
+    positions = Jagged.from_lengths(torch.full((num_users,), 9), torch.ones(num_users, dtype=torch.int64))
+    since, until = sequences.places() % 2 * NEVER, torch.full((num_keys,), NEVER)
+    layout = ContextLayout.build(sequences, since, until, positions)
     generator = torch.Generator().manual_seed(1)
-    parts = [torch.randn(*shape, generator=generator) for shape in ((3, 1, 2, 4), (9, 2, 4), (9, 2, 4))]
-    sees = [[0, 1], [2, 3, 4], [5, 6, 7, 8]]
+    shapes = [(num_users, LEVELS, HEADS, DIM)] + [(num_keys, GROUPS, DIM)] * 2
+    parts = [torch.randn(*shape, generator=generator, requires_grad=True) for shape in shapes]
+    sees = [list(range(first, last, 2)) for first, last in pairwise(sequences.offsets.tolist())]
     queries, keys, values = parts
-    attended = context_attention(queries, ContextCells.build(keys, values, layout), layout)
-    torch.testing.assert_close(
-        attended, reference_context_attention(queries, keys, values, sees), atol=1e-6, rtol=1e-5
-    )
+    cells = ContextCells.build(keys, values, layout)
+    ours = expected = queries
+    for _ in range(2):
+        ours = ours + context_attention(ours, cells, layout)
+        expected = expected + reference_context_attention(expected, keys, values, sees)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    for own, other in zip(
+        torch.autograd.grad(ours.square().sum(), parts),
+        torch.autograd.grad(expected.square().sum(), parts),
+        strict=True,
+    ):
+        torch.testing.assert_close(own, other, atol=1e-4, rtol=1e-4)
