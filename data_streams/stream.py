@@ -1,5 +1,6 @@
 """The streams a trainer and an evaluation read: this rank's share of the users, batch by batch."""
 
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -333,4 +334,6 @@ def _order_of(manifest: Manifest, config: DataConfig, seed: int) -> dict[str, An
     paged = config.pages != "none" or config.history_exposures
     names = (*ORDER_OPTIONS, *(PAGE_OPTIONS if paged else ()))
     order = {f"data.{name}": options[name] for name in names}
-    return order | {"seed": seed, "the content of data.path": manifest.fingerprint()}
+    order |= {"seed": seed, "the content of data.path": manifest.fingerprint()}
+    # As it will be read: JSON has no tuples.
+    return json.loads(json.dumps(order))

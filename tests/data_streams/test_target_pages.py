@@ -1,5 +1,6 @@
 """Pages on their way from a log to a batch: by hand, against a loop, and at every bad input."""
 
+import json
 from collections import defaultdict
 
 import numpy as np
@@ -13,7 +14,7 @@ from data_streams.configuration import DataConfig
 from data_streams.manifest import Manifest
 from data_streams.sources.ebnerd import EbnerdSource
 from data_streams.sources.world import WorldSource
-from data_streams.stream import EvaluationStream, TrainStream
+from data_streams.stream import EvaluationStream, TrainStream, merge_positions
 from tests.data_streams.test_build import build_events, page_events
 from tests.data_streams.tiny_data import make_chunk, write_data_set
 
@@ -116,6 +117,16 @@ def test_training_pages_of_the_world_equal_a_loop_over_its_events(world):
     assert found == {user: pages for user, pages in expected.items() if pages}
     strengths = {strength for pages in found.values() for page in pages for strength in page[2]}
     assert strengths == {EXPOSED, CLICKED, ORDERED}
+
+
+def test_training_on_pages_goes_on_from_a_position_that_was_written_down(world):
+    whole = training(world, tokens_per_step=500)
+    assert len(whole) > 3
+    position = json.loads(json.dumps(merge_positions([whole[1].position])))
+    stream = TrainStream(config(world, tokens_per_step=500), seed=0, rank=0, world_size=1)
+    rest = list(stream.batches(0, position))
+    assert [batch.user_ids.tolist() for batch in rest] == [batch.user_ids.tolist() for batch in whole[2:]]
+    assert by_user(rest) == by_user(whole[2:])
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])
