@@ -120,10 +120,10 @@ def test_training_pages_of_the_world_equal_a_loop_over_its_events(world):
 
 
 def test_training_on_pages_goes_on_from_a_position_that_was_written_down(world):
-    whole = training(world, tokens_per_step=500)
+    whole = training(world, tokens_per_step=100)
     assert len(whole) > 3
     position = json.loads(json.dumps(merge_positions([whole[1].position])))
-    stream = TrainStream(config(world, tokens_per_step=500), seed=0, rank=0, world_size=1)
+    stream = TrainStream(config(world, tokens_per_step=100), seed=0, rank=0, world_size=1)
     rest = list(stream.batches(0, position))
     assert [batch.user_ids.tolist() for batch in rest] == [batch.user_ids.tolist() for batch in whole[2:]]
     assert by_user(rest) == by_user(whole[2:])
