@@ -1,118 +1,139 @@
-"""Every objective on one recipe for the same time: `python -m benchmarks.experiments.objectives --help`."""
+"""Every objective on one recipe for the same time: `python -m benchmarks.experiments.objectives --help`.
 
+Steps per second are measured first, one objective after the other; then each is trained for as many steps as take the
+time, with the recipe's learning rates and schedule over just those steps.
+"""
+
+import json
+import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from benchmarks.setting.commands import evaluated, grail
+from benchmarks.setting.commands import evaluated, option_words, pretrain_once
 from benchmarks.setting.ranks import measure_on_ranks
 from benchmarks.setting.recipe import RunningRecipe, first_batches, start
+from benchmarks.setting.report import Table, write_tables
 from benchmarks.setting.timing import interleave
-from cluster.plugins import load_plugin, plugin_config
+from cluster.plugins import load_plugin
 from cluster.process import Process
-from cluster.storage import Storage
-from data_streams.manifest import Manifest
+from launch.commands.pretrain import parse_config
 
 OBJECTIVES = {
-    "full-softmax": {},
-    "sampled-softmax": {"log_q": True, "popularity_share": 0.5},
-    "in-batch-softmax": {},
-    "gbce": {},
-    "bce": {},
-    "bpr-max": {},
-    "bpr": {},
-    "top1-max": {},
-    "top1": {},
+    "full-softmax": (),
+    "sampled-softmax": ("objective.num-negatives=1024", "objective.log-q", "objective.popularity-share=0.5"),
+    "in-batch-softmax": (),
+    "gbce": (),
+    "bce": (),
+    "bpr-max": (),
+    "bpr": (),
+    "top1-max": (),
+    "top1": (),
 }
 """Options beside the defaults; scores of the softmax family are cosines over the recipe's temperature."""
 
 
+HEAD = ("objective", "targets/s", "steps", "epochs", "R@10 [95 %]", "N@10")
+MEASURED_STEPS = 12
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Train and evaluate once per objective, each for about the same time."""
+    """Finished runs are not repeated."""
 
     data: str
     """Shards of `grail data build`."""
     recipe: str
     """Recipe whose objective is replaced."""
     seconds: float = 60.0
-    """Training time of each run, without start-up and validation."""
+    """Training time of each run, without start-up, validation and checkpoints."""
+    threads: int = 2
+    """Of the one worker that trains."""
+    seed: int = 0
     out: str = "runs/objectives"
-    """Folder of the runs."""
+    """Folder of the runs and of table.md."""
     names: tuple[str, ...] = tuple(OBJECTIVES)
     """Objectives to compare."""
+
+    def words(self, name: str) -> list[str]:
+        """Options of `grail pretrain` with this objective."""
+        words = ["--data.path", self.data, "--seed", str(self.seed)]
+        words += ["--cluster.workers", "1", "--cluster.cpus-per-worker", str(self.threads)]
+        return [*words, "--objective", name, *option_words(OBJECTIVES[name]), *self._scoring(name)]
+
+    def _scoring(self, name: str) -> list[str]:
+        of_recipe = load_plugin("launch.recipes", self.recipe).recipe().objective
+        return ["--objective.temperature", str(of_recipe.temperature)] if name.endswith("softmax") else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """What a recipe does on this machine with one objective."""
+
+    step_s: float
+    targets_per_step: float
+    steps_per_epoch: int
+
+    def steps(self, seconds: float) -> int:
+        """As many as take this time."""
+        return max(round(seconds / self.step_s), 1)
 
 
 def main(arguments: list[str]) -> None:
     options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.experiments.objectives")
     rows = []
     for name in options.names:
-        epochs, rate = _epochs_in(options, name)
-        metrics = _train_and_evaluate(options, name, epochs)
-        rows.append(
-            f"| {name} | {rate:,.0f} | {epochs} | {metrics['recall@10']:.4f} | {metrics['ndcg@10']:.4f} |"
-        )
-        print(rows[-1], flush=True)
-    Path(options.out).mkdir(parents=True, exist_ok=True)
-    head = ["| objective | targets/s | epochs | R@10 | N@10 |", "|---|---|---|---|---|"]
-    (Path(options.out) / "table.md").write_text("\n".join([*head, *rows]) + "\n")
+        pace = _pace(options, name)
+        rows.append(_row(name, pace, options.seconds, _trained(options, name, pace)))
+        write_tables(Path(options.out), Table(HEAD, rows))
 
 
-def _epochs_in(options: Options, name: str) -> tuple[int, float]:
-    """How many epochs fit into the time, and the targets per second this was reckoned with."""
-    recipe = load_plugin("launch.recipes", options.recipe).recipe()
-    cluster = recipe.cluster
-    measured = measure_on_ranks(
-        _rate, 1, cluster.workers * cluster.cpus_per_worker, options, name, timeout_s=300.0
-    )
-    counts = Manifest.load(Storage(options.data)).train_length_counts
-    longest = recipe.data.max_length
-    per_epoch = sum(min(max(length - 1, 0), longest) * users for length, users in counts.items())
-    rate = measured["targets_per_s"]
-    return max(round(rate * options.seconds / per_epoch), 1), rate
-
-
-def _rate(process: Process, options: Options, name: str) -> dict[str, float]:
-    config = load_plugin("launch.recipes", options.recipe).recipe()
-    config = replace(
-        config, data=replace(config.data, path=options.data), objective=_objective(name, config.objective)
-    )
-    running: RunningRecipe = start(process, config)
-    batches = first_batches(running.stream, 12)
-    timing = interleave(process, {"ours": lambda: running.take_steps(batches)}, rounds=3)["ours"]
-    return {"targets_per_s": sum(batch.num_tokens for batch in batches) / timing.best_s}
-
-
-def _objective(name: str, of_recipe: object) -> object:
-    config = plugin_config("models.objectives", name)
-    is_softmax = name.endswith("softmax")
-    scoring = {"temperature": of_recipe.temperature} if is_softmax else {}
-    return config(**scoring, **OBJECTIVES[name])
-
-
-def _train_and_evaluate(options: Options, name: str, epochs: int) -> dict[str, float]:
-    run_dir = Path(options.out) / name
-    objective = _objective(name, load_plugin("launch.recipes", options.recipe).recipe().objective)
-    given = [f"--objective.temperature={objective.temperature}"]
-    for option, value in OBJECTIVES[name].items():
-        flag = f"--objective.{option.replace('_', '-')}"
-        given.append(flag if value is True else f"{flag}={value}")
-    grail(
-        "pretrain",
-        options.recipe,
-        "--data.path",
-        options.data,
-        "--run-dir",
-        str(run_dir),
-        "--objective",
+def _row(name: str, pace: Pace, seconds: float, evaluation: dict) -> list[str]:
+    steps, metrics = pace.steps(seconds), evaluation["metrics"]
+    low, high = evaluation["intervals"]["recall@10"]
+    return [
         name,
-        *given,
-        "--train.epochs",
-        str(epochs),
+        f"{pace.targets_per_step / pace.step_s:,.0f}",
+        f"{steps:,}",
+        f"{steps / pace.steps_per_epoch:.1f}",
+        f"{metrics['recall@10']:.4f} [{low:.4f}, {high:.4f}]",
+        f"{metrics['ndcg@10']:.4f}",
+    ]
+
+
+def _pace(options: Options, name: str) -> Pace:
+    """Measured in processes of their own, unless this run has been trained by an earlier measurement."""
+    kept = Path(options.out) / name / "pace.json"
+    if kept.exists():
+        return Pace(**json.loads(kept.read_text()))
+    measured = measure_on_ranks(_measure, 1, options.threads, options, name, timeout_s=300.0)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(measured))
+    return Pace(**measured)
+
+
+def _measure(process: Process, options: Options, name: str) -> dict[str, float]:
+    running: RunningRecipe = start(process, parse_config(options.recipe, options.words(name)))
+    batches = first_batches(running.stream, MEASURED_STEPS)
+    timing = interleave(process, {"ours": lambda: running.take_steps(batches)}, rounds=3)["ours"]
+    return {
+        "step_s": timing.best_s / len(batches),
+        "targets_per_step": sum(batch.num_tokens for batch in batches) / len(batches),
+        "steps_per_epoch": running.stream.steps_per_epoch(),
+    }
+
+
+def _trained(options: Options, name: str, pace: Pace) -> dict:
+    """The content of evaluation.json."""
+    steps = pace.steps(options.seconds)
+    epochs = math.ceil(steps / pace.steps_per_epoch) + 1
+    words = ["--train.max-steps", str(steps), "--train.epochs", str(epochs)]
+    words += ["--train.validate-every-epochs", str(epochs), "--train.validate-every-steps", str(steps)]
+    return evaluated(
+        pretrain_once(Path(options.out) / name / "run", options.recipe, *options.words(name), *words)
     )
-    return evaluated(run_dir)["metrics"]
 
 
 if __name__ == "__main__":
