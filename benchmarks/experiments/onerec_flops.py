@@ -10,10 +10,8 @@ from dataclasses import dataclass, replace
 
 import tyro
 
-from benchmarks.setting.flops import build_on_meta, made_up_batch, training_flops
+from benchmarks.setting.flops import build_on_meta, dense_of_active_size, made_up_batch, training_flops
 from launch.recipes import onerec_v2
-from models.layers.feedforward import FeedForwardConfig
-from models.layers.moe import MixtureConfig
 from models.onerec import OneRec
 from models.onerec_v2 import PUBLISHED, OneRecV2
 
@@ -77,21 +75,11 @@ def encoder_decoder(lazy: OneRecV2.Config) -> OneRec.Config:
 
 
 def gigaflops(config: OneRecV2.Config | OneRec.Config, context: int) -> float:
-    return training_flops(_build(_active(config), context), made_up_batch([context])) / 1e9
+    return training_flops(_build(dense_of_active_size(config), context), made_up_batch([context])) / 1e9
 
 
 def _build(config: OneRecV2.Config | OneRec.Config, context: int = 512) -> OneRecV2 | OneRec:
     return build_on_meta(config, code_sizes=CODE_SIZES, max_length=context)
-
-
-def _active(config: OneRecV2.Config | OneRec.Config) -> OneRecV2.Config | OneRec.Config:
-    """With dense layers of the size that a token visits in the place of experts."""
-    visited = {
-        name: FeedForwardConfig(hidden=(part.top_k + part.num_shared) * part.hidden)
-        for name, part in vars(config).items()
-        if isinstance(part, MixtureConfig)
-    }
-    return replace(config, **visited)
 
 
 if __name__ == "__main__":

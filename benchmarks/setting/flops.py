@@ -1,11 +1,16 @@
 """Floating-point operations of a training step, counted from the operations that really run, without running them."""
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
+from models.layers.feedforward import FeedForwardConfig
+from models.layers.moe import MixtureConfig
 from models.recommender import Recommender, StepContext
 from models.semantic_ids import SemanticIds
 from models.tables import LookedUp
@@ -26,6 +31,16 @@ def build_on_meta(
             actions=("click", "like"),
             semantic_ids=SemanticIds(codes=codes, code_sizes=code_sizes),
         )
+
+
+def dense_of_active_size(config: Any) -> Any:
+    """The configuration of a model with dense layers of the size that a token visits in the place of experts."""
+    visited = {
+        name: FeedForwardConfig(hidden=(part.top_k + part.num_shared) * part.hidden)
+        for name, part in vars(config).items()
+        if isinstance(part, MixtureConfig)
+    }
+    return replace(config, **visited)
 
 
 def made_up_batch(lengths: list[int]) -> SequenceBatch:
