@@ -36,6 +36,14 @@ class LazyShape:
         return self.kv_split * self.kv_layers * self.kv_groups * self.head_dim
 
 
+class ContextNorm(nn.RMSNorm):
+    """A module of its own, because ZeRO-3 gathers weights for the module that they belong to."""
+
+    def forward(self, vectors: Tensor, places: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        """Shapes: as of `turn_normed`."""
+        return turn_normed(vectors, self.weight, places, groups=groups)
+
+
 class ContextKeyValues(nn.Module):
     """Cuts context vectors into chunks: with a norm, and keys with a rotation, they are keys and values."""
 
@@ -43,16 +51,13 @@ class ContextKeyValues(nn.Module):
         super().__init__()
         self.shape = shape
         chunk = shape.kv_groups * shape.head_dim
-        self.norms = nn.ModuleList(nn.RMSNorm(chunk) for _ in range(shape.kv_layers * shape.kv_split))
+        self.norms = nn.ModuleList(ContextNorm(chunk) for _ in range(shape.kv_layers * shape.kv_split))
 
     def forward(self, vectors: Tensor, places: Tensor) -> tuple[KeyValues, ...]:
         """Shapes: vectors [C, context dim], places [C] -> L_kv of them."""
         groups, split = self.shape.kv_groups, self.shape.kv_split
         chunks = vectors.chunk(len(self.norms), dim=-1)
-        found = [
-            turn_normed(chunk, norm.weight, places, groups=groups)
-            for norm, chunk in zip(self.norms, chunks, strict=True)
-        ]
+        found = [norm(chunk, places, groups) for norm, chunk in zip(self.norms, chunks, strict=True)]
         return tuple(
             KeyValues(keys=of_keys[0], values=of_values[1])
             for of_keys, of_values in zip(found[::split], found[split - 1 :: split], strict=True)
