@@ -73,7 +73,9 @@ def _located(options: Any) -> Any:
     return replace(options, **changed)
 
 
-def reward_setting(terms: Sequence["RewardTerm"], *, data_path: str, seed: int = 0) -> "RewardSetting":
+def reward_setting(
+    terms: Sequence["RewardTerm"], *, data_path: str, semantic_ids: str = "", seed: int = 0
+) -> "RewardSetting":
     """What the rewards are built from, with the configuration of every trained run they name.
 
     Raises: ConfigError where a reward needs a run and names none; CheckpointError where there is no such run.
@@ -82,4 +84,6 @@ def reward_setting(terms: Sequence["RewardTerm"], *, data_path: str, seed: int =
 
     names = {name for term in terms for name in term.reward.run_names()}
     runs = {name: load_config(name) for name in sorted(names)}
-    return RewardSetting(data_path=absolute(data_path), seed=seed, runs=runs)
+    return RewardSetting(
+        data_path=absolute(data_path), semantic_ids=absolute(semantic_ids), seed=seed, runs=runs
+    )

@@ -39,7 +39,7 @@ class MixedRewards:
     mask: np.ndarray
     """[B, G] bool: completions that some reward has an opinion of."""
     direct: np.ndarray
-    """[B, G] what is added to the advantages."""
+    """[B, G] what is added to the advantages, or [B, G, L] where a direct reward speaks of codes."""
     direct_mask: np.ndarray
     """[B, G] bool."""
     report: Mapping[str, float]
@@ -55,9 +55,11 @@ class MixedRewards:
         found = estimator(self.values, self.mask)
         if not self.direct_mask.any():
             return found
-        added = self.direct if found.values.ndim == 2 else self.direct[..., None]
+        values, added = found.values, self.direct
+        if values.ndim != added.ndim:
+            values, added = (part if part.ndim == 3 else part[..., None] for part in (values, added))
         return Advantages(
-            values=(found.values + added).astype(np.float32),
+            values=(values + added).astype(np.float32),
             mask=found.mask | self.direct_mask,
             skipped=found.skipped & ~self.direct_mask.any(1),
         )
@@ -120,18 +122,19 @@ def mix(terms: Sequence[RewardTerm], rewards: Mapping[str, Sequence[Reward]]) ->
     """Add up the rewards of the same groups, given by the names of the terms."""
     stacked = {term.name: stack(rewards[term.name]) for term in terms}
     first_mask = stacked[terms[0].name][1]
-    mixed = [stacked[term.name][0] for term in terms if not term.direct]
-    levels = [values.shape[2] for values in mixed if values.ndim == 3]
-    values = np.zeros((*first_mask.shape, *levels[:1]))
-    direct, mask, direct_mask = (np.zeros(first_mask.shape, dtype) for dtype in (float, bool, bool))
+    mask, direct_mask = np.zeros(first_mask.shape, bool), np.zeros(first_mask.shape, bool)
+    values, direct = (
+        np.zeros(_widest([stacked[term.name][0] for term in terms if term.direct is is_direct], mask))
+        for is_direct in (False, True)
+    )
     for term in terms:
         own, own_mask = stacked[term.name]
         weighted = term.weight * np.where(own_mask if own.ndim == 2 else own_mask[..., None], own, 0.0)
         if term.direct:
-            direct += weighted if own.ndim == 2 else weighted.sum(-1)
-            direct_mask = direct_mask | own_mask
+            direct += weighted if own.ndim == direct.ndim else weighted[..., None]
+            direct_mask |= own_mask
             continue
-        mask = mask | own_mask
+        mask |= own_mask
         if own.ndim == values.ndim:
             values += weighted
         else:
@@ -143,6 +146,11 @@ def mix(terms: Sequence[RewardTerm], rewards: Mapping[str, Sequence[Reward]]) ->
         direct_mask=direct_mask,
         report=_report(terms, stacked),
     )
+
+
+def _widest(rewards: Sequence[np.ndarray], mask: np.ndarray) -> tuple[int, ...]:
+    """[B, G, L] where one of them speaks of codes, else [B, G]."""
+    return next((values.shape for values in rewards if values.ndim == 3), mask.shape)
 
 
 def _report(

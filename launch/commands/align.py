@@ -140,7 +140,12 @@ def align(config: "AlignConfig") -> int:
     with stop.on_signals():
         start = load_config(config.start)
         check_alignment(config, start)
-        setting = reward_setting(config.rewards, data_path=config.data.path, seed=config.seed)
+        setting = reward_setting(
+            config.rewards,
+            data_path=config.data.path,
+            semantic_ids=config.data.semantic_ids,
+            seed=config.seed,
+        )
         # What cannot be imported or found shows here; what was computed is not computed again by the learners.
         rewarded = dataclasses.replace(config, rewards=tuple(prepare_terms(config.rewards, setting)))
         policy = config.policy(start)

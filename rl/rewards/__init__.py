@@ -15,6 +15,8 @@ class RewardSetting:
 
     data_path: str
     """Folder or address of the shards whose item rows the groups speak of."""
+    semantic_ids: str = ""
+    """Folder of the items' semantic IDs, whose paths the groups hold."""
     seed: int = 0
     device: str = "cpu"
     """Where trained models score."""

@@ -27,6 +27,8 @@ class Hybrid(RewardFunction):
         """Multiply with the relevance gate; without it a learned reward is easily hacked."""
         calibrate: bool = True
         """Give observed positives the largest reward of their group."""
+        discard_illegal: bool = False
+        """Say nothing of illegal completions, so that items are compared among themselves; the paper gives 0."""
 
         def run_names(self) -> tuple[str, ...]:
             return self.preference.run_names()
@@ -52,7 +54,8 @@ class Hybrid(RewardFunction):
             rewards = rewards * self.relevance.passes(groups)
         if self.config.calibrate:
             rewards = calibrated(rewards, np.stack([group.is_positive for group in groups]))
-        return [Reward.of(values) for values in rewards]
+        masks = [group.legal if self.config.discard_illegal else None for group in groups]
+        return [Reward.of(values, mask) for values, mask in zip(rewards, masks, strict=True)]
 
 
 def calibrated(rewards: np.ndarray, is_positive: np.ndarray) -> np.ndarray:

@@ -46,12 +46,19 @@ def test_a_direct_term_is_added_to_the_advantages():
     assert advantages.mask.tolist() == [[True, False, False]] and advantages.skipped.tolist() == [False]
 
 
-def test_a_direct_term_of_codes_is_added_up_and_leaves_the_others_as_they_are():
-    rewards = {"a": [Reward.of([1, 3])], "prm": [Reward.of([[1, 2], [4, -1]])]}
-    found = mix([term("a"), term("prm", weight=0.5, direct=True)], rewards)
-    assert found.values.tolist() == [[1, 3]] and found.direct.tolist() == [[1.5, 1.5]]
+def test_a_direct_term_of_codes_is_added_code_by_code_and_leaves_the_others_as_they_are():
+    rewards = {"a": [Reward.of([1, 3])], "prm": [Reward.of([[1, 2], [4, -1]])], "b": [Reward.of([1, 0])]}
+    found = mix([term("a"), term("prm", weight=0.5, direct=True), term("b", direct=True)], rewards)
+    assert found.values.tolist() == [[1, 3]] and found.direct.tolist() == [[[1.5, 2], [2, -0.5]]]
     advantages = found.advantages(GroupRelative.Config().build())
-    np.testing.assert_allclose(advantages.values, [[0.5, 2.5]], atol=1e-5)
+    np.testing.assert_allclose(advantages.values, [[[0.5, 1], [3, 0.5]]], atol=1e-5)
+
+
+def test_a_direct_term_of_items_is_added_to_all_codes():
+    rewards = {"prm": [Reward.of([[0, 1], [2, 3]])], "legal": [Reward.of([1, 0])]}
+    found = mix([term("prm"), term("legal", direct=True)], rewards)
+    advantages = found.advantages(StepWise.Config(discount=0.0).build())
+    np.testing.assert_allclose(advantages.values, [[[0, 0], [1, 1]]], atol=1e-5)
 
 
 def test_a_reward_of_items_stands_at_the_last_code_beside_one_of_codes():

@@ -161,7 +161,10 @@ def run_alignment(
 ) -> dict[str, Any]:
     from rl.start import start_alignment
 
-    setting = reward_setting(config.rewards, data_path=config.data.path, seed=config.seed)
+    data = config.data
+    setting = reward_setting(
+        config.rewards, data_path=data.path, semantic_ids=data.semantic_ids, seed=config.seed
+    )
     reporter = StopAfter(process.rank, stop_after)
     last = CheckpointReader(Storage(f"{start.run_dir}/checkpoints"), "best").step
     return start_alignment(process, config, start, last, {}, setting, Places(), reporter)
