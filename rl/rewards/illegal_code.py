@@ -1,7 +1,7 @@
 """Blame for the code with which a path leaves the catalogue: -1 there, 0 everywhere else.
 
 The codes before it begin real items. A reward of 0 for the whole completion, as in the papers, makes them less likely
-too, and hits and utility with them. Give the term `direct`, and let the other rewards say nothing of illegal completions
+too, and hits and utility with them. Give the term `direct`, and let other rewards say nothing of illegal completions
 (`--rewards.hybrid.discard-illegal`), so that items are compared among themselves.
 
 RECONSTRUCTED: not in the papers.
