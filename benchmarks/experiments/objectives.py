@@ -25,15 +25,9 @@ OBJECTIVES = {
     "full-softmax": (),
     "sampled-softmax": ("objective.num-negatives=1024", "objective.log-q", "objective.popularity-share=0.5"),
     "in-batch-softmax": (),
-    "gbce": (),
-    "bce": (),
-    "bpr-max": (),
-    "bpr": (),
-    "top1-max": (),
-    "top1": (),
+    **{name: ("objective.normalised",) for name in ("gbce", "bce", "bpr-max", "bpr", "top1-max", "top1")},
 }
-"""Options beside the defaults; scores of the softmax family are cosines over the recipe's temperature."""
-
+"""Options beside the defaults. All score by cosines over the recipe's temperature, which its learning rates are for."""
 
 HEAD = ("objective", "targets/s", "steps", "epochs", "R@10 [95 %]", "N@10")
 MEASURED_STEPS = 12
@@ -61,11 +55,9 @@ class Options:
         """Options of `grail pretrain` with this objective."""
         words = ["--data.path", self.data, "--seed", str(self.seed)]
         words += ["--cluster.workers", "1", "--cluster.cpus-per-worker", str(self.threads)]
-        return [*words, "--objective", name, *option_words(OBJECTIVES[name]), *self._scoring(name)]
-
-    def _scoring(self, name: str) -> list[str]:
-        of_recipe = load_plugin("launch.recipes", self.recipe).recipe().objective
-        return ["--objective.temperature", str(of_recipe.temperature)] if name.endswith("softmax") else []
+        temperature = load_plugin("launch.recipes", self.recipe).recipe().objective.temperature
+        words += ["--objective", name, "--objective.temperature", str(temperature)]
+        return [*words, *option_words(OBJECTIVES[name])]
 
 
 @dataclass(frozen=True, kw_only=True)
