@@ -121,7 +121,7 @@ class AlignmentDemo:
         options = ["--run-dir", f"{self.out}/aligned", "--seed", str(self.seed)]
         # A PRM that has seen little counts for little, beside advantages of about 1.
         options += ["--rewards", "hybrid,process", "--rewards.process.run", f"{self.out}/prm"]
-        options += ["--rewards.process.direct", "--rewards.process.weight", "0.05"]
+        options += ["--rewards.process.direct", "--rewards.process.weight", "0.15"]
         options += ["--rewards.hybrid.preference.run", f"{self.out}/reward"]
         options += ["--rewards.hybrid.relevance.vectors", f"{self.out}/ids/run_embeddings.npy"]
         options += ["--align.group-size", sizes.group_size, "--train.max-steps", sizes.align_steps]

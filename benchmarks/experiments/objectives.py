@@ -25,7 +25,7 @@ OBJECTIVES = {
     "full-softmax": (),
     "sampled-softmax": ("objective.num-negatives=1024", "objective.log-q", "objective.popularity-share=0.5"),
     "in-batch-softmax": (),
-    **{name: ("objective.normalised",) for name in ("gbce", "bce", "bpr-max", "bpr", "top1-max", "top1")},
+    **dict.fromkeys(("gbce", "bce", "bpr-max", "bpr", "top1-max", "top1"), ("objective.normalised",)),
 }
 """Options beside the defaults. All score by cosines over the recipe's temperature, which its learning rates are for."""
 

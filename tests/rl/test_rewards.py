@@ -4,12 +4,14 @@ import asyncio
 from dataclasses import replace
 
 import numpy as np
+import polars as pl
 import pytest
 
 from cluster.errors import ConfigError, DataError
 from cluster.plugins import plugin_config, plugin_files
 from data_streams.build import build
 from data_streams.build_config import BuildConfig
+from data_streams.semantic_ids import SemanticIdTable
 from data_streams.sources.events import EventsSource
 from data_streams.sources.world import WorldSource
 from rl.item_vectors import UnitVectors, last_items, relevance
@@ -18,6 +20,7 @@ from rl.rewards.diversity import Diversity
 from rl.rewards.duration import Duration
 from rl.rewards.hit import Hit
 from rl.rewards.hybrid import Hybrid, calibrated
+from rl.rewards.illegal_code import IllegalCode
 from rl.rewards.legality import Legality
 from rl.rewards.preference import Preference
 from rl.rewards.process import Process
@@ -78,6 +81,20 @@ def test_legality_draws_a_few_and_discards_the_illegal():
     assert (first.mask == again.mask).all() and (first.mask != other.mask).any()
     (everything,) = score(Legality.Config(discard_illegal=False).build(NOWHERE), group([5, -1]))
     assert everything.values.tolist() == [1, 0] and everything.mask.all()
+
+
+def test_the_code_that_leaves_the_catalogue_is_blamed_and_no_other(tmp_path):
+    items = pl.Series("item_id", ["a", "b", "c"])
+    codes = np.array([[0, 1, 2], [0, 3, 1], [2, 1, 0]], dtype=np.int32)
+    SemanticIdTable(item_ids=items, codes=codes, code_sizes=(4, 4, 4)).save(str(tmp_path))
+    paths = [[0, 1, 2], [1, 1, 2], [0, 2, 1], [0, 3, 2], [2, 1, 0]]
+    asked = replace(group([0, -1, -1, -1, 2], levels=3), paths=np.array(paths))
+    function = IllegalCode.Config().build(RewardSetting(data_path="", semantic_ids=str(tmp_path)))
+    (found,) = score(function, asked)
+    assert found.values.tolist() == [[0, 0, 0], [-1, 0, 0], [0, -1, 0], [0, 0, -1], [0, 0, 0]]
+    assert found.mask.all()
+    with pytest.raises(ConfigError, match="semantic IDs"):
+        IllegalCode.Config().build(NOWHERE)
 
 
 def test_relevance_by_hand():
@@ -176,10 +193,12 @@ def test_the_hybrid_reward_is_gate_times_preference_with_positives_on_top():
         ({}, [0.2, 0.2, 0, 0]),
         ({"calibrate": False}, [0.1, 0.2, 0, 0]),
         ({"gate": False}, [0.3, 0.2, 0.3, 0]),
+        ({"discard_illegal": True}, [0.2, 0.2, 0, 0]),
     ):
         config = Hybrid.Config(**options)
         (found,) = score(Hybrid(config, KnownPreference(), gate if config.gate else None), given)
         np.testing.assert_allclose(found.values, expected, rtol=1e-6)
+        assert found.mask.tolist() == [True, True, True, not config.discard_illegal]
 
 
 def test_a_python_function_is_a_reward_by_its_import_path():
