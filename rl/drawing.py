@@ -3,12 +3,14 @@
 Shapes: B users, G completions, L codes.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from cluster.seeds import purpose_seed
 from data_streams.batch import SequenceBatch
-from models.decoding.distribution import CodeDistribution
+from models.decoding.distribution import CodeDistribution, path_log_probabilities
 from models.decoding.sampling import Sampling
 from models.decoding.space import CatalogueSpace, FreeSpace, PathSpace
 from models.decoding.trie import PrefixTrie
@@ -62,7 +64,23 @@ class Drawing:
 
     def log_probabilities(self, model: Generator, rows: Rows, batch: SequenceBatch, paths: Tensor) -> Tensor:
         """What `draw` stamps on completions, of any paths; the prompt is computed once. Shapes: [B, N, L] fp32."""
-        return model.log_probabilities(rows, batch, paths, space=self.space, distribution=self.distribution)
+        return self.of_logits(model.path_logits(rows, batch, paths), paths)
+
+    def of_logits(self, logits: Sequence[Tensor], paths: Tensor) -> Tensor:
+        """The same from teacher-forced scores. Shapes: L times [B, N, K_l], paths [B, N, L] -> [B, N, L] fp32."""
+        return path_log_probabilities(logits, paths, self.space, self.distribution)
 
     def autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32)
+
+
+def likelihood(logits: Sequence[Tensor], paths: Tensor) -> Tensor:
+    """Log-probabilities of the bare model, which pretraining maximises, whatever completions are drawn from.
+
+    Among the items of the catalogue alone, illegal paths would cost nothing, and drift up while completions are drawn
+    there.
+
+    Shapes: L times [B, N, K_l], paths [B, N, L] (-1 for none) -> [B, N, L] fp32.
+    """
+    everything = FreeSpace(tuple(of_level.shape[-1] for of_level in logits))
+    return path_log_probabilities(logits, paths, everything, CodeDistribution())

@@ -17,7 +17,7 @@ from data_streams.jagged import Jagged
 from models.generator import Generator
 from models.recommender import LossSum, StepContext
 from models.tables import Rows
-from rl.drawing import Drawing
+from rl.drawing import Drawing, likelihood
 from rl.objectives import PolicyInputs, PolicyObjective
 from rl.prompts import POSITIVES
 from rl.types import Advantages, Completions
@@ -63,14 +63,17 @@ class PolicyModule(DenseModule):
         if self.objective.needs_positives:
             positives, exists = padded(given[POSITIVE_PATHS])
             paths = torch.cat((paths, positives), dim=1)
-        log_probs = self.drawing.log_probabilities(self.model, rows, batch, paths)
+        logits = self.model.path_logits(rows, batch, paths)
+        drawn, observed = (
+            [of_level[:, part] for of_level in logits] for part in (slice(group), slice(group, None))
+        )
         inputs = PolicyInputs(
-            log_probs=log_probs[:, :group],
+            log_probs=self.drawing.of_logits(drawn, paths[:, :group]),
             old_log_probs=by_group(OLD),
             advantages=by_group(ADVANTAGES),
             mask=by_group(COUNTS),
             reference_log_probs=by_group(REFERENCE) if self.objective.needs_reference else None,
-            positive_log_probs=log_probs[:, group:] if self.objective.needs_positives else None,
+            positive_log_probs=likelihood(observed, positives) if self.objective.needs_positives else None,
             positive_mask=exists if self.objective.needs_positives else None,
         )
         loss = self.objective(inputs)
