@@ -35,10 +35,11 @@ VARIANTS = {
     "GRPO": "--objective grpo",
     "GRPO without gate": "--objective grpo --rewards.hybrid.no-gate",
     "GRPO-SR": "--objective grpo-sr --objective.alpha 0.3",
+    "GRPO-SR, catalogue": "--objective grpo-sr --objective.alpha 0.3 --align.space catalogue",
     "ECPO": "--objective ecpo --objective.alpha 0.3",
     "GBPO": "--objective gbpo --objective.alpha 0.3 --advantage binary",
 }
-"""On the worlds, by the hybrid reward."""
+"""On the worlds, by the hybrid reward; completions are drawn freely where the catalogue is not named."""
 OWN_VARIANTS = {
     "GRPO-SR, hit + rank": "--objective grpo-sr --objective.alpha 0.3 --rewards hit,rank",
     "GRPO, hit + rank": "--objective grpo --rewards hit,rank",
@@ -205,7 +206,7 @@ def _aligned(folder: Path, policy: Path, variant: str, given: str, seed: int, op
         else:
             setting = ["--rewards.hybrid.preference.run", f"{folder}/reward", "--data.pages", "recorded"]
             setting += ["--rewards.hybrid.relevance.vectors", f"{folder}/ids/run_embeddings.npy"]
-        everything = [*given.split(), *setting, *options.align.split(), "--seed", str(seed)]
+        everything = [*setting, *options.align.split(), *given.split(), "--seed", str(seed)]
         grail("align", str(policy), "--run-dir", str(run_dir), *everything)
     return run_dir
 
