@@ -2,9 +2,12 @@
 
 Source: Petrov and Macdonald, gSASRec: Reducing Overconfidence in Sequential Recommendation Trained with Negative
 Sampling (2023). Deviations: the step's positions share their negatives; sigm(s+)^beta is never formed, since
--log(sigm(s+)^beta) is beta softplus(-s+), which needs no float64.
+-log(sigm(s+)^beta) is beta softplus(-s+), which needs no float64. RECONSTRUCTED: scores begin at ln(beta / k), where
+the target weighs as much as all negatives; at 0 the first gradients are those of negatives alone, a thousand times those
+of targets, and row-wise Adagrad, which remembers them for good, then hardly moves a row any more.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,6 +31,8 @@ class GeneralisedBinaryCrossEntropy(PairwiseObjective):
         """Items drawn per step and shared by all its positions."""
         calibration: float = 0.75
         """t of the paper: 0 is plain binary cross-entropy, 1 gives calibrated probabilities."""
+        balanced: bool = True
+        """Let scores begin at ln(beta / k); the paper lets them begin at 0."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -46,7 +51,12 @@ class GeneralisedBinaryCrossEntropy(PairwiseObjective):
     def __init__(self, config: Config, num_items: int, item_counts: np.ndarray | None):
         super().__init__(config, num_items, item_counts)
         self.negative_weight = 1 / (config.num_negatives + 1)
-        self.positive_weight = config.beta(num_items) * self.negative_weight
+        beta = config.beta(num_items)
+        self.positive_weight = beta * self.negative_weight
+        self.begin = math.log(beta / config.num_negatives) if config.balanced else 0.0
 
     def formula(self) -> Formula:
-        return partial(binary_cross_entropy, self.positive_weight, self.negative_weight)
+        of_scores = partial(binary_cross_entropy, self.positive_weight, self.negative_weight)
+        return lambda scores, positive, excluded: of_scores(
+            scores.add_(self.begin), positive + self.begin, excluded
+        )

@@ -59,6 +59,12 @@ def naive_gbce(positive, scores):
     return naive_full_bce(positive, scores, beta=rate * (0.75 * (1 - 1 / rate) + 1 / rate))
 
 
+def naive_balanced_gbce(positive, scores):
+    rate = 5 / (NUM_ITEMS - 1)
+    begin = math.log((rate * (0.75 * (1 - 1 / rate) + 1 / rate)) / 5)
+    return naive_gbce(positive + begin, [s + begin for s in scores])
+
+
 def naive_bpr(positive, scores):
     return -mean([logsigmoid(positive - s) for s in scores])
 
@@ -89,9 +95,10 @@ def naive_log_q(positive, scores):
 FORMULAS = {
     "bce": (BinaryCrossEntropy.Config(num_negatives=5), naive_bce),
     "bce over all": (BinaryCrossEntropy.Config(num_negatives=5, negatives_per_target=None), naive_full_bce),
-    "gbce": (GeneralisedBinaryCrossEntropy.Config(num_negatives=5), naive_gbce),
+    "gbce": (GeneralisedBinaryCrossEntropy.Config(num_negatives=5), naive_balanced_gbce),
+    "gbce of the paper": (GeneralisedBinaryCrossEntropy.Config(num_negatives=5, balanced=False), naive_gbce),
     "gbce without calibration": (
-        GeneralisedBinaryCrossEntropy.Config(num_negatives=5, calibration=0.0),
+        GeneralisedBinaryCrossEntropy.Config(num_negatives=5, calibration=0.0, balanced=False),
         naive_full_bce,
     ),
     "bpr": (BayesianPersonalisedRanking.Config(num_negatives=5), naive_bpr),
