@@ -25,7 +25,9 @@ OBJECTIVES = {
     "full-softmax": (),
     "sampled-softmax": ("objective.num-negatives=1024", "objective.log-q", "objective.popularity-share=0.5"),
     "in-batch-softmax": (),
-    **dict.fromkeys(("gbce", "bce", "bpr-max", "bpr", "top1-max", "top1"), ("objective.normalised",)),
+    **dict.fromkeys(("gbce", "bce", "bpr", "top1-max", "top1"), ("objective.normalised",)),
+    # Its regularisation is made for small scores.
+    "bpr-max": ("objective.normalised", "objective.regularisation=0.001"),
 }
 """Options beside the defaults. All score by cosines over the recipe's temperature, which its learning rates are for."""
 

@@ -3,8 +3,8 @@
 Source: Petrov and Macdonald, gSASRec: Reducing Overconfidence in Sequential Recommendation Trained with Negative
 Sampling (2023). Deviations: the step's positions share their negatives; sigm(s+)^beta is never formed, since
 -log(sigm(s+)^beta) is beta softplus(-s+), which needs no float64. RECONSTRUCTED: scores begin at ln(beta / k), where
-the target weighs as much as all negatives; at 0 the first gradients are those of negatives alone, a thousand times those
-of targets, and row-wise Adagrad, which remembers them for good, then hardly moves a row any more.
+the target weighs as much as all negatives. At 0 the first gradients are those of negatives alone, a thousand times
+those of targets, and row-wise Adagrad, which remembers them for good, then hardly moves a row any more.
 """
 
 import math
