@@ -35,7 +35,9 @@ VARIANTS = {
     "GRPO": "--objective grpo",
     "GRPO without gate": "--objective grpo --rewards.hybrid.no-gate",
     "GRPO-SR": "--objective grpo-sr --objective.alpha 0.3",
-    "GRPO-SR, catalogue": "--objective grpo-sr --objective.alpha 0.3 --align.space catalogue",
+    "GRPO-SR, catalogue": (
+        "--objective grpo-sr --objective.alpha 0.3 --align.space catalogue --train.epochs 8 --train.max-steps 640"
+    ),
     "ECPO": "--objective ecpo --objective.alpha 0.3",
     "GBPO": "--objective gbpo --objective.alpha 0.3 --advantage binary",
 }
