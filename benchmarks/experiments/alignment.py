@@ -47,8 +47,8 @@ OWN_VARIANTS = {
     "GRPO, hit + rank": "--objective grpo --rewards hit,rank",
 }
 """On data of one's own."""
-OTHER_REWARD = "GRPO without gate"
-"""Its rewards are not those of the other variants, so its row alone says where they began."""
+OTHER_REWARDS = ("GRPO without gate", "GRPO-SR, catalogue")
+"""Their rewards, or the completions rewarded, are not those of the other variants; their rows say where they began."""
 POLICY = (
     "--cluster.workers 1 --model.width 48 --model.num-blocks 1 --model.num-depth-blocks 1 "
     "--model.feedforward-width 96 --model.dropout 0.1 --train.epochs 4 --data.tokens-per-step 1024 "
@@ -153,7 +153,9 @@ def main(arguments: list[str]) -> None:
 
 def _of_start(results: dict[tuple[str, str], list[Result]]) -> float | None:
     """What the start's completions were rewarded with, by the reward that nearly all variants have."""
-    firsts = [run.first_reward for (name, _), runs in results.items() if name != OTHER_REWARD for run in runs]
+    firsts = [
+        run.first_reward for (name, _), runs in results.items() if name not in OTHER_REWARDS for run in runs
+    ]
     return float(np.mean(firsts)) if firsts else None
 
 
