@@ -41,7 +41,7 @@ def test_a_generator_its_prm_and_an_alignment_by_both_rewards(trained, tmp_path,
     assert prm.init_from == policy.run_dir and prm.data.semantic_ids == policy.data.semantic_ids
     hybrid, process = aligned.rewards
     assert (hybrid.name, hybrid.weight, hybrid.direct) == ("hybrid", 1.0, False)
-    assert process.reward.run == prm.run_dir and process.direct and 0 < process.weight < 0.1
+    assert process.reward.run == prm.run_dir and process.direct and 0 < process.weight < 0.2
     check_alignment(aligned, policy)
     setting = reward_setting(aligned.rewards, data_path=aligned.data.path)
     assert {Path(name).name for name in setting.runs} == {"reward", "prm"}
