@@ -1,7 +1,7 @@
 """Every objective on one recipe for the same time: `python -m benchmarks.experiments.objectives --help`.
 
-Steps per second are measured first, one objective after the other; then each is trained for as many steps as take the
-time, with the recipe's learning rates and schedule over just those steps.
+What a step takes is measured first, in processor time, so that other work on the machine favours none; then each
+objective is trained for as many steps as take the time, with the recipe's learning rates and schedule over just those.
 """
 
 import json
@@ -44,7 +44,7 @@ class Options:
     recipe: str
     """Recipe whose objective is replaced."""
     seconds: float = 60.0
-    """Training time of each run, without start-up, validation and checkpoints."""
+    """Training time of each run, without start-up, validation and checkpoints: processor time of each thread."""
     threads: int = 2
     """Of the one worker that trains."""
     seed: int = 0
@@ -113,7 +113,7 @@ def _measure(process: Process, options: Options, name: str) -> dict[str, float]:
     batches = first_batches(running.stream, MEASURED_STEPS)
     timing = interleave(process, {"ours": lambda: running.take_steps(batches)}, rounds=3)["ours"]
     return {
-        "step_s": timing.best_s / len(batches),
+        "step_s": min(timing.cpu_s) / options.threads / len(batches),
         "targets_per_step": sum(batch.num_tokens for batch in batches) / len(batches),
         "steps_per_epoch": running.stream.steps_per_epoch(),
     }
