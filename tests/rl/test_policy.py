@@ -104,6 +104,25 @@ def test_a_shared_prompt_equals_a_row_of_its_own_for_every_completion(name):
         torch.testing.assert_close(found.rows.grad, wanted, atol=1e-5, rtol=1e-4)
 
 
+def test_the_anchor_is_the_bare_models_likelihood_wherever_completions_are_drawn():
+    model, prompts, kept = make_generator("decoder-only"), make_prompts(), []
+    drawing = make_drawing(space="catalogue", temperature=1.7)
+
+    class Kept(GrpoSr):
+        def __call__(self, inputs):
+            kept.append(inputs)
+            return super().__call__(inputs)
+
+    learnt = make_learnt(model, drawing, prompts)
+    module = PolicyModule(model, torch.float32, objective=Kept(GrpoSr.Config()), drawing=drawing)
+    module.loss(prompt_rows(model, prompts), learnt, StepContext(step=0))
+    positives, exists = padded(learnt.supervision["positive_paths"])
+    bare = model.log_probabilities(prompt_rows(model, prompts), prompts, positives)
+    torch.testing.assert_close(kept[0].positive_log_probs[exists], bare[exists])
+    among_items = drawing.log_probabilities(model, prompt_rows(model, prompts), prompts, positives)
+    assert (among_items - bare)[exists].abs().max() > 1e-2
+
+
 def leaves_of(rows):
     return {
         name: LookedUp(ids=found.ids, rows=found.rows.detach().requires_grad_())
