@@ -17,7 +17,7 @@ import polars as pl
 import tyro
 from matplotlib.figure import Figure
 
-from benchmarks.setting.commands import grail
+from benchmarks.setting.commands import folder_name, grail
 from benchmarks.setting.paired import paired_change
 from benchmarks.setting.report import Table
 from cluster.errors import ConfigError
@@ -201,8 +201,7 @@ def _require_same(folder: Path, config: WorldConfig) -> None:
 
 
 def _aligned(folder: Path, policy: Path, variant: str, given: str, seed: int, options: Options) -> Path:
-    name = variant.lower().replace(", ", " ").replace(" + ", " ").replace(" ", "-")
-    run_dir = folder / f"{name}-{seed}"
+    run_dir = folder / f"{folder_name(variant)}-{seed}"
     if not (run_dir / "alignment.json").exists():
         if options.data:
             setting = ["--data.path", str(Path(options.data).absolute())]

@@ -12,7 +12,7 @@ import polars as pl
 import tyro
 from matplotlib.figure import Figure
 
-from benchmarks.setting.commands import evaluated_users, option_words, pretrain_once
+from benchmarks.setting.commands import evaluated_users, option_words, pretrain_once, words_of_steps
 from benchmarks.setting.paired import CHANGE_HEAD, change_cells, paired_change
 from benchmarks.setting.report import Table, draw_points, mean_cells, write_tables
 from cluster.errors import ConfigError
@@ -32,7 +32,6 @@ MERGERS = {"on": ("--model.merge",), "off": ("--model.no-merge",)}
 METRICS = ("recall@10", "ndcg@10")
 LOSS = 0.03
 """Share of a metric that the merger must not cost."""
-NO_LIMIT = "100000"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +119,7 @@ def _trained(options: Options, variant: Variant, seed: int, steps: int | None) -
     given = ["--data.path", options.data, "--data.semantic-ids", options.ids, "--seed", str(seed)]
     given += [*TARGETS[variant.target], *MERGERS[variant.merger], *option_words(options.extra)]
     if steps is not None:
-        given += ["--train.epochs", NO_LIMIT, "--train.max-steps", str(steps)]
+        given += words_of_steps(steps)
     run_dir = Path(options.out) / f"{variant.target}-merger-{variant.merger}-{seed}"
     return pretrain_once(run_dir, options.recipe, *given)
 

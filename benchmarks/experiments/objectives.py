@@ -5,14 +5,13 @@ objective is trained for as many steps as take the time, with the recipe's learn
 """
 
 import json
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from benchmarks.setting.commands import evaluated, option_words, pretrain_once
+from benchmarks.setting.commands import evaluated, option_words, pretrain_once, words_of_steps
 from benchmarks.setting.ranks import measure_on_ranks
 from benchmarks.setting.recipe import RunningRecipe, first_batches, start
 from benchmarks.setting.report import Table, write_tables
@@ -122,9 +121,7 @@ def _measure(process: Process, options: Options, name: str) -> dict[str, float]:
 def _trained(options: Options, name: str, pace: Pace) -> dict:
     """The content of evaluation.json."""
     steps = pace.steps(options.seconds)
-    epochs = math.ceil(steps / pace.steps_per_epoch) + 1
-    words = ["--train.max-steps", str(steps), "--train.epochs", str(epochs)]
-    words += ["--train.validate-every-epochs", str(epochs), "--train.validate-every-steps", str(steps)]
+    words = [*words_of_steps(steps), "--train.validate-every-steps", str(steps)]
     return evaluated(
         pretrain_once(Path(options.out) / name / "run", options.recipe, *options.words(name), *words)
     )

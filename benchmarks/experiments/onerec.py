@@ -4,7 +4,6 @@ All are trained for equally many floating-point operations: those of some epochs
 the recipe's own first steps, forward and backward; experts as the dense layer of the size that a token visits.
 """
 
-import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,13 @@ import polars as pl
 import tyro
 from matplotlib.figure import Figure
 
-from benchmarks.setting.commands import evaluated_users, option_words, pretrain_once
+from benchmarks.setting.commands import (
+    evaluated_users,
+    folder_name,
+    option_words,
+    pretrain_once,
+    words_of_steps,
+)
 from benchmarks.setting.flops import META, dense_of_active_size, training_flops
 from benchmarks.setting.paired import CHANGE_HEAD, change_cells, paired_change
 from benchmarks.setting.recipe import first_batches
@@ -196,11 +201,10 @@ def _trained(
     options: Options, name: str, variant: Variant, seed: int, cost: Cost, budget: float
 ) -> pl.DataFrame:
     steps = cost.steps(budget)
-    epochs = str(math.ceil(steps / cost.steps_per_epoch) + 1)
-    words = [*_words(options), "--seed", str(seed), "--train.max-steps", str(steps), "--train.epochs", epochs]
+    words = [*_words(options), "--seed", str(seed), *words_of_steps(steps)]
     words += ["--train.validate-every-steps", str(steps)]
-    folder = f"{name.lower().replace(', ', '-').replace(' ', '-')}-{seed}"
-    run_dir = pretrain_once(Path(options.out) / folder, variant.recipe, *words, *variant.arguments())
+    run_dir = Path(options.out) / f"{folder_name(name)}-{seed}"
+    pretrain_once(run_dir, variant.recipe, *words, *variant.arguments())
     return evaluated_users(run_dir, "test", "--evaluation.cutoffs", "5", "10")
 
 

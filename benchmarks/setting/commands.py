@@ -10,6 +10,9 @@ import polars as pl
 
 from cluster.errors import ClusterError
 
+NO_LIMIT = "100000"
+"""Epochs."""
+
 
 def grail(*arguments: str) -> None:
     """Raises: ClusterError with what the command said."""
@@ -27,6 +30,16 @@ def evaluated(run_dir: Path, *options: str) -> dict:
 def option_words(pairs: Iterable[str]) -> list[str]:
     """Options given as NAME=VALUE, as words of a command."""
     return [word for pair in pairs for word in f"--{pair}".split("=", 1)]
+
+
+def words_of_steps(steps: int) -> list[str]:
+    """Options of a run that takes so many steps, however many epochs they are."""
+    return ["--train.epochs", NO_LIMIT, "--train.max-steps", str(steps)]
+
+
+def folder_name(name: str) -> str:
+    """Example: "GRPO-SR, hit + rank" -> "grpo-sr-hit-rank"."""
+    return name.lower().replace(", ", " ").replace(" + ", " ").replace(" ", "-")
 
 
 def pretrain_once(run_dir: Path, recipe: str, *options: str) -> Path:
