@@ -9,6 +9,9 @@ class ClusterConfig:
     """Address of a running Ray cluster; left out, Ray starts by itself on this machine."""
     workers: int = 1
     """Training processes; tables and optimizer state are sharded over them."""
+    in_process: bool = False
+    """Work in the command's own process, with plain torch in place of Ray, DeepSpeed and TorchRec: for one processor or
+    accelerator on a machine without those. Nothing starts again after a fault."""
     min_workers: int | None = None
     """Fewest processes to go on with when workers or hosts are lost; left out, as many as it starts with."""
     max_workers: int | None = None

@@ -121,7 +121,7 @@ def write_run_vectors(run: str, checkpoint: str, items: "ItemTable", data: str, 
     """
     import numpy as np
 
-    from cluster.worker_group import run_gang
+    from cluster.workers import run_workers
     from launch.jobs import part_file
     from launch.run_directory import load_config
     from launch.served_run import find_step
@@ -133,7 +133,7 @@ def write_run_vectors(run: str, checkpoint: str, items: "ItemTable", data: str, 
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     parts = [f"{part_file(out, rank)}.npy" for rank in range(config.cluster.workers)]
     try:
-        run_gang(
+        run_workers(
             *(item_vectors_job, config, find_step(config, checkpoint), out),
             config=config.cluster,
             run_dir=config.run_dir,

@@ -210,7 +210,7 @@ def _prm(assembly: Any) -> Any:
     run = assembly.config.search.prm_run
     if not run:
         return None
-    config = load_config(run)
+    config = dataclasses.replace(load_config(run), cluster=assembly.config.cluster)
     return _load(assembly.process, config, find_step(config, "best"))
 
 

@@ -167,6 +167,10 @@ def check_alignment(config: AlignConfig, start: PretrainConfig) -> None:
             f"alignment needs a policy that generates semantic IDs, and {start.run_dir} holds a "
             f"{type(start.model).__qualname__.split('.')[0]}; pretrain a recipe such as decoder-amazon"
         )
+    if config.cluster.in_process:
+        raise ConfigError(
+            "alignment works with rollout and reward workers, which Ray places; leave --cluster.in-process out"
+        )
     for name in ("min_workers", "max_workers"):
         if getattr(config.cluster, name) not in (None, config.cluster.workers):
             raise ConfigError(

@@ -16,7 +16,8 @@ from torchrec.distributed.types import ShardingEnv
 from cluster.process import Process
 from models.tables import TableSpec
 from sharding.configuration import ShardingConfig
-from sharding.plan import TablePlacement, collections, make_plan, placements
+from sharding.placements import TablePlacement
+from sharding.plan import collections, make_plan, placements
 from sharding.state import Piece
 from sharding.tables import ADAGRAD_EPSILON, EmbeddingTables, NoTables, logical_rows, physical_ids
 

@@ -2,12 +2,9 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 from torchrec import EmbeddingCollection, EmbeddingConfig
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
@@ -19,28 +16,15 @@ from cluster.errors import PlanError
 from cluster.process import Process
 from models.tables import TableSpec
 from sharding.configuration import ShardingConfig
+from sharding.placements import TablePlacement
 from sharding.tables import kept_rows
 
 logger = logging.getLogger(__name__)
 
 _KINDS = {"row_wise": ShardingType.ROW_WISE.value, "table_wise": ShardingType.TABLE_WISE.value}
 _GIB = 2**30
-_MIB = 2**20
 _DIM_UNIT = 4
 """Of the kernels of fbgemm."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TablePlacement:
-    """Where one table lies."""
-
-    name: str
-    num_rows: int
-    dim: int
-    kind: str
-    """row_wise or table_wise."""
-    rows_per_rank: dict[int, int]
-    """Rows of each rank that holds any."""
 
 
 def collections(specs: Sequence[TableSpec]) -> dict[str, EmbeddingCollection]:
@@ -141,25 +125,3 @@ def placements(plan: ShardingPlan, specs: Sequence[TableSpec]) -> list[TablePlac
                 )
             )
     return found
-
-
-def render_plan(tables: Sequence[TablePlacement]) -> str:
-    """The plan as a table for people, kept in the run directory."""
-    table = Table(title="Where the table rows lie")
-    for column in ("table", "rows", "dim", "placement", "rank: rows", "MiB per rank (rows + optimizer)"):
-        table.add_column(column)
-    for entry in tables:
-        bytes_per_row = 4 * entry.dim + 4
-        table.add_row(
-            entry.name,
-            f"{entry.num_rows:,}",
-            str(entry.dim),
-            entry.kind,
-            ", ".join(f"{rank}: {rows:,}" for rank, rows in sorted(entry.rows_per_rank.items())),
-            ", ".join(
-                f"{rows * bytes_per_row / _MIB:.1f}" for _, rows in sorted(entry.rows_per_rank.items())
-            ),
-        )
-    console = Console(width=110, record=True, file=open("/dev/null", "w"))
-    console.print(table)
-    return console.export_text()

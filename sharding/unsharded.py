@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from models.tables import TableSpec
+from sharding.placements import TablePlacement
 from sharding.state import Piece
 from sharding.tables import ADAGRAD_EPSILON, EmbeddingTables, kept_rows, logical_rows, physical_ids
 
@@ -18,6 +19,12 @@ class UnshardedTables(EmbeddingTables):
         self.learning_rate = learning_rate
         self.rows = {s.name: torch.empty(kept_rows(s), s.dim, device=device) for s in specs}
         self.state = {s.name: torch.zeros(kept_rows(s), device=device) for s in specs}
+        self.placements = [
+            TablePlacement(
+                name=s.name, num_rows=kept_rows(s), dim=s.dim, kind="whole", rows_per_rank={0: kept_rows(s)}
+            )
+            for s in specs
+        ]
         self.initialise(seed)
 
     def lookup(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from models.semantic_ids import SemanticIds
 from models.tables import Lookup
 from sharding.lookup import ItemFeatures, make_lookup
 from sharding.tables import EmbeddingTables
+from sharding.unsharded import UnshardedTables
 from trainer.blocks import compile_blocks, recompute_blocks
 from trainer.conditions import conditional_search, load_conditions, model_conditions
 from trainer.configuration import PretrainConfig
@@ -122,9 +123,10 @@ class Assembly:
 
         Raises: ConfigError if an option asks for blocks or experts and the model has none.
         """
-        from sharding.experts import shard_experts
+        if not self.config.cluster.in_process:
+            from sharding.experts import shard_experts
 
-        shard_experts(self.model, self.config.sharding.expert_parallel, self.process)
+            shard_experts(self.model, self.config.sharding.expert_parallel, self.process)
         if self.config.train.compile:
             compile_blocks(self.model)
         if self.config.train.activation_checkpointing:
@@ -134,8 +136,6 @@ class Assembly:
 
 def assemble(config: PretrainConfig, process: Process, items: ItemTable | None = None) -> Assembly:
     """Build model and sharded tables with their initial values; a collective call."""
-    from sharding.apply import spread_tables
-
     items = items or ItemTable.load(config.data.path)
     features = load_item_features(config, items)
     semantic_ids = load_semantic_ids(config, items)
@@ -147,14 +147,18 @@ def assemble(config: PretrainConfig, process: Process, items: ItemTable | None =
         item_features=features,
         semantic_ids=semantic_ids,
         model=model,
-        tables=spread_tables(
-            model.tables(),
-            process=process,
-            config=config.sharding,
-            seed=config.seed,
-            learning_rate=config.train.table_learning_rate,
-        ),
+        tables=_make_tables(model, config, process),
     )
+
+
+def _make_tables(model: Recommender, config: PretrainConfig, process: Process) -> EmbeddingTables:
+    """Spread over the workers, or whole in the command's own process; a collective call."""
+    rates = {"seed": config.seed, "learning_rate": config.train.table_learning_rate}
+    if config.cluster.in_process:
+        return UnshardedTables(model.tables(), device=process.device, **rates)
+    from sharding.apply import spread_tables
+
+    return spread_tables(model.tables(), process=process, config=config.sharding, **rates)
 
 
 def load_semantic_ids(config: PretrainConfig, items: ItemTable) -> SemanticIdTable | None:

@@ -16,18 +16,18 @@ from cluster.storage import Storage
 from data_streams.item_table import ITEMS_NAME
 from data_streams.stream import TrainStream
 from models.recommender import Recommender
-from sharding.plan import render_plan
+from sharding.placements import render_plan
 from trainer.assembly import Assembly, agree_on, assemble
 from trainer.audit import AuditLog, next_attempt
 from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_fallback import newest_step, restore_newest
 from trainer.checkpoint_reader import CheckpointReader
 from trainer.configuration import CHECKPOINTS, PretrainConfig, TrainConfig
-from trainer.dense_engine import DenseEngine
 from trainer.dense_module import DenseModule
 from trainer.job import CheckpointClock, Job
 from trainer.learner import Learner
 from trainer.metric_log import MetricLog
+from trainer.plain_engine import PlainEngine
 from trainer.pretrain import train
 from trainer.run_state import Progress, initialise_from, restore_progress
 
@@ -112,11 +112,11 @@ def _checkpointer(
 
 def make_learner(
     assembly: Assembly, wrap: Callable[[Recommender, torch.dtype], DenseModule] = DenseModule
-) -> tuple[Learner, DenseEngine]:
+) -> tuple[Learner, Any]:
     """Wrap the dense part in the engine, and prove that this left the tables alone."""
     before = assembly.tables.checksums()
     module = assembly.module(wrap)
-    engine = DenseEngine(module, assembly.config.train, assembly.process)
+    engine = _make_engine(module, assembly)
     changed = [name for name, value in assembly.tables.checksums().items() if value != before[name]]
     if changed:
         raise PlanError(
@@ -133,6 +133,15 @@ def make_learner(
         world_size=process.world_size,
     )
     return learner, engine
+
+
+def _make_engine(module: DenseModule, assembly: Assembly) -> Any:
+    """A DenseEngine, or a PlainEngine in the command's own process."""
+    if assembly.config.cluster.in_process:
+        return PlainEngine(module, assembly.config.train)
+    from trainer.dense_engine import DenseEngine
+
+    return DenseEngine(module, assembly.config.train, assembly.process)
 
 
 def _initialise(source: str, assembly: Assembly) -> None:

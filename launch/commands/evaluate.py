@@ -68,7 +68,7 @@ def evaluate(
     """Evaluate a run on workers, write its evaluation.json and print a table; returns the file's content."""
     from rich.console import Console
 
-    from cluster.worker_group import run_gang
+    from cluster.workers import run_workers
     from launch.jobs import evaluate_job
     from trainer.evaluate import EvaluationResult, render
 
@@ -80,7 +80,7 @@ def evaluate(
     step = find_step(config, checkpoint)
     start_console()
     kept = per_user and absolute(per_user)
-    content = run_gang(
+    content = run_workers(
         *(evaluate_job, config, step, split, kept), config=config.cluster, run_dir=config.run_dir
     )
     content["checkpoint"] = checkpoint
@@ -104,7 +104,7 @@ def compare_candidates(
     """Test-time scaling: write search_scaling.json and .png into the run directory and print a table."""
     from rich.console import Console
 
-    from cluster.worker_group import run_gang
+    from cluster.workers import run_workers
     from launch.jobs import scaling_job
     from launch.plots import write_scaling
     from trainer.search_scaling import render_scaling
@@ -113,7 +113,7 @@ def compare_candidates(
     others = [asked_alike(load_config(run), config) for run in beside]
     served = [(other, find_step(other, "best")) for other in others]
     start_console()
-    lines = run_gang(
+    lines = run_workers(
         *(scaling_job, config, step, split, served),
         config=config.cluster,
         run_dir=config.run_dir,

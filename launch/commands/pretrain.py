@@ -95,17 +95,15 @@ def _run(
 ) -> dict | None:
     """The result of the workers; None where they were stopped before they had one."""
     from cluster.elastic import allowed_worlds
-    from cluster.ray_start import start_ray
-    from cluster.worker_group import run_gang
+    from cluster.workers import run_workers
     from launch.jobs import pretrain_job
 
     def on_event(event: Event) -> None:
         progress.on_event(event)
         keeper.on_event(event)
 
-    start_ray(config.cluster)
     with TrainingProgress(console) as progress:
-        result = run_gang(
+        result = run_workers(
             *(pretrain_job, config, document),
             config=config.cluster,
             run_dir=config.run_dir,

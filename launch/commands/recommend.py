@@ -86,11 +86,11 @@ def show(config: PretrainConfig, *, num_users: int, checkpoint: str = "best", k:
     """Print history and recommendations of a few users."""
     from rich.console import Console
 
-    from cluster.worker_group import run_gang
+    from cluster.workers import run_workers
     from launch.jobs import show_job
 
     start_console()
-    shown = run_gang(
+    shown = run_workers(
         *(show_job, config, find_step(config, checkpoint), num_users, k),
         config=config.cluster,
         run_dir=config.run_dir,
@@ -102,7 +102,7 @@ def show(config: PretrainConfig, *, num_users: int, checkpoint: str = "best", k:
 
 def write_all(config: PretrainConfig, out: str, *, checkpoint: str = "best", k: int = 10) -> None:
     """Write recommendations for every user; workers write parts, which are then merged in the users' order."""
-    from cluster.worker_group import run_gang
+    from cluster.workers import run_workers
     from launch.jobs import part_file, write_job
 
     start_console()
@@ -110,7 +110,7 @@ def write_all(config: PretrainConfig, out: str, *, checkpoint: str = "best", k: 
     parts = [part_file(out, rank) for rank in range(config.cluster.workers)]
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     try:
-        run_gang(
+        run_workers(
             *(write_job, config, find_step(config, checkpoint), out, k),
             config=config.cluster,
             run_dir=config.run_dir,

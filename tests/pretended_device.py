@@ -1,0 +1,104 @@
+"""Tensors that say they lie on an accelerator and are computed on the processor.
+
+With these a machine without an accelerator finds what would fail there: tensors of two devices in one operation, and
+data read back by the host without being asked to. Values, autocast and speed say nothing about a real device.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+NAME = "pretended"
+
+
+class _Backend(backend_registration._DummyBackendModule):
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+
+backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
+PRETENDED = torch.device(NAME, 0)
+CROSSING = {"aten.copy_", "aten._to_copy", "aten.index", "aten.index_put", "aten.index_put_", "aten.set_"}
+"""Operations that may read tensors of both: copies, and indexing, whose indices may lie on the host."""
+WAITING = {"aten._local_scalar_dense", "aten.nonzero", "aten._unique2", "aten.unique_dim", "aten.masked_select"}
+"""Operations that return to the host what, or how much, the device computed."""
+
+
+class PretendedTensor(torch.Tensor):
+    """A tensor on the pretended device; `inner` holds its values."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(),
+            dtype=inner.dtype, device=PRETENDED, requires_grad=False,
+        )  # fmt: skip
+
+    def __init__(self, inner: Tensor):
+        self.inner = inner
+
+    def __repr__(self) -> str:
+        return f"PretendedTensor({self.inner})"
+
+    def tolist(self) -> list:
+        return self.cpu().tolist()
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @staticmethod
+    def __tensor_unflatten__(tensors, context, size, stride):
+        return PretendedTensor(tensors["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return compute(function, args, kwargs or {}, Counter())
+
+
+class PretendedDevice(TorchDispatchMode):
+    """While inside, tensors can be made on and moved to the pretended device; `waits` counts what makes the host wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return compute(function, args, kwargs or {}, self.waits)
+
+
+def compute(function: Callable, args: tuple, kwargs: dict[str, Any], waits: Counter[str]) -> Any:
+    """Call an operation on the values. Raises: RuntimeError where tensors of two devices meet."""
+    name = str(function).rsplit(".", 1)[0]
+    tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+    pretended = [tensor for tensor in tensors if isinstance(tensor, PretendedTensor)]
+    if pretended and name not in CROSSING:
+        others = [t for t in tensors if not isinstance(t, PretendedTensor) and t.dim() and t.device.type == "cpu"]
+        if others:
+            raise RuntimeError(f"{function} met tensors of two devices: {[tuple(t.shape) for t in others]} on the host")
+    if pretended and name == "aten._fused_sdp_choice":
+        return torch.nn.attention.SDPBackend.MATH.value
+    target = kwargs.get("device")
+    on_device = target.type == NAME if target is not None else _result_is_pretended(name, args, pretended)
+    if pretended and (name in WAITING or not on_device and name in ("aten._to_copy", "aten.copy_")):
+        waits[name] += 1
+    inner_kwargs = {**kwargs, "device": torch.device("cpu")} if target is not None and on_device else dict(kwargs)
+    inner_kwargs.pop("pin_memory", None)
+    inner_args, inner_kwargs = tree_map_only(PretendedTensor, lambda t: t.inner, (args, inner_kwargs))
+    result = function(*inner_args, **inner_kwargs)
+    if not on_device:
+        return result
+    result = tree_map_only(Tensor, PretendedTensor, result)
+    return return_and_correct_aliasing(function, args, kwargs, result) if pretended else result
+
+
+def _result_is_pretended(name: str, args: tuple, pretended: list) -> bool:
+    """Indexing and copying in place give a tensor of the device of what is indexed or overwritten."""
+    if name in CROSSING and args and isinstance(args[0], Tensor):
+        return isinstance(args[0], PretendedTensor)
+    return bool(pretended)
