@@ -26,7 +26,14 @@ backend_registration._setup_privateuseone_for_python_backend(NAME, backend_modul
 PRETENDED = torch.device(NAME, 0)
 CROSSING = {"aten.copy_", "aten._to_copy", "aten.index", "aten.index_put", "aten.index_put_", "aten.set_"}
 """Operations that may read tensors of both: copies, and indexing, whose indices may lie on the host."""
-WAITING = {"aten._local_scalar_dense", "aten.nonzero", "aten._unique2", "aten.unique_dim", "aten.masked_select"}
+WAITING = {
+    "aten._local_scalar_dense",
+    "aten.equal",
+    "aten.nonzero",
+    "aten._unique2",
+    "aten.unique_dim",
+    "aten.masked_select",
+}
 """Operations that return to the host what, or how much, the device computed."""
 
 
@@ -62,7 +69,7 @@ class PretendedTensor(torch.Tensor):
 
 
 class PretendedDevice(TorchDispatchMode):
-    """While inside, tensors can be made on and moved to the pretended device; `waits` counts what makes the host wait."""
+    """While inside, tensors can lie on the pretended device; `waits` counts what makes the host wait for it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,22 +85,29 @@ def compute(function: Callable, args: tuple, kwargs: dict[str, Any], waits: Coun
     tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
     pretended = [tensor for tensor in tensors if isinstance(tensor, PretendedTensor)]
     if pretended and name not in CROSSING:
-        others = [t for t in tensors if not isinstance(t, PretendedTensor) and t.dim() and t.device.type == "cpu"]
+        others = [
+            t for t in tensors if not isinstance(t, PretendedTensor) and t.dim() and t.device.type == "cpu"
+        ]
         if others:
-            raise RuntimeError(f"{function} met tensors of two devices: {[tuple(t.shape) for t in others]} on the host")
+            raise RuntimeError(
+                f"{function} met tensors of two devices: {[tuple(t.shape) for t in others]} on the host"
+            )
     if pretended and name == "aten._fused_sdp_choice":
         return torch.nn.attention.SDPBackend.MATH.value
     target = kwargs.get("device")
     on_device = target.type == NAME if target is not None else _result_is_pretended(name, args, pretended)
-    if pretended and (name in WAITING or not on_device and name in ("aten._to_copy", "aten.copy_")):
+    if pretended and (name in WAITING or (not on_device and name in ("aten._to_copy", "aten.copy_"))):
         waits[name] += 1
-    inner_kwargs = {**kwargs, "device": torch.device("cpu")} if target is not None and on_device else dict(kwargs)
+    inner_kwargs = (
+        {**kwargs, "device": torch.device("cpu")} if target is not None and on_device else dict(kwargs)
+    )
     inner_kwargs.pop("pin_memory", None)
     inner_args, inner_kwargs = tree_map_only(PretendedTensor, lambda t: t.inner, (args, inner_kwargs))
     result = function(*inner_args, **inner_kwargs)
     if not on_device:
         return result
-    result = tree_map_only(Tensor, PretendedTensor, result)
+    # A tensor that only says it is a conjugate would lose that by being wrapped.
+    result = tree_map_only(Tensor, lambda t: PretendedTensor(t.resolve_conj().resolve_neg()), result)
     return return_and_correct_aliasing(function, args, kwargs, result) if pretended else result
 
 

@@ -46,6 +46,7 @@ OBJECTIVES = {
     "gbce": GeneralisedBinaryCrossEntropy.Config(num_negatives=16, popularity_share=0.5, balanced=False),
 }
 NUM_ITEMS = 97
+CPU = torch.device("cpu")
 SEED = 5
 
 
@@ -129,7 +130,9 @@ def make_batch(sequences: Sequence[Tensor], first_user: int = 0) -> SequenceBatc
     )
 
 
-def prepare(case: Case, model: Recommender, step: int, rank: int, world_size: int) -> StepInput:
+def prepare(
+    case: Case, model: Recommender, step: int, rank: int, world_size: int, device: torch.device = CPU
+) -> StepInput:
     """This rank's share of a step: streams are dealt out, c % world_size."""
     batches = [
         _numbered(make_batch(list(chain.from_iterable(make_users(step, case.streams)[r::world_size]))))
@@ -138,9 +141,7 @@ def prepare(case: Case, model: Recommender, step: int, rank: int, world_size: in
     if case.model in PAGE_WISE:
         batches = [with_pages(batch) for batch in batches]
     context = StepContext(step=step, seed=SEED, rank=rank, world_size=world_size)
-    prepared = prepare_step(
-        model, batches[rank], context, case.micro_batches, make_features(case), torch.device("cpu")
-    )
+    prepared = prepare_step(model, batches[rank], context, case.micro_batches, make_features(case), device)
     parts = [split_users(model.training_batch(batch, context), case.micro_batches) for batch in batches]
     return prepared.with_counts([[model.num_targets(p[i]) for p in parts] for i in range(case.micro_batches)])
 
@@ -170,9 +171,9 @@ def _numbered(batch: SequenceBatch) -> SequenceBatch:
     return replace(batch, user_ids=sums)
 
 
-def make_learner(case: Case, process: Process | None) -> Learner:
+def make_learner(case: Case, process: Process | None, device: torch.device = CPU) -> Learner:
     """The sharded learner on a process group, or the unsharded reference without one."""
-    model = make_model(case)
+    model = make_model(case).to(device)
     if process is not None:
         from sharding.experts import shard_experts
 
@@ -183,7 +184,7 @@ def make_learner(case: Case, process: Process | None) -> Learner:
     if process is None:
         from sharding.unsharded import UnshardedTables
 
-        tables = UnshardedTables(model.tables(), seed=SEED, learning_rate=0.1, device=torch.device("cpu"))
+        tables = UnshardedTables(model.tables(), seed=SEED, learning_rate=0.1, device=device)
         engine = PlainEngine(module, case.train_config())
         return Learner(module, engine, tables, seed=SEED, rank=0, world_size=1)
     from sharding.apply import spread_tables
@@ -200,14 +201,16 @@ def make_learner(case: Case, process: Process | None) -> Learner:
     return Learner(module, engine, tables, seed=SEED, rank=process.rank, world_size=process.world_size)
 
 
-def run_steps(case: Case, process: Process | None, learner: Learner, first: int, count: int) -> list[float]:
+def run_steps(
+    case: Case, process: Process | None, learner: Learner, first: int, count: int, device: torch.device = CPU
+) -> list[float]:
     """Mean loss of each step over all ranks."""
     import torch.distributed as dist
 
     rank, world_size = (process.rank, process.world_size) if process else (0, 1)
     losses = []
     for step in range(first, first + count):
-        prepared = prepare(case, learner.module.model, step, rank, world_size)
+        prepared = prepare(case, learner.module.model, step, rank, world_size, device)
         total = learner.step(prepared, learning_rate=1e-2, table_learning_rate=0.1 / (1 + step)).loss_sum
         if process:
             dist.all_reduce(total)
@@ -215,11 +218,13 @@ def run_steps(case: Case, process: Process | None, learner: Learner, first: int,
     return losses
 
 
-def train(process: Process | None, case: Case) -> tuple[list[float], list[tuple[str, int, Tensor]]]:
+def train(
+    process: Process | None, case: Case, device: torch.device = CPU
+) -> tuple[list[float], list[tuple[str, int, Tensor]]]:
     """Losses, and this rank's pieces of the whole state after the last step."""
     torch.set_num_threads(1)
-    learner = make_learner(case, process)
-    losses = run_steps(case, process, learner, 0, case.steps)
+    learner = make_learner(case, process, device)
+    losses = run_steps(case, process, learner, 0, case.steps, device)
     return losses, state_of(learner)
 
 

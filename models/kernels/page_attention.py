@@ -58,7 +58,7 @@ class PageLayout:
             # Padding cells of a row hold some token's user: its first cell is always real.
             who = cells[:, 0, 1]
             lengths = history.lengths[who]
-            longest = history.max_length if history.offsets.is_cuda else int(lengths.max())
+            longest = int(lengths.max()) if history.offsets.device.type == "cpu" else history.max_length
             places = torch.arange(longest, device=who.device)
             keys.append(
                 torch.minimum(history.offsets[who, None] + places, history.offsets[who + 1, None] - 1)

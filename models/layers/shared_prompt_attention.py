@@ -28,27 +28,33 @@ class PromptLayout:
 
     @staticmethod
     def build(prompts: Jagged) -> "PromptLayout":
-        """Raises: DataError where a prompt is empty."""
+        """Raises: DataError where a prompt is empty; not asked on an accelerator, which it would have to wait for."""
         # One empty bucket for a batch without users keeps keys and values attached to the graph.
         cells = bucket_layout(prompts) if prompts.num_rows else padded_layout(prompts)
         lengths = prompts.lengths
-        if prompts.num_rows and int(lengths.min()) == 0:
+        on_host = lengths.device.type == "cpu"
+        if on_host and prompts.num_rows and int(lengths.min()) == 0:
             raise DataError(
                 "a prompt must have at least one token, and some are empty; leave out users without any event, or "
                 "begin prompts with a token of their own"
             )
-        rows, firsts, done = prompts.row_index(), [], 0
-        for users, length in cells.buckets:
-            firsts.append(done + length * torch.arange(users, device=rows.device))
-            done += users * length
-        order = rows[cells.token_of_cell[torch.cat(firsts)]]
-        is_sorted = torch.equal(order, torch.arange(len(order), device=order.device))
+        order = _order_of_users(prompts, cells) if on_host else None
         return PromptLayout(
             cells=cells,
-            order=None if is_sorted else order,
-            place=None if is_sorted else order.argsort(),
-            padding=tuple(_padding(cells, lengths[order])),
+            order=order,
+            place=None if order is None else order.argsort(),
+            padding=tuple(_padding(cells, lengths if order is None else lengths[order])),
         )
+
+
+def _order_of_users(prompts: Jagged, cells: BucketLayout) -> Tensor | None:
+    """Users in the order of the buckets; None where that is their own."""
+    rows, firsts, done = prompts.row_index(), [], 0
+    for users, length in cells.buckets:
+        firsts.append(done + length * torch.arange(users))
+        done += users * length
+    order = rows[cells.token_of_cell[torch.cat(firsts)]]
+    return None if torch.equal(order, torch.arange(len(order))) else order
 
 
 def _padding(cells: BucketLayout, lengths: Tensor) -> Iterator[Tensor | None]:
@@ -57,7 +63,7 @@ def _padding(cells: BucketLayout, lengths: Tensor) -> Iterator[Tensor | None]:
     for part, (_, length) in zip(parts, cells.buckets, strict=True):
         beyond = torch.arange(length, device=lengths.device) >= part[:, None]
         bias = torch.zeros(beyond.shape, device=lengths.device).masked_fill_(beyond, float("-inf"))
-        yield bias[:, None, None] if bool(beyond.any()) else None
+        yield None if beyond.device.type == "cpu" and not beyond.any() else bias[:, None, None]
 
 
 @dataclass(frozen=True, kw_only=True)

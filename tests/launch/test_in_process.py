@@ -57,7 +57,9 @@ def test_a_run_in_process_is_evaluated_and_goes_on_in_a_gang(tmp_path):
 
 
 def test_a_process_is_one_worker():
-    with pytest.raises(ConfigError, match=r"has one worker, and cluster.workers is 2; give --cluster.workers 1"):
+    with pytest.raises(
+        ConfigError, match=r"has one worker, and cluster.workers is 2; give --cluster.workers 1"
+    ):
         run_workers(print, config=ClusterConfig(workers=2, in_process=True), run_dir="")
 
 

@@ -1,0 +1,54 @@
+"""Training on an accelerator is training on the processor; a pretended one stands in where there is none."""
+
+from collections import Counter
+from functools import cache
+
+import pytest
+import torch
+
+from tests.generator_cases import GENERATORS, PAGE_WISE
+from tests.pretended_device import PRETENDED, PretendedDevice
+from tests.training_cases import MODELS, OBJECTIVES, Case, join_pieces, make_learner, prepare, train
+
+CASES = [
+    *(Case(model=model, objective="full", steps=3) for model in MODELS),
+    *(Case(objective=objective, steps=3) for objective in OBJECTIVES),
+    *(Case(model=model, steps=3) for model in {**GENERATORS, **PAGE_WISE}),
+]
+
+
+def name_of(case: Case) -> str:
+    return f"{case.model}, {case.objective}"
+
+
+@cache
+def on_the_processor(case: Case):
+    losses, state = train(None, case)
+    return losses, join_pieces([state])
+
+
+def assert_same_training(case: Case, device: torch.device, tolerance: float) -> None:
+    losses, state = train(None, case, device)
+    expected_losses, expected = on_the_processor(case)
+    assert losses == pytest.approx(expected_losses, rel=tolerance)
+    for name, tensor in join_pieces([[(n, start, t.cpu()) for n, start, t in state]]).items():
+        torch.testing.assert_close(tensor, expected[name], atol=tolerance, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_no_operation_of_a_step_mixes_devices_and_only_the_check_of_the_loss_waits(case):
+    with PretendedDevice() as device:
+        assert_same_training(case, PRETENDED, 1e-5)
+        learner = make_learner(case, None, PRETENDED)
+        for step in range(2):
+            prepared = prepare(case, learner.module.model, step, 0, 1, PRETENDED)
+            device.waits.clear()
+            learner.step(prepared, 1e-2, 0.1)
+    tables = len(learner.tables.specs)
+    assert device.waits == Counter({"aten._local_scalar_dense": 1, "aten._unique2": tables}) - Counter()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator of CUDA")
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_training_on_cuda_is_training_on_the_processor(case):
+    assert_same_training(case, torch.device("cuda", 0), 1e-4)
