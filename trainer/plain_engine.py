@@ -100,7 +100,7 @@ def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Te
     """Adam's state of a parameter, created before the first step where need be, so that it can be restored."""
     state = optimizer.state[parameter]
     if MOMENTS[0] not in state:
-        state["step"] = torch.tensor(0.0)
+        state["step"] = torch.zeros((), device=parameter.device)
         state.update({moment: torch.zeros_like(parameter) for moment in MOMENTS})
     return state
 
@@ -109,7 +109,7 @@ def set_adam_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
     """To be called once every parameter has its moments."""
     for state in optimizer.state.values():
         if MOMENTS[0] in state:
-            state["step"] = torch.tensor(float(steps))
+            state["step"] = torch.full_like(state["step"], float(steps))
 
 
 def whole_piece(name: str, tensor: Tensor) -> Piece:
