@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from data_streams.jagged import Jagged
+from data_streams.jagged import Jagged, moved
 
 EXPOSED, CLICKED, ORDERED = 0, 1, 2
 """How an item of a page was answered, weakest first."""
@@ -45,10 +45,10 @@ class Pages:
     def to(self, device: torch.device) -> "Pages":
         return Pages(
             items=self.items.to(device),
-            strengths=self.strengths.to(device, non_blocking=True),
-            positions=self.positions.to(device, non_blocking=True),
+            strengths=moved(self.strengths, device),
+            positions=moved(self.positions, device),
             history_lengths=self.history_lengths.to(device),
-            times_s=self.times_s.to(device, non_blocking=True),
+            times_s=moved(self.times_s, device),
         )
 
     def select(self, start: int, stop: int) -> "Pages":
@@ -105,7 +105,7 @@ class SequenceBatch:
         return self.items.values.shape[0]
 
     def to(self, device: torch.device) -> "SequenceBatch":
-        move = lambda tensor: None if tensor is None else tensor.to(device, non_blocking=True)  # noqa: E731
+        move = lambda tensor: None if tensor is None else moved(tensor, device)  # noqa: E731
         return replace(
             self,
             user_ids=move(self.user_ids),

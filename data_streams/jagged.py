@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """On a device; the copy is waited for on the way to the host alone, which would read it before it is there."""
+    return tensor.to(device, non_blocking=device.type != "cpu")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Jagged:
     """Rows of unequal length stored one after another.
@@ -65,6 +70,6 @@ class Jagged:
     def to(self, device: torch.device) -> "Jagged":
         return replace(
             self,
-            values=self.values.to(device, non_blocking=True),
-            offsets=self.offsets.to(device, non_blocking=True),
+            values=moved(self.values, device),
+            offsets=moved(self.offsets, device),
         )

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_streams.jagged import moved
 from models.tables import Ids, LookedUp, Lookup, Rows, TableSpec
 from sharding.tables import EmbeddingTables
 
@@ -22,7 +23,7 @@ class MergedIds:
 
     def to(self, device: torch.device) -> "MergedIds":
         def move(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+            return {name: moved(tensor, device) for name, tensor in tensors.items()}
 
         return MergedIds(tables=move(self.tables), positions=tuple(move(entry) for entry in self.positions))
 

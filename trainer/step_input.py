@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from data_streams.batch import SequenceBatch
+from data_streams.jagged import moved
 from models.recommender import Recommender, StepContext
 from models.tables import Ids, TableSpec
 from sharding.lookup import ItemFeatures, MergedIds, merge_ids
@@ -99,10 +100,8 @@ def join_parts(
                 batch=part.to(device),
                 num_targets=num_targets,
                 context=context,
-                ids={name: values.to(device, non_blocking=True) for name, values in ids.items()},
-                item_features={
-                    name: values.to(device, non_blocking=True) for name, values in features.items()
-                },
+                ids={name: moved(values, device) for name, values in ids.items()},
+                item_features={name: moved(values, device) for name, values in features.items()},
             )
         )
     return StepInput(
