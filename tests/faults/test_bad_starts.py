@@ -16,7 +16,7 @@ from tests.data_streams.tiny_data import damage
 from tests.faults.training import last_step, latest_step, pretrain_line, saved_state
 from tests.tiny_run import build_tiny_data
 
-SHORT = ("--train.epochs", "1", "--cluster.workers", "1")
+SHORT = ("--train.epochs", "1", "--cluster.workers", "1", "--cluster.in-process")
 
 
 @pytest.fixture(scope="module")

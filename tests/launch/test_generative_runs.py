@@ -8,9 +8,9 @@ from launch.cli import run as grail
 from tests.tiny_run import NUM_ITEMS, build_tiny_data, save_semantic_ids
 
 TINY = (
-    "--cluster.workers 1 --model.width 16 --model.num-encoder-blocks 1 --model.num-decoder-blocks 1 "
-    "--model.num-heads 2 --model.head-width 8 --model.feedforward-width 32 --data.num-streams 2 "
-    "--train.max-steps 3 --train.precision fp32"
+    "--cluster.workers 1 --cluster.in-process --model.width 16 --model.num-encoder-blocks 1 "
+    "--model.num-decoder-blocks 1 --model.num-heads 2 --model.head-width 8 --model.feedforward-width 32 "
+    "--data.num-streams 2 --train.max-steps 3 --train.precision fp32"
 ).split()
 
 

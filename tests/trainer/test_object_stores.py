@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import ray
 
 from cluster import retries
 from cluster.errors import ClusterError, ConfigError, StorageError
@@ -91,10 +90,10 @@ def test_a_run_in_s3_is_stopped_and_goes_on_at_another_size_as_one_on_disk(s3, u
 
 
 def test_the_commands_work_on_a_run_in_s3(s3, capsys):
-    ray.shutdown()  # one of earlier tests has workers without this environment
     run_dir = "s3://grail/commands"
     small = (
-        "--cluster.workers 1 --model.width 16 --model.num-blocks 1 --data.num-streams 2 --train.max-steps 3"
+        "--cluster.workers 1 --cluster.in-process --model.width 16 --model.num-blocks 1 "
+        "--data.num-streams 2 --train.max-steps 3"
     )
     line = ["pretrain", "sasrec", "--data.path", "s3://grail/data", "--run-dir", run_dir, *small.split()]
     assert grail(line) == 0
