@@ -14,6 +14,7 @@ from torch.distributed import distributed_c10d
 
 from cluster.errors import ClusterError, MeetingError
 from cluster.faults import COLLECTIVE, kind_of
+from cluster.memory import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ def start_process(
     _set_environment(rank, world_size, local_rank, local_world_size, num_threads, use_gpu)
     os.environ["GLOO_SOCKET_IFNAME"] = interface_towards(rendezvous)
     torch.set_num_threads(num_threads)
+    keep_freed_memory()
     device = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
     if use_gpu:
         torch.cuda.set_device(device)
