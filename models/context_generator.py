@@ -10,6 +10,7 @@ from models.generator import DecodeState, Generator
 from models.layers.code_decoder import CodeDecoder, KeyValues
 from models.layers.code_embedding import CodeEmbedding
 from models.layers.linear import Linear
+from models.layers.norm import RMSNorm
 from models.layers.shared_prompt_attention import PromptKeyValues, PromptLayout
 from models.layers.user_context import ContextConfig, UserContext
 from models.predicted_events import PREDICTED, check_targets_per_user, with_newest
@@ -52,7 +53,7 @@ class ContextGenerator(Generator):
             actions=actions,
             init_scale=config.init_scale,
         )
-        self.norms = nn.ModuleList(nn.RMSNorm(config.width) for _ in self.code_sizes)
+        self.norms = nn.ModuleList(RMSNorm(config.width) for _ in self.code_sizes)
         self.heads = nn.ModuleList(Linear(config.width, size, bias=False) for size in self.code_sizes)
 
     def initialise(self, module: nn.Module) -> None:

@@ -30,6 +30,7 @@ from models.layers.code_embedding import CodeEmbedding
 from models.layers.cross_attention import CrossAttention
 from models.layers.dropout import Dropout
 from models.layers.linear import Linear
+from models.layers.norm import RMSNorm
 from models.layers.shared_prompt_attention import PromptKeyValues, PromptLayout
 from models.layers.transformer import FeedForward
 from models.objectives.negatives import draw_different
@@ -91,7 +92,7 @@ class PathReward(nn.Module):
             ScoringBlock(self.width, num_heads, config.feedforward_width, config.dropout)
             for _ in range(config.num_blocks)
         )
-        self.final_norm = nn.RMSNorm(self.width)
+        self.final_norm = RMSNorm(self.width)
         self.hidden = Linear(self.width, self.width // 2)
         # Scores are only compared with each other: a bias would have no gradient but rounding.
         self.output = Linear(self.width // 2, 1, bias=False)
@@ -231,7 +232,7 @@ class ScoringBlock(nn.Module):
 
     def __init__(self, width: int, num_heads: int, feedforward_width: int, dropout: float):
         super().__init__()
-        self.attention_norm, self.feedforward_norm = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.attention_norm, self.feedforward_norm = RMSNorm(width), RMSNorm(width)
         self.attention = CrossAttention(width, num_heads)
         self.feedforward = FeedForward(width, feedforward_width)
         self.dropout = Dropout(dropout)

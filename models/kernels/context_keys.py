@@ -4,18 +4,13 @@ On a processor some rows at a time go through all of it, forward and backward, a
 dtype of matrix products; as separate passes over long contexts this took most of a training step.
 """
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.kernels.rms_norm import EPSILON, fill_unit, row_blocks
 from models.layers.linear import matmul_dtype
 from models.layers.rotary import rotate, turns_of
-
-BLOCK_ELEMENTS = 2**19
-EPSILON = torch.finfo(torch.float32).eps
-"""That of nn.RMSNorm in fp32."""
 
 
 def turn_normed(vectors: Tensor, weight: Tensor, places: Tensor, *, groups: int) -> tuple[Tensor, Tensor]:
@@ -46,22 +41,18 @@ class _TurnNormed(torch.autograd.Function):
         turned, normed = (vectors.new_empty(shape, dtype=dtype).transpose(0, 1) for _ in range(2))
         # Places repeat from user to user.
         ctx.turns = turns_of(torch.arange(int(places.max()) + 1), shape[-1])
-        unit, work = _buffers(vectors, 2)
-        for rows in _blocks(vectors):
-            size = len(vectors[rows])
-            _to_unit(vectors[rows], unit[:size], work[:size])
-            normed[rows] = unit[:size].mul_(weight).view(normed[rows].shape)
-            _turn(unit[:size], ctx.turns.index_select(0, places[rows]), work[:size])
-            turned[rows] = work[:size].view(turned[rows].shape)
+        for rows, (unit, work) in row_blocks(vectors, 2):
+            fill_unit(vectors[rows], unit)
+            normed[rows] = unit.mul_(weight).view(normed[rows].shape)
+            _turn(unit, ctx.turns.index_select(0, places[rows]), work)
+            turned[rows] = work.view(turned[rows].shape)
         return turned, normed
 
     @staticmethod
     def backward(ctx, to_turned: Tensor | None, to_normed: Tensor | None):
         vectors, weight, places = ctx.saved_tensors
         to_vectors, to_weight = torch.empty_like(vectors), torch.zeros_like(weight)
-        buffers = _buffers(vectors, 3)
-        for rows in _blocks(vectors):
-            unit, work, gradient = (buffer[: len(vectors[rows])] for buffer in buffers)
+        for rows, (unit, work, gradient) in row_blocks(vectors, 3):
             gradient.zero_()
             if to_turned is not None:
                 work.view(to_turned[rows].shape).copy_(to_turned[rows])
@@ -69,35 +60,12 @@ class _TurnNormed(torch.autograd.Function):
             if to_normed is not None:
                 work.view(to_normed[rows].shape).copy_(to_normed[rows])
                 gradient.add_(work)
-            scale = _to_unit(vectors[rows], unit, work)
+            scale = fill_unit(vectors[rows], unit)
             torch.mul(gradient, unit, out=work)
             to_weight += work.sum(0)
             share = (work @ weight)[:, None] / len(weight)
             to_vectors[rows] = gradient.mul_(weight).sub_(unit.mul_(share)).mul_(scale)
         return to_vectors, to_weight, None, None
-
-
-def _blocks(vectors: Tensor) -> Iterator[slice]:
-    size = _block_rows(vectors)
-    return (slice(first, first + size) for first in range(0, len(vectors), size))
-
-
-def _block_rows(vectors: Tensor) -> int:
-    return max(BLOCK_ELEMENTS // vectors.shape[1], 1)
-
-
-def _buffers(vectors: Tensor, count: int) -> Tensor:
-    """The same memory for all blocks: fresh memory is slow."""
-    size = min(_block_rows(vectors), len(vectors))
-    return vectors.new_empty(count, size, vectors.shape[1], dtype=torch.float32)
-
-
-def _to_unit(vectors: Tensor, unit: Tensor, work: Tensor) -> Tensor:
-    """Fill in the vectors scaled to a mean square of 1; returns the scale. Shapes: [n, D] each -> [n, 1]."""
-    unit.copy_(vectors)
-    scale = torch.mul(unit, unit, out=work).mean(-1, keepdim=True).add_(EPSILON).rsqrt_()
-    unit.mul_(scale)
-    return scale
 
 
 def _turn(vectors: Tensor, turns: Tensor, turned: Tensor) -> None:

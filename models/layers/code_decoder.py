@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from models.kernels.context_attention import ContextCells, ContextLayout, context_attention
 from models.layers.dropout import Dropout
 from models.layers.linear import Linear
+from models.layers.norm import RMSNorm
 from models.layers.shared_prompt_attention import (
     PromptKeyValues,
     SuffixKeyValues,
@@ -39,7 +40,7 @@ class CodeBlock(nn.Module):
     def __init__(self, *, width: int, num_heads: int, kv_groups: int, feedforward: nn.Module, dropout: float):
         super().__init__()
         self.num_heads, self.kv_groups = num_heads, kv_groups
-        self.context_norm, self.code_norm, self.feedforward_norm = (nn.RMSNorm(width) for _ in range(3))
+        self.context_norm, self.code_norm, self.feedforward_norm = (RMSNorm(width) for _ in range(3))
         self.context_query = Linear(width, width, bias=False)
         self.context_output = Linear(width, width, bias=False)
         self.query_key_value = Linear(width, 3 * width, bias=False)

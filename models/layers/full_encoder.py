@@ -9,6 +9,7 @@ from models.kernels.length_buckets import BucketLayout, bucket_layout
 from models.kernels.masked_attention import masked_attention, prefix_masks
 from models.layers.dropout import Dropout
 from models.layers.linear import Linear
+from models.layers.norm import RMSNorm
 
 
 class FullBlock(nn.Module):
@@ -17,7 +18,7 @@ class FullBlock(nn.Module):
     def __init__(self, *, width: int, num_heads: int, feedforward: nn.Module, dropout: float):
         super().__init__()
         self.num_heads = num_heads
-        self.attention_norm, self.feedforward_norm = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.attention_norm, self.feedforward_norm = RMSNorm(width), RMSNorm(width)
         self.query_key_value = Linear(width, 3 * width, bias=False)
         self.output = Linear(width, width, bias=False)
         self.feedforward = feedforward
@@ -39,7 +40,7 @@ class FullEncoder(nn.Module):
             FullBlock(width=width, num_heads=num_heads, feedforward=part, dropout=dropout)
             for part in feedforwards
         )
-        self.final_norm = nn.RMSNorm(width)
+        self.final_norm = RMSNorm(width)
 
     def forward(self, hidden: Tensor, sequences: Jagged) -> Tensor:
         """Shapes: hidden [S, D] -> [S, D]."""

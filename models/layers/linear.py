@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ALIGNMENT_ROWS = 64
+MOST_ALIGNED = 2**22
+"""Numbers in the rows from which on a copy of them takes longer than to compile."""
 
 
 class Linear(nn.Linear):
@@ -29,6 +31,7 @@ def align_rows(rows: Tensor) -> Tensor:
     compiles = rows.device.type == "cpu" and (
         rows.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
     )
+    compiles = compiles and rows.numel() < MOST_ALIGNED
     missing = -rows.shape[0] % ALIGNMENT_ROWS
     return F.pad(rows, (0, 0, 0, missing)) if compiles and missing else rows
 

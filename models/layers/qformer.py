@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from models.kernels.context_attention import ContextCells, ContextLayout, context_attention
 from models.layers.dropout import Dropout
 from models.layers.linear import Linear
+from models.layers.norm import RMSNorm
 from models.layers.rotary import rotate
 
 
@@ -19,7 +20,7 @@ class QFormerBlock(nn.Module):
     def __init__(self, *, width: int, num_heads: int, feedforward: nn.Module, dropout: float):
         super().__init__()
         self.num_heads = num_heads
-        self.query_norm, self.feedforward_norm = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.query_norm, self.feedforward_norm = RMSNorm(width), RMSNorm(width)
         self.query = Linear(width, width, bias=False)
         self.key_value = Linear(width, 2 * width, bias=False)
         self.output = Linear(width, width, bias=False)
@@ -51,7 +52,7 @@ class QFormer(nn.Module):
     ):
         super().__init__()
         self.queries = nn.Embedding(num_queries, width)
-        self.event_norm = nn.RMSNorm(width)
+        self.event_norm = RMSNorm(width)
         self.blocks = nn.ModuleList(
             QFormerBlock(width=width, num_heads=num_heads, feedforward=part, dropout=dropout)
             for part in feedforwards

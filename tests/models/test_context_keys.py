@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.kernels import context_keys as kernel
+from models.kernels import rms_norm as blocks
 from models.kernels.context_keys import plain_turn_normed, turn_normed
 
 GROUPS, DIM, TOKENS = 3, 4, 17
@@ -19,7 +19,7 @@ def parts():
 @pytest.mark.parametrize("factors", [(1, 1), (1, 0), (0, 1)])
 @pytest.mark.parametrize("block_elements", [5 * GROUPS * DIM, 2**19])
 def test_blocks_equal_the_written_out_form_forward_and_backward(block_elements, factors, monkeypatch):
-    monkeypatch.setattr(kernel, "BLOCK_ELEMENTS", block_elements)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", block_elements)
     vectors, weight, places = parts()
     ours = turn_normed(vectors, weight, places, groups=GROUPS)
     expected = plain_turn_normed(vectors, weight, places, groups=GROUPS)
