@@ -59,6 +59,11 @@ def test_what_can_work_passes():
             "the reward duration reads columns.*--data.pages none",
         ),
         (
+            {"cluster": ClusterConfig(in_process=True)},
+            POLICY,
+            "which Ray places; leave --cluster.in-process out",
+        ),
+        (
             {"cluster": ClusterConfig(workers=2, min_workers=1)},
             POLICY,
             "cluster.min-workers is for pretraining",
