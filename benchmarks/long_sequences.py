@@ -13,6 +13,7 @@ from benchmarks.setting.benchmark import Bar, Benchmark, Request, Scale, compare
 from benchmarks.setting.cost import time_shares
 from benchmarks.setting.long_users import LongUsers
 from benchmarks.setting.peer_process import PeerProcess
+from benchmarks.setting.plain_operators import plain_operators
 from benchmarks.setting.recipe import RunningRecipe, first_batches, start_recipe
 from benchmarks.setting.timing import Timing, interleave
 from cluster.process import Process
@@ -53,6 +54,8 @@ def measure(process: Process, request: Request) -> dict[str, Any]:
         sides[f"RecBole {model}"] = lambda model=model, cpu_s=cpu_s: cpu_s.append(
             recbole.ask(model=model, num_rows=ROWS_OF_RECBOLE[scale])["cpu_s"]
         )
+    plain = {name: _plainly(sides[name]) for name in ours}
+    sides |= {f"{name}, plain operators": run for name, run in plain.items()}
     timings = interleave(process, sides, rounds=ROUNDS[scale])
     recbole.close()
     for model, cpu_s in recbole_cpu_s.items():
@@ -60,7 +63,16 @@ def measure(process: Process, request: Request) -> dict[str, Any]:
     return _result(everyone.num_tokens, timings, scale) | {
         "targets_per_round": everyone.num_tokens,
         "time_shares": {name: time_shares(sides[name]) for name in ours},
+        "time_shares_of_plain_operators": {name: time_shares(run) for name, run in plain.items()},
     }
+
+
+def _plainly(run: Callable[[], object]) -> Callable[[], object]:
+    def run_plainly() -> None:
+        with plain_operators():
+            run()
+
+    return run_plainly
 
 
 def _result(num_targets: int, timings: dict[str, Timing], scale: Scale) -> dict[str, Any]:
@@ -68,7 +80,8 @@ def _result(num_targets: int, timings: dict[str, Timing], scale: Scale) -> dict[
     targets |= {name: ROWS_OF_RECBOLE[scale] for name in timings if name.startswith("RecBole")}
     rates = {name: targets[name] / timing.best_s for name, timing in timings.items()}
     slower = min(RECIPES, key=lambda name: rates[name])
-    peer = max((name for name in rates if name not in RECIPES), key=lambda name: rates[name])
+    peers = [name for name in rates if name.split(",")[0] not in RECIPES]
+    peer = max(peers, key=lambda name: rates[name])
     return {
         # Every real token has a target on our side and the padded one.
         **compare_rates(num_targets, timings[slower], timings[peer]),
