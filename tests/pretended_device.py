@@ -56,13 +56,6 @@ class PretendedTensor(torch.Tensor):
     def tolist(self) -> list:
         return self.cpu().tolist()
 
-    def __tensor_flatten__(self):
-        return ["inner"], None
-
-    @staticmethod
-    def __tensor_unflatten__(tensors, context, size, stride):
-        return PretendedTensor(tensors["inner"])
-
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         return compute(function, args, kwargs or {}, Counter())
@@ -85,30 +78,31 @@ def compute(function: Callable, args: tuple, kwargs: dict[str, Any], waits: Coun
     tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
     pretended = [tensor for tensor in tensors if isinstance(tensor, PretendedTensor)]
     if pretended and name not in CROSSING:
-        others = [
-            t for t in tensors if not isinstance(t, PretendedTensor) and t.dim() and t.device.type == "cpu"
-        ]
-        if others:
-            raise RuntimeError(
-                f"{function} met tensors of two devices: {[tuple(t.shape) for t in others]} on the host"
-            )
+        _require_one_device(name, [tensor for tensor in tensors if not isinstance(tensor, PretendedTensor)])
     if pretended and name == "aten._fused_sdp_choice":
         return torch.nn.attention.SDPBackend.MATH.value
     target = kwargs.get("device")
     on_device = target.type == NAME if target is not None else _result_is_pretended(name, args, pretended)
     if pretended and (name in WAITING or (not on_device and name in ("aten._to_copy", "aten.copy_"))):
         waits[name] += 1
-    inner_kwargs = (
-        {**kwargs, "device": torch.device("cpu")} if target is not None and on_device else dict(kwargs)
-    )
-    inner_kwargs.pop("pin_memory", None)
-    inner_args, inner_kwargs = tree_map_only(PretendedTensor, lambda t: t.inner, (args, inner_kwargs))
+    inner_args, inner_kwargs = tree_map_only(PretendedTensor, lambda t: t.inner, (args, kwargs))
+    if target is not None:
+        inner_kwargs = {**inner_kwargs, "device": torch.device("cpu")}
     result = function(*inner_args, **inner_kwargs)
     if not on_device:
         return result
     # A tensor that only says it is a conjugate would lose that by being wrapped.
     result = tree_map_only(Tensor, lambda t: PretendedTensor(t.resolve_conj().resolve_neg()), result)
     return return_and_correct_aliasing(function, args, kwargs, result) if pretended else result
+
+
+def _require_one_device(name: str, on_host: list[Tensor]) -> None:
+    """A single number of the host may stand beside tensors of a device, but for fused operations."""
+    refused = [
+        tuple(t.shape) for t in on_host if t.dim() or name.startswith(("aten._fused", "aten._foreach"))
+    ]
+    if refused:
+        raise RuntimeError(f"{name} met tensors of two devices, on the host those of shapes {refused}")
 
 
 def _result_is_pretended(name: str, args: tuple, pretended: list) -> bool:
