@@ -24,6 +24,8 @@ def recipe() -> PretrainConfig:
             session=SessionConfig(items=2, watched_s=1.0),
             targets_per_user=4,
             dropout=0.1,
+            # With 0.02 a model of this width reads nothing from its encoder for hundreds of steps.
+            init_scale=0.1,
         ),
         train=TrainConfig(
             epochs=10,
