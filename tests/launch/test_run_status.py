@@ -118,9 +118,7 @@ def test_a_status_that_cannot_be_written_does_not_end_the_run(run_dir, caplog):
 
 def test_sigterm_before_ray_runs_ends_with_the_code_of_a_stop(tmp_path, monkeypatch):
     config = tiny_config(build_tiny_data(tmp_path / "data"), tmp_path / "run")
-    # First of all, since it takes the function over when it is imported.
-    monkeypatch.setattr("cluster.worker_group.start_ray", lambda config: None)
-    monkeypatch.setattr("cluster.ray_start.start_ray", lambda config: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("cluster.worker_group.start_ray", lambda config: signal.raise_signal(signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     assert train(config) == STOPPED
     assert signal.getsignal(signal.SIGTERM) == before

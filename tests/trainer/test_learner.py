@@ -94,7 +94,7 @@ def broken_start(process):
     def overwrite(*_arguments):
         learner.tables.pieces()[0].tensor.add_(1)
 
-    with mock.patch.object(start, "DenseEngine", overwrite):
+    with mock.patch.object(start, "_make_engine", overwrite):
         try:
             start.make_learner(Assembly())
         except PlanError as error:
