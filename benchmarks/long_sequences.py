@@ -54,7 +54,7 @@ def measure(process: Process, request: Request) -> dict[str, Any]:
         sides[f"RecBole {model}"] = lambda model=model, cpu_s=cpu_s: cpu_s.append(
             recbole.ask(model=model, num_rows=ROWS_OF_RECBOLE[scale])["cpu_s"]
         )
-    plain = {name: _plainly(sides[name]) for name in ours}
+    plain = {name: plain_operators()(sides[name]) for name in ours}
     sides |= {f"{name}, plain operators": run for name, run in plain.items()}
     timings = interleave(process, sides, rounds=ROUNDS[scale])
     recbole.close()
@@ -65,14 +65,6 @@ def measure(process: Process, request: Request) -> dict[str, Any]:
         "time_shares": {name: time_shares(sides[name]) for name in ours},
         "time_shares_of_plain_operators": {name: time_shares(run) for name, run in plain.items()},
     }
-
-
-def _plainly(run: Callable[[], object]) -> Callable[[], object]:
-    def run_plainly() -> None:
-        with plain_operators():
-            run()
-
-    return run_plainly
 
 
 def _result(num_targets: int, timings: dict[str, Timing], scale: Scale) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.blocked_imports import without
 from tests.source_tree import LAYERS, ROOT, dotted_name, imports, is_within, sources
 
 DEEPSPEED_FILES = {"trainer/dense_engine.py", "sharding/experts.py"}
@@ -125,12 +126,7 @@ def test_models_and_the_unsharded_reference_run_without_the_distributed_stack():
         if not path.startswith("models/kernels/triton")
     ]
     run_python(
-        "import importlib, sys\n"
-        "class Blocked:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name.split('.')[0] in {HEAVY_MODULES}:\n"
-        "            raise ImportError(f'{name} is not there on small machines')\n"
-        "sys.meta_path.insert(0, Blocked())\n"
+        f"{without(HEAVY_MODULES)}import importlib\n"
         f"for name in {[*modules, 'sharding.unsharded']}:\n"
         "    importlib.import_module(name)\n"
     )

@@ -31,8 +31,7 @@ def align_rows(rows: Tensor) -> Tensor:
     compiles = rows.device.type == "cpu" and (
         rows.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
     )
-    compiles = compiles and rows.numel() < MOST_ALIGNED
-    missing = -rows.shape[0] % ALIGNMENT_ROWS
+    missing = -rows.shape[0] % ALIGNMENT_ROWS if rows.numel() < MOST_ALIGNED else 0
     return F.pad(rows, (0, 0, 0, missing)) if compiles and missing else rows
 
 

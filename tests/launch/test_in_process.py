@@ -12,17 +12,12 @@ from cluster.errors import ConfigError
 from cluster.packages import root
 from cluster.reporter import StopSignal
 from cluster.workers import run_workers
+from tests.blocked_imports import without
 
 WORLD = "--num-users 300 --num-items 200 --num-clusters 8 --mean-clicks 12"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(root()), "OMP_NUM_THREADS": "1"}
 WITHOUT = ("ray", "deepspeed", "torchrec", "fbgemm_gpu", "wandb")
-BLOCKED = f"""
-import sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {WITHOUT}:
-            raise ImportError(name + " is not there on small machines")
-sys.meta_path.insert(0, Blocked())
+BLOCKED = f"""{without(WITHOUT)}
 from launch.cli import run
 sys.exit(max(run(line.split()) for line in sys.argv[1:]))
 """
