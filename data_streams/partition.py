@@ -24,6 +24,7 @@ from data_streams.pages import PageRule
 from data_streams.shards import Chunk, ChunkRecord, ShardWriter
 from data_streams.sources import Part, Source
 from data_streams.splits import Split, SplitRule
+from data_streams.user_draws import STEP, mix_bits
 
 ITEM_INDEX = "tmp/item_index.parquet"
 LEFT_OUT = -1
@@ -119,18 +120,10 @@ def _write_partitions(storage: Storage, events: pl.DataFrame, name: str, num_par
 def _hash_ids(ids: pl.Series) -> pl.Series:
     """A 64-bit hash of each id that is the same on every machine and for every version of the libraries."""
     if ids.dtype.is_integer():
-        return pl.Series(_mix_bits(ids.to_numpy().astype(np.uint64)), dtype=pl.UInt64)
+        return pl.Series(mix_bits(ids.to_numpy().astype(np.uint64) + STEP), dtype=pl.UInt64)
     distinct = ids.unique()
     hashes = [int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) for text in distinct]
     return ids.replace_strict(distinct, pl.Series(hashes, dtype=pl.UInt64), return_dtype=pl.UInt64)
-
-
-def _mix_bits(values: np.ndarray) -> np.ndarray:
-    """Source: the output function of SplitMix64 (Steele, Lea, Flood 2014)."""
-    mixed = values + np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cluster.errors import ConfigError, DataError
+from cluster.seeds import purpose_seed
 from cluster.storage import Storage
 from data_streams import token_budget
 from data_streams.batch import SequenceBatch
@@ -21,6 +22,7 @@ from data_streams.ranges import gather_ranges, offsets_of
 from data_streams.shards import Chunk
 from data_streams.target_pages import EventReading
 from data_streams.user_block import ITEM, UserBlock, collate
+from data_streams.user_draws import uniform_of_events
 
 log = logging.getLogger(__name__)
 
@@ -194,10 +196,13 @@ class EvaluationStream:
         rank: int,
         world_size: int,
         users_per_batch: int,
+        user_share: float = 1.0,
     ):
-        """`users_per_batch` counts the users of all ranks. Raises: as TrainStream."""
+        """`users_per_batch` counts the users of all ranks; a share below 1 draws users of valid and test, always the
+        same ones. Raises: as TrainStream."""
         storage, self.manifest = open_data(config)
         self._config, self._split = config, split
+        self._user_share = 1.0 if split == "serve" else user_share
         self._batch_users = max(users_per_batch // world_size, 1)
         self._reading = EventReading(self.manifest, config, split)
         self._reader = ChunkReader(storage, self.manifest, config, self._reading)
@@ -262,9 +267,16 @@ class EvaluationStream:
         else:
             held_out = chunk.valid_at if self._split == "valid" else chunk.test_at
             known = self._reading.known_events(chunk, held_out)
+        if self._user_share < 1:
+            known = np.where(self._is_drawn(chunk.users), known, -1)
         self._without_history += int(((known == 0) & (held_out >= 0)).sum())
         places = np.flatnonzero(known > 0)
         return places, known[places], chunk.offsets[places] + held_out[places]
+
+    def _is_drawn(self, users: np.ndarray) -> np.ndarray:
+        """Shapes: [U] -> [U] bool."""
+        seed = purpose_seed(0, "evaluated users")
+        return uniform_of_events(seed, users, np.zeros_like(users)) < self._user_share
 
     def _block(
         self,

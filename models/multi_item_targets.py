@@ -13,8 +13,8 @@ import torch
 from cluster.seeds import purpose_seed
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
+from data_streams.user_draws import uniform_of_events
 from models.recommender import StepContext
-from models.stochastic_length import uniform_of_events
 
 TIME = "timestamp_s"
 VISIBLE = "visible"

@@ -22,6 +22,7 @@ from cluster.errors import ConfigError
 from cluster.seeds import purpose_seed
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
+from data_streams.user_draws import uniform_of_events
 from models.coded_history import CodedHistory, CodedHistoryConfig
 from models.decoding.trie import PrefixTrie, pack
 from models.generator import DecodeState
@@ -36,7 +37,6 @@ from models.layers.transformer import FeedForward
 from models.objectives.negatives import draw_different
 from models.recommender import LossSum, StepContext
 from models.semantic_ids import SemanticIds
-from models.stochastic_length import uniform_of_events
 from models.tables import Ids, Lookup, Rows, TableSpec
 
 PLACES = "prm_places"

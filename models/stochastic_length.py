@@ -13,6 +13,7 @@ import torch
 from cluster.seeds import purpose_seed
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
+from data_streams.user_draws import uniform_of_events
 from models.recommender import StepContext
 
 
@@ -59,13 +60,3 @@ def _choose_events(seed: int, users: np.ndarray, lengths: np.ndarray, wanted: np
     rank = np.empty(len(row), dtype=np.int64)
     rank[order] = np.arange(len(row)) - starts[row[order]]
     return rank < wanted[row]
-
-
-def uniform_of_events(seed: int, users: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """A random number in (0, 1) for each user and place, by the mixing function of SplitMix64."""
-    mixed = np.uint64(seed & (2**64 - 1)) + users.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    mixed += places.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    mixed ^= mixed >> np.uint64(31)
-    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53 + 2.0**-54

@@ -116,6 +116,7 @@ class Assembly:
             rank=self.process.rank,
             world_size=self.process.world_size,
             users_per_batch=self.config.evaluation.users_per_batch,
+            user_share=self.config.evaluation.user_share,
         )
 
     def module(self, wrap: Callable[[Recommender, torch.dtype], DenseModule] = DenseModule) -> DenseModule:

@@ -124,7 +124,12 @@ def evaluate_baselines(
     users_per_batch = max(min(config.users_per_batch, _SCORES_AT_A_TIME // events.num_items), 1)
     # Baselines read items alone, whatever further columns the model asks for.
     stream = EvaluationStream(
-        replace(data, columns=()), split=split, rank=0, world_size=1, users_per_batch=users_per_batch
+        replace(data, columns=()),
+        split=split,
+        rank=0,
+        world_size=1,
+        users_per_batch=users_per_batch,
+        user_share=config.user_share,
     )
     return {
         name: evaluate(

@@ -69,6 +69,8 @@ class EvaluationConfig:
     """Leave items of the user's known past out of the ranking."""
     users_per_batch: int = 512
     """Users ranked together by all workers."""
+    user_share: float = 1.0
+    """Share of the users that is evaluated: drawn by their rows alone, so the same ones for every run and command."""
     condition: Literal["none", "attention", "filter"] = "none"
     """What a condition on the wanted items does: attention asks a model trained for it, filter takes other items out of
     the model's list (post-filtering), none leaves all as it is."""
@@ -82,6 +84,12 @@ class EvaluationConfig:
     """How items are searched: all of them, or by a graph of neighbours (faiss HNSW), which may miss some."""
     bootstrap_resamples: int = 1000
     """User resamples behind each 95 % interval."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.user_share <= 1:
+            raise ConfigError(
+                f"evaluation.user-share must be above 0 and at most 1, is {self.user_share}; 0.2 takes every fifth user"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,6 +58,8 @@ class Options:
     larger: tuple[str, ...] = ()
     """Trained generators of the same semantic IDs whose plain beams stand beside, such as seeds of a larger model; they
     are measured with the first seed."""
+    user_share: float = 1.0
+    """Share of the test users that are searched for; always the same ones."""
     extra: tuple[str, ...] = ()
     """Further options of all training runs as NAME=VALUE or NAME, such as train.epochs=4."""
 
@@ -97,10 +99,16 @@ def _searched(options: Options, run_dir: Path, lines: Lines) -> dict[str, pl.Dat
     width = equal_width(lines, options.guided)
     if width is not None:
         searches[WIDER] = (f"plain-{width}", "--search.no-prm", "--search.width", str(width))
-    common = ("--evaluation.cutoffs", *CUTOFFS, "--search.width", str(options.width))
+    common = _common_words(options)
     return {
         name: evaluated_users(run_dir, file, *common, *given) for name, (file, *given) in searches.items()
     }
+
+
+def _common_words(options: Options) -> list[str]:
+    """Of all searches."""
+    words = ["--evaluation.cutoffs", *CUTOFFS, "--evaluation.user-share", str(options.user_share)]
+    return [*words, "--search.width", str(options.width)]
 
 
 def _scaling(options: Options, run_dir: Path, larger: Sequence[str]) -> tuple[Lines, list[Lines]]:
@@ -109,14 +117,7 @@ def _scaling(options: Options, run_dir: Path, larger: Sequence[str]) -> tuple[Li
     kept = run_dir / f"search-scaling-{name}-{'-'.join(map(str, options.candidates))}.json"
     if not kept.exists():
         numbers = ("--search.candidates", *map(str, options.candidates))
-        words = (
-            "--evaluation.cutoffs",
-            *CUTOFFS,
-            "--search.prm",
-            "--search.width",
-            str(options.width),
-            *numbers,
-        )
+        words = (*_common_words(options), "--search.prm", *numbers)
         grail("evaluate", str(run_dir), *words, *(("--beside", *larger) if larger else ()))
         shutil.copy(run_dir / "search_scaling.json", kept)
     lines = json.loads(kept.read_text())["searches"]

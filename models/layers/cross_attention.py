@@ -33,9 +33,14 @@ class CrossAttention(nn.Module):
     def remember(self, states: Tensor, layout: PromptLayout, events: Tensor | None = None) -> PromptKeyValues:
         """Keys and values of histories, made of all states or of some of them in another order.
 
+        The weights of a query sum to one, so that a single head's output layer can be applied to the events instead of
+        to the queries, of which there are many more.
+
         Shapes: states [T, D], events [E] indices into them.
         """
         keys, values = self.keys_values(states)
+        if self.num_heads == 1:
+            values = self.output(values.flatten(1))[:, None]
         if events is not None:
             keys, values = keys[events], values[events]
         return PromptKeyValues.build(keys, values, layout)
@@ -48,6 +53,8 @@ class CrossAttention(nn.Module):
     def forward(self, queries: Tensor, memory: PromptKeyValues) -> Tensor:
         """W queries per history. Shapes: [B, W, heads, D / heads] -> [B, W, D]."""
         attended = shared_prompt_attention(queries, memory).flatten(2)
+        if self.num_heads == 1:
+            return attended
         return self.output(attended.flatten(0, 1)).view(attended.shape)
 
     def up_to_each(self, hidden: Tensor, states: Tensor, layout: BucketLayout) -> Tensor:

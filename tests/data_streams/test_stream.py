@@ -1,6 +1,7 @@
 """What training and evaluation read: the right events of the right users, equal at every number of ranks."""
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from tests.data_streams.tiny_data import (
     users_by_step,
     write_data_set,
 )
+from trainer.configuration import EvaluationConfig
 
 NUM_USERS = 300
 MAX_LENGTH = 12
@@ -223,10 +225,17 @@ def test_data_without_two_training_events_of_anyone_is_refused(tmp_path):
         TrainStream(make_config(tmp_path), seed=0, rank=0, world_size=1)
 
 
-def evaluation_batches(config: DataConfig, split: str, *, world_size: int = 1, users_per_batch: int = 64):
+def evaluation_batches(
+    config: DataConfig, split: str, *, world_size: int = 1, users_per_batch: int = 64, user_share: float = 1.0
+):
     streams = [
         EvaluationStream(
-            config, split=split, rank=rank, world_size=world_size, users_per_batch=users_per_batch
+            config,
+            split=split,
+            rank=rank,
+            world_size=world_size,
+            users_per_batch=users_per_batch,
+            user_share=user_share,
         )
         for rank in range(world_size)
     ]
@@ -261,6 +270,28 @@ def test_evaluation_serves_every_user_once_over_all_ranks(path, world_size):
     assert [user for own in ranks.values() for user in served_users(own)] == alone
     sizes = [len(served_users(own)) for own in ranks.values()]
     assert max(sizes) - min(sizes) < 0.2 * len(alone)
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_a_share_of_the_users_is_the_same_for_any_number_of_ranks(path, split):
+    shared = partial(evaluation_batches, make_config(path), split, user_share=0.25)
+    everyone = served_users(evaluation_batches(make_config(path), split)[0])
+    drawn = served_users(shared()[0])
+    assert set(drawn) < set(everyone) and 0.1 < len(drawn) / len(everyone) < 0.4
+    assert [user for own in shared(world_size=3).values() for user in served_users(own)] == drawn
+    larger = served_users(evaluation_batches(make_config(path), split, user_share=0.5)[0])
+    assert set(drawn) < set(larger)
+
+
+def test_recommendations_are_for_all_users_whatever_share_is_evaluated(path):
+    whole = served_users(evaluation_batches(make_config(path), "serve")[0])
+    assert served_users(evaluation_batches(make_config(path), "serve", user_share=0.1)[0]) == whole
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5])
+def test_a_share_of_no_users_or_more_than_all_is_refused(share):
+    with pytest.raises(ConfigError, match=r"evaluation.user-share must be above 0 and at most 1"):
+        EvaluationConfig(user_share=share)
 
 
 def test_evaluation_batches_are_full_but_for_the_last(path):
