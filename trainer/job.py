@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cluster.memory import FreedMemory
 from cluster.process import Process
 from cluster.reporter import Reporter
 from cluster.storage import Storage
@@ -51,6 +52,7 @@ class Job:
     progress: Progress
     clock: "CheckpointClock"
     window: "Window" = field(default_factory=lambda: Window())
+    freed_memory: FreedMemory = field(default_factory=FreedMemory)
     after_validation: Callable[[Mapping[str, float]], None] = lambda metrics: None
     """What else the loop makes of the metrics of a validation."""
 
@@ -73,6 +75,7 @@ def complete_step(
     job.window.add(result)
     if progress.step % job.config.log.every_steps == 0:
         write()
+        job.freed_memory.give_back_excess()
     if config.max_steps is not None and progress.step >= config.max_steps:
         progress.status = "finished"
     improved = validate(job) if _validation_due(config, progress) else False
