@@ -4,10 +4,12 @@ A prefix is one token: the sum of its codes' vectors and a row of its own, so th
 of attention to the encoded history and a small network make a score of it. The prefixes of what was really taken next
 are told from other prefixes of the catalogue.
 
-Source: PROMISE (Kuaishou, 2026), arXiv 2601.04674. RECONSTRUCTED: pre-norm residuals; the network is D -> D/2 -> 1 with
-SiLU; a table per depth with a row per prefix of the catalogue, or two hashed rows where there are more than two
-million; at depth 1 the code's vector is the row. Deviations: the encoder is causal, so that all positions of a user
-share one pass; the PRM learns at a few positions drawn per user and step, each of which stands for its share of all.
+Source: PROMISE (Kuaishou, 2026), arXiv 2601.04674. RECONSTRUCTED: pre-norm residuals; the feed-forward part is a
+SwiGLU, whose products of candidate and history a map of their sum would have to learn the long way; the network is
+D -> D/2 -> 1 with SiLU; a table per depth with a row per prefix of the catalogue, or two hashed rows where there are
+more than two million; at depth 1 the code's vector is the row. Deviations: the encoder is causal, so that all positions
+of a user share one pass; the PRM learns at a few positions drawn per user and step, each of which stands for its share
+of all.
 """
 
 from collections.abc import Mapping
@@ -30,10 +32,10 @@ from models.kernels.info_nce import info_nce
 from models.layers.code_embedding import CodeEmbedding
 from models.layers.cross_attention import CrossAttention
 from models.layers.dropout import Dropout
+from models.layers.feedforward import FeedForward
 from models.layers.linear import Linear
 from models.layers.norm import RMSNorm
 from models.layers.shared_prompt_attention import PromptKeyValues, PromptLayout
-from models.layers.transformer import FeedForward
 from models.objectives.negatives import draw_different
 from models.recommender import LossSum, StepContext
 from models.semantic_ids import SemanticIds
@@ -54,8 +56,11 @@ class ProcessRewardConfig:
     """Blocks of attention to the history and feed-forward."""
     num_heads: int | None = None
     """Attention heads; left out, a quarter of the encoder's."""
+    width: int | None = None
+    """Size of its tokens and rows; left out, that of the encoder. Every candidate of every position is one token, so
+    that this decides what a step costs."""
     feedforward_width: int = 256
-    """Hidden size of the feed-forward part."""
+    """Gated hidden size of the feed-forward part."""
     dropout: float = 0.1
     """Dropout on what blocks add."""
     num_negatives: int = 256
@@ -81,7 +86,8 @@ class PathReward(nn.Module):
 
     def __init__(self, config: ProcessRewardConfig, encoder: CodedHistoryConfig, semantic_ids: SemanticIds):
         super().__init__()
-        self.config, self.width, self.init_scale = config, encoder.width, encoder.init_scale
+        self.config, self.init_scale = config, encoder.init_scale
+        self.width = config.width or encoder.width
         # On the host, where ids are made.
         self.item_paths = semantic_ids.codes
         self.trie = PrefixTrie.build(semantic_ids.codes, semantic_ids.code_sizes)
@@ -89,8 +95,7 @@ class PathReward(nn.Module):
         num_heads = config.num_heads or max(encoder.num_heads // 4, 1)
         self.codes = CodeEmbedding(self.code_sizes, self.width)
         self.blocks = nn.ModuleList(
-            ScoringBlock(self.width, num_heads, config.feedforward_width, config.dropout)
-            for _ in range(config.num_blocks)
+            ScoringBlock(config, self.width, num_heads, encoder.width) for _ in range(config.num_blocks)
         )
         self.final_norm = RMSNorm(self.width)
         self.hidden = Linear(self.width, self.width // 2)
@@ -230,12 +235,12 @@ class PathReward(nn.Module):
 class ScoringBlock(nn.Module):
     """Candidates look at the history, each by itself, and pass a feed-forward part."""
 
-    def __init__(self, width: int, num_heads: int, feedforward_width: int, dropout: float):
+    def __init__(self, config: ProcessRewardConfig, width: int, num_heads: int, memory_width: int):
         super().__init__()
         self.attention_norm, self.feedforward_norm = RMSNorm(width), RMSNorm(width)
-        self.attention = CrossAttention(width, num_heads)
-        self.feedforward = FeedForward(width, feedforward_width)
-        self.dropout = Dropout(dropout)
+        self.attention = CrossAttention(width, num_heads, memory_width)
+        self.feedforward = FeedForward(width, config.feedforward_width)
+        self.dropout = Dropout(config.dropout)
 
     def queries(self, hidden: Tensor) -> Tensor:
         """Shapes: [..., D] -> [..., heads, D / heads]."""

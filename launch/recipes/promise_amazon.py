@@ -15,7 +15,7 @@ def recipe() -> PretrainConfig:
             num_blocks=2,
             num_decoder_blocks=2,
             feedforward_width=512,
-            prm=ProcessRewardConfig(feedforward_width=128, num_negatives=64, positions=2),
+            prm=ProcessRewardConfig(width=64, feedforward_width=128, num_negatives=128, positions=4),
         ),
         train=TrainConfig(
             epochs=10,

@@ -19,11 +19,12 @@ from models.layers.shared_prompt_attention import (
 class CrossAttention(nn.Module):
     """Queries over keys and values of a history, which are computed once per event."""
 
-    def __init__(self, width: int, num_heads: int):
+    def __init__(self, width: int, num_heads: int, memory_width: int | None = None):
+        """Without a width of its own, the history is as wide as the queries."""
         super().__init__()
         self.num_heads = num_heads
         self.query = Linear(width, width, bias=False)
-        self.key_value = Linear(width, 2 * width, bias=False)
+        self.key_value = Linear(memory_width or width, 2 * width, bias=False)
         self.output = Linear(width, width)
 
     def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
