@@ -113,10 +113,11 @@ class CodedHistory(Generator):
         items = batch.items
         hidden = self.codes(self.item_codes[items.values]).sum(1)
         if self.config.item_rows:
-            hidden = hidden + self._own_vectors(rows["history"])
+            hidden = hidden + self.own_vectors(rows["history"])
         return hidden * self.config.width**0.5 + self.positions(items.places())
 
-    def _own_vectors(self, found: LookedUp) -> Tensor:
+    def own_vectors(self, found: LookedUp) -> Tensor:
+        """What items have beside their codes. Shapes: [n, D]."""
         if not self.config.item_features:
             return found.rows
         return found.rows + self.feature_projection(found.item_features.float())

@@ -1,15 +1,15 @@
 """The process reward model (PRM) of PROMISE: how well each prefix of a semantic ID fits the user.
 
-A prefix is one token: the sum of its codes' vectors and a row of its own, so that a candidate costs one query. Blocks
-of attention to the encoded history and a small network make a score of it. The prefixes of what was really taken next
-are told from other prefixes of the catalogue.
+A prefix is one token: what the encoder begins with for its codes, for whole paths with the item's row, and a row of its
+own, so that a candidate costs one query. Blocks of attention to the encoded history and a small network make a score of
+it. The prefixes of what was really taken next are told from other prefixes of the catalogue.
 
 Source: PROMISE (Kuaishou, 2026), arXiv 2601.04674. RECONSTRUCTED: pre-norm residuals; the feed-forward part is a
 SwiGLU, whose products of candidate and history a map of their sum would have to learn the long way; the network is
-D -> D/2 -> 1 with SiLU; a table per depth with a row per prefix of the catalogue, or two hashed rows where there are
-more than two million; at depth 1 the code's vector is the row. Deviations: the encoder is causal, so that all positions
-of a user share one pass; the PRM learns at a few positions drawn per user and step, each of which stands for its share
-of all.
+D -> D/2 -> 1 with SiLU; codes and items have the vectors of the encoder, through a linear map; a table per depth with a
+row per prefix of the catalogue, or two hashed rows where there are more than two million; at depth 1 the code's vector
+is all there is. Deviations: the encoder is causal, so that all positions of a user share one pass; the PRM learns at a
+few positions drawn per user and step, each of which stands for its share of all.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,6 @@ from models.coded_history import CodedHistory, CodedHistoryConfig
 from models.decoding.trie import PrefixTrie, pack
 from models.generator import DecodeState
 from models.kernels.info_nce import info_nce
-from models.layers.code_embedding import CodeEmbedding
 from models.layers.cross_attention import CrossAttention
 from models.layers.dropout import Dropout
 from models.layers.feedforward import FeedForward
@@ -39,12 +38,15 @@ from models.layers.shared_prompt_attention import PromptKeyValues, PromptLayout
 from models.objectives.negatives import draw_different
 from models.recommender import LossSum, StepContext
 from models.semantic_ids import SemanticIds
-from models.tables import Ids, Lookup, Rows, TableSpec
+from models.tables import Ids, LookedUp, Lookup, Rows, TableSpec
 
 PLACES = "prm_places"
 """Supervision: the drawn positions, by their place in the user."""
 CONTEXT = "prm_context"
 """Supervision: the places of the events that each drawn position may see, one position behind the other."""
+
+ROLES = ("path", "positive", "negative")
+"""What prefixes are looked up for: to be scored in a search, or as one of both sides of the loss."""
 
 Memory = tuple[PromptKeyValues, ...]
 """Keys and values of the encoded histories, by block."""
@@ -84,18 +86,21 @@ class ProcessRewardConfig:
 class PathReward(nn.Module):
     """Scores prefixes against encoded histories."""
 
-    def __init__(self, config: ProcessRewardConfig, encoder: CodedHistoryConfig, semantic_ids: SemanticIds):
+    def __init__(self, config: ProcessRewardConfig, encoder: CodedHistory, semantic_ids: SemanticIds):
         super().__init__()
-        self.config, self.init_scale = config, encoder.init_scale
-        self.width = config.width or encoder.width
+        # Not a part of this module: it is saved and trained as its own.
+        self._encoder = (encoder,)
+        self.config, self.init_scale = config, encoder.config.init_scale
+        self.width = config.width or encoder.config.width
         # On the host, where ids are made.
         self.item_paths = semantic_ids.codes
         self.trie = PrefixTrie.build(semantic_ids.codes, semantic_ids.code_sizes)
         self.code_sizes = tuple(semantic_ids.code_sizes)
-        num_heads = config.num_heads or max(encoder.num_heads // 4, 1)
-        self.codes = CodeEmbedding(self.code_sizes, self.width)
+        num_heads = config.num_heads or max(encoder.config.num_heads // 4, 1)
+        self.embed = Linear(encoder.config.width, self.width, bias=False)
         self.blocks = nn.ModuleList(
-            ScoringBlock(config, self.width, num_heads, encoder.width) for _ in range(config.num_blocks)
+            ScoringBlock(config, self.width, num_heads, encoder.config.width)
+            for _ in range(config.num_blocks)
         )
         self.final_norm = RMSNorm(self.width)
         self.hidden = Linear(self.width, self.width // 2)
@@ -108,9 +113,13 @@ class PathReward(nn.Module):
         By fan-in: with the small weights that suit the generator, scores and their gradients vanish at first and the
         PRM stays far behind it.
         """
-        for module in (*self.blocks.modules(), self.hidden, self.output):
+        for module in (*self.blocks.modules(), self.embed, self.hidden, self.output):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
+
+    @property
+    def encoder(self) -> CodedHistory:
+        return self._encoder[0]
 
     @property
     def depths(self) -> range:
@@ -123,7 +132,7 @@ class PathReward(nn.Module):
                 name=f"path_{depth}",
                 num_rows=self.trie.num_nodes(depth) + 1,
                 dim=self.width,
-                features=(f"path_{depth}", f"positive_{depth}", f"negative_{depth}"),
+                features=tuple(f"{role}_{depth}" for role in ROLES),
                 init_scale=self.init_scale,
                 placement="row_wise",
                 hash_rows=self.config.hash_rows if self._is_hashed(depth) else None,
@@ -138,23 +147,40 @@ class PathReward(nn.Module):
         if depth == 1:
             return {}
         nodes = self.trie.find(prefixes).flatten()
+        ids = {f"{role}_{depth}": self._path_rows(prefixes, nodes)}
+        if depth == self.depths[-1] and self.encoder.config.item_rows:
+            ids[f"{role}_item"] = self.trie.items[self.trie.first_place[depth][nodes.clamp(min=0)]].long()
+        return ids
+
+    def _path_rows(self, prefixes: Tensor, nodes: Tensor) -> Tensor:
+        """Shapes: prefixes [..., depth], nodes [n] -> [n]."""
+        depth = prefixes.shape[-1]
         if self._is_hashed(depth):
-            rows = pack(prefixes.clamp(min=0), self.code_sizes[:depth]).flatten()
-        else:
-            rows = torch.where(nodes < 0, self.trie.num_nodes(depth), nodes)
-        return {f"{role}_{depth}": rows}
+            return pack(prefixes.clamp(min=0), self.code_sizes[:depth]).flatten()
+        return torch.where(nodes < 0, self.trie.num_nodes(depth), nodes)
 
     def tokens(self, prefixes: Tensor, rows: Rows, role: str = "path") -> Tensor:
         """The one token of each prefix. Shapes: [..., depth] -> [..., D]."""
         depth = prefixes.shape[-1]
-        vectors = self.codes(prefixes.clamp(min=0)).sum(-2)
+        known = self._encoded(prefixes, rows.get(f"{role}_item") if depth == self.depths[-1] else None)
+        tokens = self.embed(known.flatten(0, -2)).unflatten(0, known.shape[:-1])
         if depth > 1:
             found = rows[f"{role}_{depth}"]
             own = found.rows
             if not self._is_hashed(depth):
                 own = own * (found.ids < self.trie.num_nodes(depth))[:, None]
-            vectors = vectors + own.view_as(vectors)
-        return vectors * self.width**0.5
+            tokens = tokens + own.view_as(tokens) * self.width**0.5
+        return tokens
+
+    def _encoded(self, prefixes: Tensor, items: LookedUp | None) -> Tensor:
+        """What the encoder begins with for codes, and for the items of whole paths. Shapes: [..., depth] -> [..., D]."""
+        vectors = self.encoder.codes(prefixes.clamp(min=0)).sum(-2)
+        if items is not None:
+            has_path = (self.encoder.item_codes[items.ids].view_as(prefixes) == prefixes).all(
+                -1, keepdim=True
+            )
+            vectors = vectors + self.encoder.own_vectors(items).view_as(vectors) * has_path
+        return vectors * vectors.shape[-1] ** 0.5
 
     def remember(self, states: Tensor, layout: PromptLayout, events: Tensor | None = None) -> Memory:
         """Keys and values of histories. Shapes: states [T, D], events [E] indices into them."""
@@ -265,14 +291,14 @@ class RewardedHistory(CodedHistory):
 
     def __init__(self, config: RewardedHistoryConfig, *, semantic_ids: SemanticIds, **parts: Any):
         super().__init__(config, semantic_ids=semantic_ids, **parts)
-        self.prm = PathReward(config.prm, config, semantic_ids)
+        self.prm = PathReward(config.prm, self, semantic_ids)
 
     def initialise(self) -> None:
         super().initialise()
         self.prm.initialise()
 
     def tables(self) -> list[TableSpec]:
-        return [*super().tables(), *self.prm.tables()]
+        return [*map(_for_paths_too, super().tables()), *self.prm.tables()]
 
     def training_batch(self, batch: SequenceBatch, context: StepContext) -> SequenceBatch:
         return draw_positions(batch, context, self.config.prm.positions)
@@ -361,6 +387,11 @@ class ProcessReward(RewardedHistory):
     ) -> tuple[Tensor, DecodeState]:
         width = 1 if codes is None else codes.shape[1]
         return state.last_hidden.new_zeros(state.num_users, width, self.code_sizes[level]), state
+
+
+def _for_paths_too(items: TableSpec) -> TableSpec:
+    """The encoder's table of items, which also serves the whole paths of a PRM."""
+    return replace(items, features=(*items.features, *(f"{role}_item" for role in ROLES)))
 
 
 def prm_metrics(losses: Mapping[int, Tensor]) -> dict[str, Tensor]:

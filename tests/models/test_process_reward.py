@@ -11,7 +11,6 @@ from models.kernels.info_nce import info_nce
 from models.objectives.negatives import draw_different
 from models.process_reward import (
     PLACES,
-    PathReward,
     ProcessReward,
     ProcessRewardConfig,
     draw_positions,
@@ -150,9 +149,7 @@ def test_drawn_positions_depend_on_the_user_and_the_step_alone():
 
 
 def test_a_large_depth_is_hashed_and_unknown_prefixes_have_no_row_of_their_own():
-    encoder = GENERATORS["promise"]
-    torch.manual_seed(0)
-    prm = PathReward(ProcessRewardConfig(most_rows=30, hash_rows=64), encoder, semantic_ids())
+    prm = make_promise(most_rows=30, hash_rows=64).prm
     sizes = {spec.name: (spec.num_rows, spec.hash_rows) for spec in prm.tables()}
     trie = PrefixTrie.build(semantic_ids().codes, CODE_SIZES)
     assert sizes["path_2"] == (trie.num_nodes(2) + 1, None)
@@ -162,6 +159,22 @@ def test_a_large_depth_is_hashed_and_unknown_prefixes_have_no_row_of_their_own()
     assert prm.path_ids(unknown) == {"path_2": torch.tensor([trie.num_nodes(2)])}
     known = torch.tensor([[[0, 1, 2], [0, 1, 1]]])
     assert prm.path_ids(known)["path_3"].tolist() == [(0 * 5 + 1) * 3 + 2, (0 * 5 + 1) * 3 + 1]
+
+
+def test_whole_paths_bring_the_row_of_their_item_and_paths_of_no_item_none():
+    model = make_promise()
+    lookup, codes = unsharded_lookup(model), semantic_ids().codes
+    every = torch.cartesian_prod(*(torch.arange(size) for size in CODE_SIZES))
+    missing = every[model.prm.trie.find(every) < 0][:1]
+    paths = torch.cat((codes[17:18], missing))
+    rows = lookup(model.prm.path_ids(paths))
+    plain = model.codes(paths).sum(1) * model.config.width**0.5
+    item = lookup({"history": torch.tensor([17])})["history"].rows * model.config.width**0.5
+    expected = model.prm.embed(plain + torch.cat((item, torch.zeros_like(item))))
+    expected[0] += (
+        lookup({"path_3": model.prm.trie.find(codes[17:18])})["path_3"].rows[0] * model.prm.width**0.5
+    )
+    torch.testing.assert_close(model.prm.tokens(paths, rows), expected)
 
 
 def test_the_model_of_a_prm_alone_has_the_same_scores_as_its_encoder_and_prm_in_the_joint_model():
