@@ -173,7 +173,7 @@ class PathReward(nn.Module):
         return tokens
 
     def _encoded(self, prefixes: Tensor, items: LookedUp | None) -> Tensor:
-        """What the encoder begins with for codes, and for the items of whole paths. Shapes: [..., depth] -> [..., D]."""
+        """What the encoder begins with for codes and the items of whole paths. Shapes: [..., depth] -> [..., D]."""
         vectors = self.encoder.codes(prefixes.clamp(min=0)).sum(-2)
         if items is not None:
             has_path = (self.encoder.item_codes[items.ids].view_as(prefixes) == prefixes).all(
