@@ -110,6 +110,16 @@ class ItemFeatures:
         return torch.from_numpy(self.vectors[ids.numpy()]).float()
 
 
+def features_of_request(
+    item_features: ItemFeatures | None, specs: Sequence[TableSpec], ids: Ids
+) -> dict[str, Tensor]:
+    """The vectors of all ids that are items; ids of other tables have none."""
+    if item_features is None:
+        return {}
+    names = [name for spec in specs if spec.rows_are_items for name in spec.features if name in ids]
+    return {name: item_features.gather(ids[name]) for name in names}
+
+
 def make_lookup(
     specs: Sequence[TableSpec],
     tables: EmbeddingTables,
@@ -120,7 +130,7 @@ def make_lookup(
 
     def lookup(ids: Ids) -> Rows:
         merged = merge_ids(specs, [ids])
-        features = {} if item_features is None else {name: item_features.gather(ids[name]) for name in ids}
+        features = features_of_request(item_features, specs, ids)
         moved = merged.to(device)
         with torch.no_grad():
             leaves = tables.lookup(moved.tables)

@@ -12,7 +12,7 @@ from data_streams.batch import SequenceBatch
 from data_streams.jagged import moved
 from models.recommender import Recommender, StepContext
 from models.tables import Ids, TableSpec
-from sharding.lookup import ItemFeatures, MergedIds, merge_ids
+from sharding.lookup import ItemFeatures, MergedIds, features_of_request, merge_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def join_parts(
     merged = merge_ids(specs, [dict(ids) for _, ids, _ in asked])
     micro_batches = []
     for part, ids, num_targets in asked:
-        features = {} if item_features is None else {name: item_features.gather(ids[name]) for name in ids}
+        features = features_of_request(item_features, specs, ids)
         micro_batches.append(
             MicroBatch(
                 batch=part.to(device),

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from models.process_reward import (
     draw_positions,
 )
 from models.recommender import StepContext
+from sharding.lookup import ItemFeatures, features_of_request
 from tests.generator_cases import (
     CODE_SIZES,
     GENERATORS,
@@ -175,6 +177,17 @@ def test_whole_paths_bring_the_row_of_their_item_and_paths_of_no_item_none():
         lookup({"path_3": model.prm.trie.find(codes[17:18])})["path_3"].rows[0] * model.prm.width**0.5
     )
     torch.testing.assert_close(model.prm.tokens(paths, rows), expected)
+
+
+def test_only_items_have_features_not_the_prefixes_of_a_prm():
+    model = make_promise(most_rows=1, hash_rows=64)
+    features = ItemFeatures(np.arange(2.0 * NUM_ITEMS, dtype=np.float32).reshape(NUM_ITEMS, 2))
+    batch = model.training_batch(make_batch(histories()), CONTEXT)
+    ids = model.ids(batch, CONTEXT)
+    found = features_of_request(features, model.tables(), ids)
+    assert set(found) == {"history", "positive_item", "negative_item"}
+    torch.testing.assert_close(found["history"][:, 0], 2.0 * batch.items.values)
+    assert features_of_request(None, model.tables(), ids) == {}
 
 
 def test_the_model_of_a_prm_alone_has_the_same_scores_as_its_encoder_and_prm_in_the_joint_model():
