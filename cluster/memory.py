@@ -33,7 +33,7 @@ class FreedMemory:
     be rare.
     """
 
-    def __init__(self, growth: float = 5.0):
+    def __init__(self, growth: float = 3.0):
         self.growth = growth
         self._needed_bytes: int | None = None
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
