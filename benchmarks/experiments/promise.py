@@ -231,7 +231,10 @@ def _draw_scaling(by_number: Axes, by_cost: Axes, own: Lines, larger: Lines, met
         by_number.plot([line["number"] for line in lines], values, "-o", label=name)
         by_cost.plot([line["gflop_per_user"] for line in lines], values, "-o", label=name)
     by_number.set(xlabel="candidates of the PRM (K+), or width of a plain beam", xscale="log", ylabel=metric)
-    by_cost.set(xlabel="GFLOP per user", xscale="log")
+    numbers = sorted({round(line["number"]) for lines in series.values() for line in lines})
+    by_number.set_xticks(numbers, map(str, numbers))
+    by_number.minorticks_off()
+    by_cost.set(xlabel="GFLOP per user")
     for axes in (by_number, by_cost):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
