@@ -19,12 +19,12 @@ import polars as pl
 
 from cluster.errors import DataError
 from cluster.storage import Storage
+from cluster.user_draws import STEP, mix_bits
 from data_streams import schema
 from data_streams.pages import PageRule
 from data_streams.shards import Chunk, ChunkRecord, ShardWriter
 from data_streams.sources import Part, Source
 from data_streams.splits import Split, SplitRule
-from data_streams.user_draws import STEP, mix_bits
 
 ITEM_INDEX = "tmp/item_index.parquet"
 LEFT_OUT = -1

@@ -11,6 +11,7 @@ import numpy as np
 from cluster.errors import ConfigError, DataError
 from cluster.seeds import purpose_seed
 from cluster.storage import Storage
+from cluster.user_draws import uniform_of_events
 from data_streams import token_budget
 from data_streams.batch import SequenceBatch
 from data_streams.canonical import CanonicalStream, ChunkReader, Deal, deal_epoch, event_columns
@@ -22,7 +23,6 @@ from data_streams.ranges import gather_ranges, offsets_of
 from data_streams.shards import Chunk
 from data_streams.target_pages import EventReading
 from data_streams.user_block import ITEM, UserBlock, collate
-from data_streams.user_draws import uniform_of_events
 
 log = logging.getLogger(__name__)
 

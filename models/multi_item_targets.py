@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from cluster.seeds import purpose_seed
+from cluster.user_draws import uniform_of_events
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
-from data_streams.user_draws import uniform_of_events
 from models.recommender import StepContext
 
 TIME = "timestamp_s"

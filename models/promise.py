@@ -6,7 +6,7 @@ chooses among them, so that more candidates cost queries of the PRM and no furth
 
 Source: PROMISE (Kuaishou, 2026), arXiv 2601.04674. Deviation: the encoder is causal, so that every position of a user
 is trained in one pass; the paper encodes one history per target with full attention. The rest is said in
-`models.process_reward`.
+`models.path_reward`.
 """
 
 from dataclasses import dataclass, replace

@@ -14,7 +14,7 @@ from models.layers.user_context import ContextConfig
 from models.lifelong_history import LifelongConfig
 from models.onerec import OneRec
 from models.onerec_v2 import OneRecV2
-from models.process_reward import ProcessRewardConfig
+from models.path_reward import ProcessRewardConfig
 from models.promise import Promise
 from models.semantic_ids import SemanticIds
 from models.tables import Ids, Lookup

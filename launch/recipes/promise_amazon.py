@@ -2,7 +2,7 @@
 
 from cluster.configuration import ClusterConfig
 from data_streams.configuration import DataConfig
-from models.process_reward import ProcessRewardConfig
+from models.path_reward import ProcessRewardConfig
 from models.promise import Promise
 from trainer.configuration import PretrainConfig, SearchConfig, TrainConfig
 

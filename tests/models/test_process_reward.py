@@ -10,12 +10,8 @@ from cluster.errors import ConfigError
 from models.decoding.trie import PrefixTrie
 from models.kernels.info_nce import info_nce
 from models.objectives.negatives import draw_different
-from models.process_reward import (
-    PLACES,
-    ProcessReward,
-    ProcessRewardConfig,
-    draw_positions,
-)
+from models.path_reward import PLACES, ProcessRewardConfig, draw_positions
+from models.process_reward import ProcessReward
 from models.recommender import StepContext
 from sharding.lookup import ItemFeatures, features_of_request
 from tests.generator_cases import (

@@ -17,7 +17,8 @@ from data_streams.semantic_ids import SemanticIdTable
 from launch.config_document import to_document, to_yaml
 from launch.reward_parts import reward_setting
 from models.decoder_only import DecoderOnly
-from models.process_reward import ProcessReward, ProcessRewardConfig
+from models.path_reward import ProcessRewardConfig
+from models.process_reward import ProcessReward
 from rl.advantages.group import GroupRelative
 from rl.configuration import AlignConfig, AlignOptions, RolloutConfig
 from rl.objectives.grpo_sr import GrpoSr

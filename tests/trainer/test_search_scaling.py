@@ -18,7 +18,8 @@ from data_streams.semantic_ids import SemanticIdTable
 from launch.plots import write_scaling
 from launch.served_run import asked_alike
 from models.decoder_only import DecoderOnly
-from models.process_reward import ProcessReward, ProcessRewardConfig
+from models.path_reward import ProcessRewardConfig
+from models.process_reward import ProcessReward
 from models.promise import Promise
 from tests.process_group import run_on_processes
 from tests.tiny_run import build_tiny_data, run, tiny_config
