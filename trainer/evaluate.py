@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from cluster.errors import DataError
+from cluster.memory import FreedMemory
 from cluster.process import Process
 from data_streams.batch import SequenceBatch
 from data_streams.item_table import ItemTable
@@ -234,12 +235,13 @@ def _check_each_once(users: Tensor | None, process: Process | None) -> None:
 
 def in_step(batches: Iterable[Batch], empty_batch: Batch, process: Process | None) -> Iterator[Batch]:
     """This rank's batches, then empty ones until all ranks are through, so that collectives match."""
-    iterator = iter(batches)
+    iterator, freed_memory = iter(batches), FreedMemory()
     while True:
         batch = next(iterator, None)
         if not any(more for (more,) in exchange_integers([int(batch is not None)], process)):
             return
         yield empty_batch if batch is None else batch
+        freed_memory.give_back_excess()
 
 
 def _rank_metrics(ranks: np.ndarray, cutoffs: tuple[int, ...]) -> dict[str, np.ndarray]:
