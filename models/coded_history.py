@@ -111,10 +111,13 @@ class CodedHistory(Generator):
     def embed_events(self, rows: Rows, batch: SequenceBatch) -> Tensor:
         """What each event begins with. Shapes: [T, D]."""
         items = batch.items
-        hidden = self.codes(self.item_codes[items.values]).sum(1)
-        if self.config.item_rows:
-            hidden = hidden + self.own_vectors(rows["history"])
-        return hidden * self.config.width**0.5 + self.positions(items.places())
+        own = self.own_vectors(rows["history"]) if self.config.item_rows else None
+        return self.vectors(self.item_codes[items.values], own) + self.positions(items.places())
+
+    def vectors(self, codes: Tensor, own: Tensor | None) -> Tensor:
+        """What blocks read of codes and of what items have beside them. Shapes: [..., depth], [..., D] -> [..., D]."""
+        summed = self.codes(codes).sum(-2)
+        return (summed if own is None else summed + own) * self.config.width**0.5
 
     def own_vectors(self, found: LookedUp) -> Tensor:
         """What items have beside their codes. Shapes: [n, D]."""

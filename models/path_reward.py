@@ -172,13 +172,13 @@ class PathReward(nn.Module):
 
     def _encoded(self, prefixes: Tensor, items: LookedUp | None) -> Tensor:
         """What the encoder begins with for codes and the items of whole paths. Shapes: [..., depth] -> [..., D]."""
-        vectors = self.encoder.codes(prefixes.clamp(min=0)).sum(-2)
+        own = None
         if items is not None:
             has_path = (self.encoder.item_codes[items.ids].view_as(prefixes) == prefixes).all(
                 -1, keepdim=True
             )
-            vectors = vectors + self.encoder.own_vectors(items).view_as(vectors) * has_path
-        return vectors * vectors.shape[-1] ** 0.5
+            own = self.encoder.own_vectors(items).unflatten(0, prefixes.shape[:-1]) * has_path
+        return self.encoder.vectors(prefixes.clamp(min=0), own)
 
     def remember(self, states: Tensor, layout: PromptLayout, events: Tensor | None = None) -> Memory:
         """Keys and values of histories. Shapes: states [T, D], events [E] indices into them."""
