@@ -9,11 +9,13 @@ SwiGLU, whose products of candidate and history a map of their sum would have to
 D -> D/2 -> 1 with SiLU; codes and items have the vectors of the encoder, through a linear map; a table per depth with a
 row per prefix of the catalogue, or two hashed rows where there are more than two million; at depth 1 the code's vector
 is all there is. Deviations: the encoder is causal, so that all positions of a user share one pass; the PRM learns at a
-few positions drawn per user and step, each of which stands for its share of all.
+few positions drawn per user and step, each of which stands for its share of all. With `likeness_negatives` a score has
+a second term, which is ours: the likeness of user and prefix (`models.prefix_likeness`), told from thousands of
+prefixes at all positions. It is held fixed in the loss of the whole score, which so learns what it misses.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +36,7 @@ from models.layers.linear import Linear
 from models.layers.norm import RMSNorm
 from models.layers.shared_prompt_attention import PromptKeyValues, PromptLayout
 from models.objectives.negatives import draw_different
+from models.prefix_likeness import PrefixLikeness, likeness_loss
 from models.recommender import StepContext
 from models.semantic_ids import SemanticIds
 from models.tables import Ids, LookedUp, Rows, TableSpec
@@ -46,8 +49,30 @@ CONTEXT = "prm_context"
 ROLES = ("path", "positive", "negative")
 """What prefixes are looked up for: to be scored in a search, or as one of both sides of the loss."""
 
-Memory = tuple[PromptKeyValues, ...]
-"""Keys and values of the encoded histories, by block."""
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Encoded histories of S users, as a PRM looks at them."""
+
+    blocks: tuple[PromptKeyValues, ...]
+    """Keys and values, by block of attention."""
+    users: Tensor | None
+    """[S, D] what prefixes are compared with, where the score has a likeness."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """Prefixes, before any user is known."""
+
+    tokens: Tensor
+    """[..., W] what attends to the history."""
+    vectors: Tensor | None
+    """[..., D] what is compared with users, where the score has a likeness."""
+
+    def __getitem__(self, places: Any) -> "Candidates":
+        return Candidates(
+            tokens=self.tokens[places], vectors=None if self.vectors is None else self.vectors[places]
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +93,12 @@ class ProcessRewardConfig:
     positions: int | None = 4
     """Positions drawn per user and step that the PRM learns at; None takes all. With a small part of them it learns far
     more slowly than the generator beside it, and then chooses worse than it."""
+    likeness_negatives: int | None = None
+    """Prefixes drawn per step and depth that the likeness of user and prefix is told from, at all positions, and which
+    then is a part of the score; the negatives above are the first of them. Left out, there is no likeness, as in the
+    paper."""
+    temperature: float = 0.07
+    """The likeness is a cosine over it."""
     most_rows: int = 2_000_000
     """Prefixes of one depth beyond which their rows are hashed."""
     hash_rows: int = 2**20
@@ -78,6 +109,11 @@ class ProcessRewardConfig:
             raise ConfigError(
                 "the PRM needs at least one negative and one position per user, and got "
                 f"num-negatives {self.num_negatives} and positions {self.positions}"
+            )
+        if self.likeness_negatives is not None and self.likeness_negatives < self.num_negatives:
+            raise ConfigError(
+                "likeness-negatives of the PRM must be at least its num-negatives "
+                f"{self.num_negatives}, which are the first of them; got {self.likeness_negatives}"
             )
 
 
@@ -104,6 +140,9 @@ class PathReward(nn.Module):
         self.hidden = Linear(self.width, self.width // 2)
         # Scores are only compared with each other: a bias would have no gradient but rounding.
         self.output = Linear(self.width // 2, 1, bias=False)
+        self.likeness = None
+        if config.likeness_negatives is not None:
+            self.likeness = PrefixLikeness(encoder.config.width, self.width, config.temperature)
 
     def initialise(self) -> None:
         """To be called behind whatever initialises all layers of a model.
@@ -111,7 +150,8 @@ class PathReward(nn.Module):
         By fan-in: with the small weights that suit the generator, scores and their gradients vanish at first and the
         PRM stays far behind it.
         """
-        for module in (*self.blocks.modules(), self.embed, self.hidden, self.output):
+        parts = (self.blocks, self.embed, self.hidden, self.output, self.likeness)
+        for module in (module for part in parts if part is not None for module in part.modules()):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
 
@@ -157,18 +197,23 @@ class PathReward(nn.Module):
             return pack(prefixes.clamp(min=0), self.code_sizes[:depth]).flatten()
         return torch.where(nodes < 0, self.trie.num_nodes(depth), nodes)
 
-    def tokens(self, prefixes: Tensor, rows: Rows, role: str = "path") -> Tensor:
-        """The one token of each prefix. Shapes: [..., depth] -> [..., D]."""
-        depth = prefixes.shape[-1]
+    def candidates(self, prefixes: Tensor, rows: Rows, role: str = "path") -> Candidates:
+        """Shapes: [..., depth] -> [..., W] and [..., D]."""
+        depth, shape = prefixes.shape[-1], prefixes.shape[:-1]
         known = self._encoded(prefixes, rows.get(f"{role}_item") if depth == self.depths[-1] else None)
-        tokens = self.embed(known.flatten(0, -2)).unflatten(0, known.shape[:-1])
+        known, own = known.flatten(0, -2), None
+        tokens = self.embed(known)
         if depth > 1:
-            found = rows[f"{role}_{depth}"]
-            own = found.rows
-            if not self._is_hashed(depth):
-                own = own * (found.ids < self.trie.num_nodes(depth))[:, None]
-            tokens = tokens + own.view_as(tokens) * self.width**0.5
-        return tokens
+            own = self._own_rows(rows[f"{role}_{depth}"], depth) * self.width**0.5
+            tokens = tokens + own
+        vectors = None if self.likeness is None else self.likeness.prefixes(known, own).unflatten(0, shape)
+        return Candidates(tokens=tokens.unflatten(0, shape), vectors=vectors)
+
+    def _own_rows(self, found: LookedUp, depth: int) -> Tensor:
+        """Nothing for prefixes of no item. Shapes: [n, W]."""
+        if self._is_hashed(depth):
+            return found.rows
+        return found.rows * (found.ids < self.trie.num_nodes(depth))[:, None]
 
     def _encoded(self, prefixes: Tensor, items: LookedUp | None) -> Tensor:
         """What the encoder begins with for codes and the items of whole paths. Shapes: [..., depth] -> [..., D]."""
@@ -180,24 +225,40 @@ class PathReward(nn.Module):
             own = self.encoder.own_vectors(items).unflatten(0, prefixes.shape[:-1]) * has_path
         return self.encoder.vectors(prefixes.clamp(min=0), own)
 
-    def remember(self, states: Tensor, layout: PromptLayout, events: Tensor | None = None) -> Memory:
-        """Keys and values of histories. Shapes: states [T, D], events [E] indices into them."""
+    def remember(self, states: Tensor, layout: PromptLayout, last: Tensor) -> Memory:
+        """Whole histories. Shapes: states [T, D], last [S] where each history's latest event stands among them."""
+        return Memory(
+            blocks=self._key_values(states, layout),
+            users=None if self.likeness is None else self.likeness.users(states[last]),
+        )
+
+    def _key_values(
+        self, states: Tensor, layout: PromptLayout, events: Tensor | None = None
+    ) -> tuple[PromptKeyValues, ...]:
+        """Shapes: states [T, D], events [E] indices into them."""
         return tuple(block.attention.remember(states, layout, events) for block in self.blocks)
 
-    def score(self, tokens: Tensor, memory: Memory, queries: Tensor | None = None) -> Tensor:
-        """C prefixes for each history; the queries of the first block may be given, where prefixes repeat.
+    def score(self, candidates: Candidates, memory: Memory) -> Tensor:
+        """C prefixes for each history. Shapes: candidates [S, C] -> [S, C] fp32."""
+        tokens = candidates.tokens
+        scores = self._attended(tokens, self.blocks[0].queries(tokens), memory.blocks)
+        if memory.users is None:
+            return scores
+        return scores + (memory.users[:, None] * candidates.vectors).sum(-1)
 
-        Shapes: tokens [S, C, D], queries [S, C, heads, D / heads] -> [S, C] fp32.
+    def _attended(self, tokens: Tensor, queries: Tensor, memory: tuple[PromptKeyValues, ...]) -> Tensor:
+        """What attention to the history says; given the queries of the first block.
+
+        Shapes: tokens [S, C, W], queries [S, C, heads, W / heads] -> [S, C] fp32.
         """
-        hidden = tokens
-        for block, of_block in zip(self.blocks, memory, strict=True):
-            hidden = block(hidden, block.queries(hidden) if queries is None else queries, of_block)
-            queries = None
+        hidden = self.blocks[0](tokens, queries, memory[0])
+        for block, of_block in zip(self.blocks[1:], memory[1:], strict=True):
+            hidden = block(hidden, block.queries(hidden), of_block)
         inner = nn.functional.silu(self.hidden(self.final_norm(hidden.flatten(0, 1))))
         return self.output(inner).float().view(hidden.shape[:2])
 
     def draw_negatives(self, context: StepContext) -> dict[int, Tensor]:
-        """Different prefixes of the catalogue by depth, the same on every rank, all equally likely.
+        """Different prefixes of the catalogue by depth, the same on every rank, all equally likely, in random order.
 
         Shapes: [N, depth] each, on the host.
         """
@@ -205,14 +266,14 @@ class PathReward(nn.Module):
         for depth in self.depths:
             seed = purpose_seed(context.seed, "prefix negatives", context.step, depth)
             generator = torch.Generator().manual_seed(seed)
-            nodes = draw_different(self.trie.num_nodes(depth), self.config.num_negatives, generator)
+            wanted = self.config.likeness_negatives or self.config.num_negatives
+            nodes = draw_different(self.trie.num_nodes(depth), wanted, generator)
             drawn[depth] = self.trie.paths(depth, nodes)
         return drawn
 
     def training_ids(self, batch: SequenceBatch, context: StepContext) -> Ids:
-        """Rows of the positive prefixes at the drawn positions, and of the negatives. Host side."""
-        places = batch.supervision[PLACES]
-        taken = self.item_paths[batch.targets[batch.items.offsets[places.row_index()] + places.values]]
+        """Rows of the positive prefixes at all positions, and of the negatives. Host side."""
+        taken = self.item_paths[batch.targets]
         ids: dict[str, Tensor] = {}
         for depth, negatives in self.draw_negatives(context).items():
             ids |= self.path_ids(taken[:, :depth], "positive") | self.path_ids(negatives, "negative")
@@ -220,40 +281,103 @@ class PathReward(nn.Module):
 
     def loss(
         self, states: Tensor, paths: Tensor, rows: Rows, batch: SequenceBatch, context: StepContext
-    ) -> Mapping[int, Tensor]:
-        """InfoNCE of each depth, summed over all positions that the drawn ones stand for.
+    ) -> dict[str, Tensor]:
+        """InfoNCE of each depth, summed over all positions, by name.
 
         Shapes: states [T, D] after each event, paths [T, L] of what followed -> scalars.
         """
+        contrasts = [
+            self._contrast(negatives.to(states.device), paths[:, :depth], rows)
+            for depth, negatives in self.draw_negatives(context).items()
+        ]
+        users = None if self.likeness is None else self.likeness.users(states)
+        losses = self._score_losses(contrasts, states, users, batch)
+        if users is not None:
+            for depth, contrast in zip(self.depths, contrasts, strict=True):
+                losses[f"likeness_loss_level_{depth}"] = likeness_loss(
+                    users,
+                    contrast.positive.vectors,
+                    contrast.negatives.vectors,
+                    contrast.ids,
+                    contrast.negative_ids,
+                )
+        return losses
+
+    def _contrast(self, negatives: Tensor, own: Tensor, rows: Rows) -> "Contrast":
+        """Shapes: negatives [N, depth], own [T, depth]."""
+        sizes = self.code_sizes[: own.shape[-1]]
+        return Contrast(
+            positive=self.candidates(own, rows, "positive"),
+            negatives=self.candidates(negatives, rows, "negative"),
+            ids=pack(own, sizes),
+            negative_ids=pack(negatives, sizes),
+        )
+
+    def _score_losses(
+        self, contrasts: "list[Contrast]", states: Tensor, users: Tensor | None, batch: SequenceBatch
+    ) -> dict[str, Tensor]:
+        """Of whole scores at the drawn positions, each of which stands for its share of all."""
         places = batch.supervision[PLACES]
-        users = places.row_index()
-        drawn = batch.items.offsets[users] + places.values
+        of_user = places.row_index()
+        drawn = batch.items.offsets[of_user] + places.values
         histories = _drawn_histories(batch)
-        memory = self.remember(states, PromptLayout.build(histories), histories.values)
+        memory = self._key_values(states, PromptLayout.build(histories), histories.values)
         share = 1.0
         if self.config.positions is not None:
-            share = batch.items.lengths[users] / self.config.positions
-        candidates, queries, same = [], [], []
-        for depth, negatives in self.draw_negatives(context).items():
-            negatives, own = negatives.to(states.device), paths[drawn, :depth]
-            positive = self.tokens(own, rows, "positive")[:, None]
-            others = self.tokens(negatives, rows, "negative")[None]
-            for tokens in (positive, others):
+            share = batch.items.lengths[of_user] / self.config.positions
+        contrasts = [contrast.at(drawn, self.config.num_negatives) for contrast in contrasts]
+        tokens, queries = [], []
+        for contrast in contrasts:
+            for side in (contrast.positive.tokens[:, None], contrast.negatives.tokens[None]):
                 # Negatives are the same for all, and so is what they ask first.
-                asked = self.blocks[0].queries(tokens)
-                candidates.append(tokens.expand(len(drawn), -1, -1))
+                asked = self.blocks[0].queries(side)
+                tokens.append(side.expand(len(drawn), -1, -1))
                 queries.append(asked.expand(len(drawn), *asked.shape[1:]))
-            sizes = self.code_sizes[:depth]
-            same.append(pack(own, sizes)[:, None] == pack(negatives, sizes))
-        scores = self.score(torch.cat(candidates, dim=1), memory, torch.cat(queries, dim=1))
-        by_depth = scores.split([1 + mask.shape[1] for mask in same], dim=1)
+        scores = self._attended(torch.cat(tokens, dim=1), torch.cat(queries, dim=1), memory)
+        if users is not None:
+            likeness = [contrast.likeness(users[drawn]) for contrast in contrasts]
+            scores = scores + torch.cat(likeness, dim=1).detach()
+        by_depth = scores.split([1 + len(contrast.negative_ids) for contrast in contrasts], dim=1)
         return {
-            depth: (info_nce(of_depth, mask) * share).sum()
-            for depth, of_depth, mask in zip(self.depths, by_depth, same, strict=True)
+            f"prm_loss_level_{depth}": (info_nce(of_depth, contrast.same) * share).sum()
+            for depth, of_depth, contrast in zip(self.depths, by_depth, contrasts, strict=True)
         }
 
     def _is_hashed(self, depth: int) -> bool:
         return self.trie.num_nodes(depth) > self.config.most_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """What was taken at some positions and what stands against it, at one depth."""
+
+    positive: Candidates
+    """[T]"""
+    negatives: Candidates
+    """[N], for all positions."""
+    ids: Tensor
+    """[T] of the positive prefixes."""
+    negative_ids: Tensor
+    """[N]"""
+
+    def at(self, places: Tensor, num_negatives: int) -> "Contrast":
+        """Some of the positions against the first of the negatives. Shapes: places [S]."""
+        return Contrast(
+            positive=self.positive[places],
+            negatives=self.negatives[:num_negatives],
+            ids=self.ids[places],
+            negative_ids=self.negative_ids[:num_negatives],
+        )
+
+    @property
+    def same(self) -> Tensor:
+        """Which negatives are the positive of a position. Shapes: [T, N]."""
+        return self.ids[:, None] == self.negative_ids
+
+    def likeness(self, users: Tensor) -> Tensor:
+        """Of the positive first. Shapes: users [T, D] -> [T, 1 + N]."""
+        own = (users * self.positive.vectors).sum(-1, keepdim=True)
+        return torch.cat((own, users @ self.negatives.vectors.T), dim=1)
 
 
 class ScoringBlock(nn.Module):

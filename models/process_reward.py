@@ -58,13 +58,17 @@ class RewardedHistory(CodedHistory):
         """How well each prefix of each path fits the user. Shapes: paths [B, N, L] -> [B, N, L] fp32."""
         memory = self.prefix_memory(rows, batch)
         scores = [
-            self.prm.score(self.prm.tokens(paths[..., :depth], rows), memory) for depth in self.prm.depths
+            self.prm.score(self.prm.candidates(paths[..., :depth], rows), memory) for depth in self.prm.depths
         ]
         return torch.stack(scores, dim=-1)
 
     def prefix_memory(self, rows: Rows, batch: SequenceBatch) -> Memory:
         """The users' whole histories, as the PRM looks at them."""
-        return self.prm.remember(self.encode(rows, batch), PromptLayout.build(batch.items))
+        return self.remembered(self.encode(rows, batch), PromptLayout.build(batch.items), batch)
+
+    def remembered(self, states: Tensor, layout: PromptLayout, batch: SequenceBatch) -> Memory:
+        """Encoded users, as the PRM looks at them. Shapes: states [T, D]."""
+        return self.prm.remember(states, layout, batch.items.offsets[1:] - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +91,7 @@ class PrefixGuide:
         """Shapes: prefixes [B, C, depth] -> [B, C]."""
         ids = self.prm.path_ids(prefixes.cpu())
         rows = self.lookup(ids) if ids else {}
-        return self.prm.score(self.prm.tokens(prefixes, rows), self.memory)
+        return self.prm.score(self.prm.candidates(prefixes, rows), self.memory)
 
 
 class ProcessReward(RewardedHistory):
@@ -110,7 +114,7 @@ class ProcessReward(RewardedHistory):
         states = self.encode(rows, batch)
         losses = self.prm.loss(states, self.item_codes[batch.targets], rows, batch, context)
         return LossSum(
-            sum=torch.stack([*losses.values()]).sum(), count=batch.num_tokens, metrics=prm_metrics(losses)
+            sum=torch.stack([*losses.values()]).sum(), count=batch.num_tokens, metrics=detached(losses)
         )
 
     def prefill(self, rows: Rows, batch: SequenceBatch) -> GuidedState:
@@ -120,7 +124,7 @@ class ProcessReward(RewardedHistory):
             lengths=batch.items.lengths,
             prompt=(),
             suffix=(),
-            prm_memory=self.prm.remember(states, PromptLayout.build(batch.items)),
+            prm_memory=self.remembered(states, PromptLayout.build(batch.items), batch),
         )
 
     def step(
@@ -135,5 +139,5 @@ def _for_paths_too(items: TableSpec) -> TableSpec:
     return replace(items, features=(*items.features, *(f"{role}_item" for role in ROLES)))
 
 
-def prm_metrics(losses: Mapping[int, Tensor]) -> dict[str, Tensor]:
-    return {f"prm_loss_level_{depth}": loss.detach() for depth, loss in losses.items()}
+def detached(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: loss.detach() for name, loss in losses.items()}

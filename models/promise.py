@@ -23,7 +23,7 @@ from models.layers.cross_attention import CrossDecoderBlock
 from models.layers.linear import Linear
 from models.layers.shared_prompt_attention import PromptLayout
 from models.layers.transformer import FeedForward
-from models.process_reward import GuidedState, RewardedHistory, RewardedHistoryConfig, prm_metrics
+from models.process_reward import GuidedState, RewardedHistory, RewardedHistoryConfig, detached
 from models.recommender import LossSum, StepContext
 from models.tables import Rows
 
@@ -57,7 +57,7 @@ class Promise(RewardedHistory):
         return LossSum(
             sum=codes.sum + self.config.prm_weight * total,
             count=codes.count,
-            metrics={**codes.metrics, "prm_loss": total.detach(), **prm_metrics(of_prefixes)},
+            metrics={**codes.metrics, "prm_loss": total.detach(), **detached(of_prefixes)},
         )
 
     def teacher_forced(self, states: Tensor, paths: Tensor, batch: SequenceBatch) -> list[Tensor]:
@@ -77,7 +77,7 @@ class Promise(RewardedHistory):
             lengths=batch.items.lengths,
             prompt=tuple(block.cross_attention.remember(states, layout) for block in self.decoder.blocks),
             suffix=(None,) * len(self.decoder.blocks),
-            prm_memory=self.prm.remember(states, layout),
+            prm_memory=self.remembered(states, layout, batch),
         )
         hidden, state = self.decoder.extend(tokens + depth, empty)
         return replace(state, last_hidden=hidden[:, 0])

@@ -9,7 +9,8 @@ from trainer.configuration import PretrainConfig, TrainConfig
 def recipe() -> PretrainConfig:
     return PretrainConfig(
         data=DataConfig(max_length=50, tokens_per_step=1024),
-        model=OneRec.Config(targets_per_user=10),
+        # With the 0.02 of larger models the first code is learnt from the decoder alone for a hundred steps and more.
+        model=OneRec.Config(targets_per_user=10, init_scale=0.05),
         train=TrainConfig(
             epochs=20,
             learning_rate=1.5e-3,
