@@ -14,20 +14,18 @@ a second term, which is ours: the likeness of user and prefix (`models.prefix_li
 prefixes at all positions. It is held fixed in the loss of the whole score, which so learns what it misses.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cluster.errors import ConfigError
 from cluster.seeds import purpose_seed
-from cluster.user_draws import uniform_of_events
 from data_streams.batch import SequenceBatch
-from data_streams.jagged import Jagged
 from models.coded_history import CodedHistory
 from models.decoding.trie import PrefixTrie, pack
+from models.drawn_positions import PLACES, drawn_histories
 from models.kernels.info_nce import info_nce
 from models.layers.cross_attention import CrossAttention
 from models.layers.dropout import Dropout
@@ -40,11 +38,6 @@ from models.prefix_likeness import PrefixLikeness, likeness_loss
 from models.recommender import StepContext
 from models.semantic_ids import SemanticIds
 from models.tables import Ids, LookedUp, Rows, TableSpec
-
-PLACES = "prm_places"
-"""Supervision: the drawn positions, by their place in the user."""
-CONTEXT = "prm_context"
-"""Supervision: the places of the events that each drawn position may see, one position behind the other."""
 
 ROLES = ("path", "positive", "negative")
 """What prefixes are looked up for: to be scored in a search, or as one of both sides of the loss."""
@@ -320,7 +313,7 @@ class PathReward(nn.Module):
         places = batch.supervision[PLACES]
         of_user = places.row_index()
         drawn = batch.items.offsets[of_user] + places.values
-        histories = _drawn_histories(batch)
+        histories = drawn_histories(batch)
         memory = self._key_values(states, PromptLayout.build(histories), histories.values)
         share = 1.0
         if self.config.positions is not None:
@@ -399,34 +392,3 @@ class ScoringBlock(nn.Module):
         hidden = hidden + self.dropout(self.attention(queries, memory))
         flat = hidden.flatten(0, 1)
         return (flat + self.dropout(self.feedforward(self.feedforward_norm(flat)))).view_as(hidden)
-
-
-def draw_positions(batch: SequenceBatch, context: StepContext, positions: int | None) -> SequenceBatch:
-    """Choose what the PRM learns at; by the seed, the step and the user alone. Host side only."""
-    lengths = batch.items.lengths
-    if positions is None:
-        places = batch.items.with_values(batch.items.places())
-    else:
-        seed = purpose_seed(context.seed, "prm positions", context.step)
-        users = np.repeat(batch.user_ids.numpy(), positions)
-        numbers = np.tile(np.arange(positions), batch.num_users)
-        of_user = lengths.repeat_interleave(positions)
-        uniform = torch.from_numpy(uniform_of_events(seed, users, numbers))
-        drawn = torch.minimum((uniform * of_user).long(), of_user - 1)
-        places = Jagged.from_lengths(drawn, torch.full_like(lengths, positions))
-    seen = places.values + 1
-    histories = Jagged.from_lengths(torch.zeros(int(seen.sum()), dtype=torch.int64), seen)
-    per_user = torch.zeros_like(lengths).index_add_(0, places.row_index(), seen)
-    context_places = Jagged.from_lengths(histories.places(), per_user)
-    return replace(batch, supervision={**batch.supervision, PLACES: places, CONTEXT: context_places})
-
-
-def _drawn_histories(batch: SequenceBatch) -> Jagged:
-    """The events that each drawn position may see, as indices into the batch's. Shapes: S rows."""
-    places, context = batch.supervision[PLACES], batch.supervision[CONTEXT]
-    ends = (places.values + 1).cumsum(0)
-    return Jagged(
-        values=batch.items.offsets[context.row_index()] + context.values,
-        offsets=torch.cat((ends.new_zeros(1), ends)),
-        max_length=batch.items.max_length,
-    )

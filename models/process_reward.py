@@ -12,9 +12,10 @@ from torch import Tensor
 
 from data_streams.batch import SequenceBatch
 from models.coded_history import CodedHistory, CodedHistoryConfig
+from models.drawn_positions import draw_positions
 from models.generator import DecodeState
 from models.layers.shared_prompt_attention import PromptLayout
-from models.path_reward import ROLES, Memory, PathReward, ProcessRewardConfig, draw_positions
+from models.path_reward import ROLES, Memory, PathReward, ProcessRewardConfig
 from models.recommender import LossSum, StepContext
 from models.semantic_ids import SemanticIds
 from models.tables import Ids, Lookup, Rows, TableSpec

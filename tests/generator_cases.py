@@ -76,7 +76,9 @@ GENERATORS = {
         feedforward_width=32,
         dropout=0.0,
         init_scale=0.3,
-        prm=ProcessRewardConfig(feedforward_width=32, dropout=0.0, num_negatives=8, positions=2),
+        prm=ProcessRewardConfig(
+            feedforward_width=32, dropout=0.0, num_negatives=8, positions=2, likeness_negatives=15
+        ),
     ),
     "onerec-v2": OneRecV2.Config(
         width=16,

@@ -8,9 +8,10 @@ import torch
 
 from cluster.errors import ConfigError
 from models.decoding.trie import PrefixTrie
+from models.drawn_positions import PLACES, draw_positions
 from models.kernels.info_nce import info_nce
 from models.objectives.negatives import draw_different
-from models.path_reward import PLACES, ProcessRewardConfig, draw_positions
+from models.path_reward import ProcessRewardConfig
 from models.process_reward import ProcessReward
 from models.recommender import StepContext
 from sharding.lookup import ItemFeatures, features_of_request
@@ -55,9 +56,9 @@ def test_info_nce_by_hand():
     torch.testing.assert_close(info_nce(scores, same), torch.stack(expected))
 
 
-@pytest.mark.parametrize("positions", [None, 2])
-def test_the_loss_is_that_of_a_loop_over_positions_depths_and_negatives(positions):
-    model = make_promise(positions=positions)
+@pytest.mark.parametrize(("positions", "likeness_negatives"), [(None, None), (2, None), (2, 15)])
+def test_the_loss_is_that_of_a_loop_over_positions_depths_and_negatives(positions, likeness_negatives):
+    model = make_promise(positions=positions, likeness_negatives=likeness_negatives)
     batch, rows = trained_on(model, make_batch(histories()))
     losses = model(rows, batch, CONTEXT).metrics
     lookup, codes = unsharded_lookup(model), semantic_ids().codes
@@ -70,7 +71,7 @@ def test_the_loss_is_that_of_a_loop_over_positions_depths_and_negatives(position
         prompt = make_batch([torch.cat((history, history[:1]))])
         weight = 1 if positions is None else (stop - first) / positions
         for depth in (1, 2, 3):
-            drawn = negatives[depth]
+            drawn = negatives[depth][:8]
             drawn = drawn[(drawn != target[:depth]).any(1)]
             paths = torch.zeros(1, 1 + len(drawn), 3, dtype=torch.int64)
             paths[0, :, :depth] = torch.cat((target[None, :depth], drawn))
@@ -80,8 +81,37 @@ def test_the_loss_is_that_of_a_loop_over_positions_depths_and_negatives(position
         torch.testing.assert_close(losses[f"prm_loss_level_{depth}"], total[depth - 1], rtol=1e-4, atol=1e-3)
 
 
+def test_the_likeness_is_told_from_all_its_negatives_at_all_positions():
+    model = make_promise(positions=2, likeness_negatives=15)
+    batch, rows = trained_on(model, make_batch(histories()))
+    losses, prm = model(rows, batch, CONTEXT).metrics, model.prm
+    paths, states = semantic_ids().codes[batch.targets], model.encode(rows, batch)
+    users = torch.nn.functional.normalize(prm.likeness.of_user(states), dim=-1) / prm.config.temperature
+    for depth, drawn in prm.draw_negatives(CONTEXT).items():
+        assert len(drawn) == min(15, prm.trie.num_nodes(depth))
+        positive = prm.candidates(paths[:, :depth], rows, "positive").vectors
+        others = prm.candidates(drawn, rows, "negative").vectors
+        total = torch.zeros(())
+        for user, own, path in zip(users, positive, paths[:, :depth], strict=True):
+            kept = others[(drawn != path).any(1)]
+            total += -(torch.cat((own[None], kept)) @ user).log_softmax(0)[0].detach()
+        torch.testing.assert_close(losses[f"likeness_loss_level_{depth}"], total, rtol=1e-4, atol=1e-3)
+
+
+def test_the_likeness_learns_from_its_own_loss_alone():
+    model = make_promise(positions=2, likeness_negatives=15)
+    batch, rows = trained_on(model, make_batch(histories()))
+    losses = model.prm.loss(
+        model.encode(rows, batch), semantic_ids().codes[batch.targets], rows, batch, CONTEXT
+    )
+    of_scores = torch.stack([loss for name, loss in losses.items() if name.startswith("prm")]).sum()
+    weight = model.prm.likeness.of_user.weight
+    assert torch.autograd.grad(of_scores, weight, allow_unused=True, retain_graph=True) == (None,)
+    assert torch.autograd.grad(losses["likeness_loss_level_2"], weight)[0].abs().sum() > 0
+
+
 def test_negatives_are_prefixes_of_the_catalogue_and_all_of_them_where_there_are_few():
-    model = make_promise(num_negatives=5)
+    model = make_promise(num_negatives=5, likeness_negatives=None)
     drawn = model.prm.draw_negatives(CONTEXT)
     trie = PrefixTrie.build(semantic_ids().codes, CODE_SIZES)
     assert sorted(drawn[1].flatten().tolist()) == list(range(4)), "fewer prefixes than negatives: all of them"
@@ -172,7 +202,7 @@ def test_whole_paths_bring_the_row_of_their_item_and_paths_of_no_item_none():
     expected[0] += (
         lookup({"path_3": model.prm.trie.find(codes[17:18])})["path_3"].rows[0] * model.prm.width**0.5
     )
-    torch.testing.assert_close(model.prm.tokens(paths, rows), expected)
+    torch.testing.assert_close(model.prm.candidates(paths, rows).tokens, expected)
 
 
 def test_only_items_have_features_not_the_prefixes_of_a_prm():
@@ -206,4 +236,8 @@ def test_a_prm_needs_negatives_and_positions():
     for wrong in ({"num_negatives": 0}, {"positions": 0}):
         with pytest.raises(ConfigError, match="at least one negative and one position"):
             ProcessRewardConfig(**wrong)
+    with pytest.raises(
+        ConfigError, match="likeness-negatives of the PRM must be at least its num-negatives 8"
+    ):
+        ProcessRewardConfig(num_negatives=8, likeness_negatives=7)
     assert make_generator("promise").num_targets(make_batch(histories())) == 22
