@@ -35,10 +35,14 @@ def assert_same_training(case: Case, device: torch.device, tolerance: float) -> 
         torch.testing.assert_close(tensor, expected[name], atol=tolerance, rtol=1e-3, msg=name)
 
 
+# Where a gradient is all but rounding, Adam moves the weight by a part of its rate of 1e-2: it may differ by more.
+TOLERANCE = 1e-4
+
+
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_no_operation_of_a_step_mixes_devices_and_only_the_check_of_the_loss_waits(case):
     with PretendedDevice() as device:
-        assert_same_training(case, PRETENDED, 1e-5)
+        assert_same_training(case, PRETENDED, TOLERANCE)
         learner = make_learner(case, None, PRETENDED)
         learner.engine.pieces()  # as a job takes staging memory before the first step
         for step in range(2):
@@ -52,4 +56,4 @@ def test_no_operation_of_a_step_mixes_devices_and_only_the_check_of_the_loss_wai
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator of CUDA")
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_training_on_cuda_is_training_on_the_processor(case):
-    assert_same_training(case, torch.device("cuda", 0), 1e-4)
+    assert_same_training(case, torch.device("cuda", 0), TOLERANCE)
