@@ -16,7 +16,9 @@ def recipe() -> PretrainConfig:
             num_decoder_blocks=2,
             feedforward_width=256,
             dropout=0.2,
-            prm=ProcessRewardConfig(width=32, feedforward_width=128, num_negatives=128, positions=16),
+            prm=ProcessRewardConfig(
+                width=32, feedforward_width=128, num_negatives=64, positions=4, likeness_negatives=2048
+            ),
         ),
         train=TrainConfig(epochs=5, learning_rate=2e-3, checkpoint_every_s=10.0),
         search=SearchConfig(prm=True),

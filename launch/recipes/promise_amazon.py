@@ -15,7 +15,9 @@ def recipe() -> PretrainConfig:
             num_blocks=2,
             num_decoder_blocks=2,
             feedforward_width=512,
-            prm=ProcessRewardConfig(width=64, feedforward_width=128, num_negatives=128, positions=4),
+            prm=ProcessRewardConfig(
+                width=64, feedforward_width=128, num_negatives=128, positions=2, likeness_negatives=2048
+            ),
         ),
         train=TrainConfig(
             epochs=10,
