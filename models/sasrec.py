@@ -17,6 +17,7 @@ from models.item_sequence import ItemSequenceConfig, ItemSequenceModel
 from models.kernels.jagged_attention import jagged_attention
 from models.kernels.length_buckets import BucketLayout, bucket_layout
 from models.layers.dropout import Dropout
+from models.layers.heads import checked_heads
 from models.layers.linear import Linear
 
 
@@ -56,7 +57,7 @@ class Block(nn.Module):
     def __init__(self, config: SASRec.Config):
         super().__init__()
         hidden = config.feedforward_width or config.width
-        self.num_heads = config.num_heads
+        self.num_heads = checked_heads(config.num_heads, config.width)
         self.attention_norm = nn.LayerNorm(config.width)
         self.query_key_value = Linear(config.width, 3 * config.width, bias=False)
         self.attention_output = Linear(config.width, config.width)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from models.kernels.jagged_attention import jagged_attention
 from models.kernels.length_buckets import BucketLayout
 from models.layers.dropout import Dropout
+from models.layers.heads import checked_heads
 from models.layers.linear import Linear
 from models.layers.shared_prompt_attention import (
     PromptKeyValues,
@@ -22,7 +23,7 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, num_heads: int, memory_width: int | None = None):
         """Without a width of its own, the history is as wide as the queries."""
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads = checked_heads(num_heads, width)
         self.query = Linear(width, width, bias=False)
         self.key_value = Linear(memory_width or width, 2 * width, bias=False)
         self.output = Linear(width, width)
@@ -74,7 +75,7 @@ class CrossDecoderBlock(nn.Module):
 
     def __init__(self, *, width: int, num_heads: int, feedforward: nn.Module, dropout: float):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads = checked_heads(num_heads, width)
         self.self_norm, self.cross_norm, self.feedforward_norm = (nn.LayerNorm(width) for _ in range(3))
         self.query_key_value = Linear(width, 3 * width, bias=False)
         self.self_output = Linear(width, width)

@@ -8,6 +8,7 @@ from data_streams.jagged import Jagged
 from models.kernels.length_buckets import BucketLayout, bucket_layout
 from models.kernels.masked_attention import masked_attention, prefix_masks
 from models.layers.dropout import Dropout
+from models.layers.heads import checked_heads
 from models.layers.linear import Linear
 from models.layers.norm import RMSNorm
 
@@ -17,7 +18,7 @@ class FullBlock(nn.Module):
 
     def __init__(self, *, width: int, num_heads: int, feedforward: nn.Module, dropout: float):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads = checked_heads(num_heads, width)
         self.attention_norm, self.feedforward_norm = RMSNorm(width), RMSNorm(width)
         self.query_key_value = Linear(width, 3 * width, bias=False)
         self.output = Linear(width, width, bias=False)

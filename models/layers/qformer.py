@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.kernels.context_attention import ContextCells, ContextLayout, context_attention
 from models.layers.dropout import Dropout
+from models.layers.heads import checked_heads
 from models.layers.linear import Linear
 from models.layers.norm import RMSNorm
 from models.layers.rotary import rotate
@@ -19,7 +20,7 @@ from models.layers.rotary import rotate
 class QFormerBlock(nn.Module):
     def __init__(self, *, width: int, num_heads: int, feedforward: nn.Module, dropout: float):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads = checked_heads(num_heads, width)
         self.query_norm, self.feedforward_norm = RMSNorm(width), RMSNorm(width)
         self.query = Linear(width, width, bias=False)
         self.key_value = Linear(width, 2 * width, bias=False)

@@ -11,6 +11,7 @@ from models.kernels.jagged_attention import jagged_attention
 from models.kernels.length_buckets import BucketLayout
 from models.kernels.masked_attention import masked_attention
 from models.layers.dropout import Dropout
+from models.layers.heads import checked_heads
 from models.layers.linear import Linear
 from models.layers.shared_prompt_attention import (
     PromptKeyValues,
@@ -63,8 +64,8 @@ class TransformerBlock(nn.Module):
     ):
         """Without a head width, the heads share the width of the block."""
         super().__init__()
-        self.num_heads = num_heads
         inner = num_heads * head_width if head_width else width
+        self.num_heads = checked_heads(num_heads, inner)
         self.attention_norm = nn.LayerNorm(width)
         self.query_key_value = Linear(width, 3 * inner, bias=False)
         self.attention_output = Linear(inner, width)

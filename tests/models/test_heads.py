@@ -1,0 +1,35 @@
+"""Attention heads that do not divide a width are refused before anything is trained."""
+
+import dataclasses
+
+import pytest
+
+from cluster.errors import ConfigError
+from models.layers.heads import checked_heads
+from models.sasrec import SASRec
+from tests.generator_cases import GENERATORS, MAX_LENGTH, NUM_ITEMS, semantic_ids
+
+
+def test_heads_that_divide_the_width_pass():
+    assert checked_heads(4, 64) == 4
+
+
+@pytest.mark.parametrize("heads", [0, 3])
+def test_other_heads_are_refused_with_both_numbers(heads):
+    with pytest.raises(ConfigError, match=f"got {heads} heads and a width of 64"):
+        checked_heads(heads, 64)
+
+
+def test_models_refuse_them():
+    parts = {"num_items": NUM_ITEMS, "max_length": MAX_LENGTH, "item_feature_dim": 0}
+    with pytest.raises(ConfigError, match="got 5 heads"):
+        SASRec.Config(width=16, num_heads=5).build(**parts)
+    promise = GENERATORS["promise"]
+    narrow = dataclasses.replace(promise.prm, width=10, num_heads=4)
+    for config in (
+        dataclasses.replace(GENERATORS["decoder-only"], num_heads=5),
+        dataclasses.replace(promise, num_heads=5),
+        dataclasses.replace(promise, prm=narrow),
+    ):
+        with pytest.raises(ConfigError, match="heads and a width of"):
+            config.build(**parts, semantic_ids=semantic_ids())
