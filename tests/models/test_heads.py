@@ -6,7 +6,7 @@ import pytest
 
 from cluster.errors import ConfigError
 from models.layers.heads import checked_heads
-from models.sasrec import SASRec
+from models.sasrec import Block, SASRec
 from tests.generator_cases import GENERATORS, MAX_LENGTH, NUM_ITEMS, semantic_ids
 
 
@@ -23,7 +23,7 @@ def test_other_heads_are_refused_with_both_numbers(heads):
 def test_models_refuse_them():
     parts = {"num_items": NUM_ITEMS, "max_length": MAX_LENGTH, "item_feature_dim": 0}
     with pytest.raises(ConfigError, match="got 5 heads"):
-        SASRec.Config(width=16, num_heads=5).build(**parts)
+        Block(SASRec.Config(width=16, num_heads=5))
     promise = GENERATORS["promise"]
     narrow = dataclasses.replace(promise.prm, width=10, num_heads=4)
     for config in (
