@@ -10,6 +10,7 @@ from benchmarks.setting.timing import interleave
 from cluster.process import Process
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
+from models.path_reward import ProcessRewardConfig
 from models.promise import Promise
 from models.semantic_ids import SemanticIds
 from sharding.lookup import make_lookup
@@ -23,9 +24,10 @@ USERS: dict[Scale, LongUsers] = {
     "full": LongUsers(num_users=128, num_items=12_101, longest=40),
     "small": LongUsers(num_users=4, num_items=50, longest=30),
 }
-MODEL: dict[Scale, dict[str, int]] = {
-    "full": {"width": 256, "num_blocks": 4, "num_decoder_blocks": 4, "feedforward_width": 1024},
-    "small": {"width": 16, "num_blocks": 1, "num_decoder_blocks": 1, "feedforward_width": 32},
+PRM = ProcessRewardConfig(likeness_negatives=256)
+MODEL: dict[Scale, dict[str, Any]] = {
+    "full": {"width": 256, "num_blocks": 4, "num_decoder_blocks": 4, "feedforward_width": 1024, "prm": PRM},
+    "small": {"width": 16, "num_blocks": 1, "num_decoder_blocks": 1, "feedforward_width": 32, "prm": PRM},
 }
 CODES = {"full": 256, "small": 8}
 WIDTH = {"full": 50, "small": 4}

@@ -105,6 +105,8 @@ class AlignmentDemo:
         policy += ["--model.num-depth-blocks", "1"]
         prm = [*clicks, "--run-dir", f"{self.out}/prm", "--train.epochs", sizes.prm_epochs]
         prm += ["--init-from", f"{self.out}/policy", "--model.prm.positions", "8"]
+        # Without a likeness, whose scores are of another size than the weight below is for.
+        prm += ["--model.prm.num-negatives", "128", "--model.prm.likeness-negatives", "None"]
         reward = ["--data.path", self.pages, "--run-dir", f"{self.out}/reward"]
         reward += ["--train.epochs", sizes.reward_epochs]
         for recipe, options in (("decoder-amazon", policy), ("reward-sim", reward), ("promise-prm", prm)):

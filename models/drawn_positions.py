@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cluster.seeds import purpose_seed
 from cluster.user_draws import uniform_of_events
@@ -35,6 +36,19 @@ def draw_positions(batch: SequenceBatch, context: StepContext, positions: int | 
     per_user = torch.zeros_like(lengths).index_add_(0, places.row_index(), seen)
     context_places = Jagged.from_lengths(histories.places(), per_user)
     return replace(batch, supervision={**batch.supervision, PLACES: places, CONTEXT: context_places})
+
+
+def drawn_events(batch: SequenceBatch) -> Tensor:
+    """Where the drawn positions stand among the events of the batch. Shapes: [S]."""
+    places = batch.supervision[PLACES]
+    return batch.items.offsets[places.row_index()] + places.values
+
+
+def drawn_share(batch: SequenceBatch, positions: int | None) -> Tensor | float:
+    """For how many positions each drawn one stands. Shapes: [S]."""
+    if positions is None:
+        return 1.0
+    return batch.items.lengths[batch.supervision[PLACES].row_index()] / positions
 
 
 def drawn_histories(batch: SequenceBatch) -> Jagged:

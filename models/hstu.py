@@ -25,6 +25,7 @@ from models.kernels.pointwise_attention import (
     time_buckets_of_cells,
 )
 from models.layers.dropout import Dropout
+from models.layers.heads import checked_heads
 from models.layers.linear import Linear
 from models.recommender import StepContext
 from models.stochastic_length import shorten_histories
@@ -87,8 +88,9 @@ class Block(nn.Module):
     def __init__(self, config: HSTU.Config, max_length: int):
         super().__init__()
         self.num_heads, self.max_length = config.num_heads, max_length
-        self.attention_dim = config.attention_dim or config.width // config.num_heads
-        self.value_dim = config.value_dim or config.width // config.num_heads
+        shared = config.width // checked_heads(config.num_heads, config.width)
+        self.attention_dim = config.attention_dim or shared
+        self.value_dim = config.value_dim or shared
         per_head = 2 * self.attention_dim + self.value_dim
         self.projection = Linear(config.width, config.num_heads * per_head, bias=False)
         self.gate = Linear(config.width, config.num_heads * self.value_dim, bias=False)

@@ -80,7 +80,7 @@ class OneRec(ContextGenerator):
         def __post_init__(self) -> None:
             self.check()
             shape = self.resolved() if self.size != "custom" else self
-            if shape.width % (2 * shape.num_heads):
+            if shape.num_heads < 1 or shape.width % (2 * shape.num_heads):
                 raise ConfigError(
                     f"model.width must be a multiple of twice model.num-heads, got {shape.width} and "
                     f"{shape.num_heads}"

@@ -125,7 +125,7 @@ def _feedforwards(config: OneRecV2.Config) -> Iterator[nn.Module]:
 
 def _check_shape(config: OneRecV2.Config) -> None:
     groups = config.kv_groups or config.num_heads
-    if config.width % (2 * config.num_heads):
+    if config.num_heads < 1 or config.width % (2 * config.num_heads):
         raise ConfigError(
             f"model.width must be a multiple of twice model.num-heads, since heads are rotated in pairs, got "
             f"{config.width} and {config.num_heads}"

@@ -15,7 +15,6 @@ prefixes at all positions. It is held fixed in the loss of the whole score, whic
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from cluster.seeds import purpose_seed
 from data_streams.batch import SequenceBatch
 from models.coded_history import CodedHistory
 from models.decoding.trie import PrefixTrie, pack
-from models.drawn_positions import PLACES, drawn_histories
+from models.drawn_positions import drawn_events, drawn_histories, drawn_share
 from models.kernels.info_nce import info_nce
 from models.layers.cross_attention import CrossAttention
 from models.layers.dropout import Dropout
@@ -34,7 +33,8 @@ from models.layers.linear import Linear
 from models.layers.norm import RMSNorm
 from models.layers.shared_prompt_attention import PromptKeyValues, PromptLayout
 from models.objectives.negatives import draw_different
-from models.prefix_likeness import PrefixLikeness, likeness_loss
+from models.prefix_candidates import Candidates, Contrast
+from models.prefix_likeness import PrefixLikeness, likeness
 from models.recommender import StepContext
 from models.semantic_ids import SemanticIds
 from models.tables import Ids, LookedUp, Rows, TableSpec
@@ -49,23 +49,8 @@ class Memory:
 
     blocks: tuple[PromptKeyValues, ...]
     """Keys and values, by block of attention."""
-    users: Tensor | None
+    user_vectors: Tensor | None
     """[S, D] what prefixes are compared with, where the score has a likeness."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidates:
-    """Prefixes, before any user is known."""
-
-    tokens: Tensor
-    """[..., W] what attends to the history."""
-    vectors: Tensor | None
-    """[..., D] what is compared with users, where the score has a likeness."""
-
-    def __getitem__(self, places: Any) -> "Candidates":
-        return Candidates(
-            tokens=self.tokens[places], vectors=None if self.vectors is None else self.vectors[places]
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +69,13 @@ class ProcessRewardConfig:
     num_negatives: int = 256
     """Different prefixes of the catalogue drawn per step and depth, shared by all users; all where there are fewer."""
     positions: int | None = 4
-    """Positions drawn per user and step that the PRM learns at; None takes all. With a small part of them it learns far
-    more slowly than the generator beside it, and then chooses worse than it."""
+    """Positions drawn per user and step that attention learns at; None takes all. Without a likeness, which learns at
+    all of them, a PRM of few positions learns far more slowly than the generator beside it and then chooses worse."""
     likeness_negatives: int | None = None
     """Prefixes drawn per step and depth that the likeness of user and prefix is told from, at all positions, and which
-    then is a part of the score; the negatives above are the first of them. Left out, there is no likeness, as in the
-    paper."""
-    temperature: float = 0.07
+    then is a part of the score; all where there are fewer. `num_negatives` are the first of them. Left out, there is no
+    likeness, as in the paper."""
+    likeness_temperature: float = 0.07
     """The likeness is a cosine over it."""
     most_rows: int = 2_000_000
     """Prefixes of one depth beyond which their rows are hashed."""
@@ -102,6 +87,10 @@ class ProcessRewardConfig:
             raise ConfigError(
                 "the PRM needs at least one negative and one position per user, and got "
                 f"num-negatives {self.num_negatives} and positions {self.positions}"
+            )
+        if self.likeness_temperature <= 0:
+            raise ConfigError(
+                f"likeness-temperature of the PRM must be above 0, and got {self.likeness_temperature}"
             )
         if self.likeness_negatives is not None and self.likeness_negatives < self.num_negatives:
             raise ConfigError(
@@ -135,7 +124,11 @@ class PathReward(nn.Module):
         self.output = Linear(self.width // 2, 1, bias=False)
         self.likeness = None
         if config.likeness_negatives is not None:
-            self.likeness = PrefixLikeness(encoder.config.width, self.width, config.temperature)
+            self.likeness = PrefixLikeness(
+                width=encoder.config.width,
+                row_width=self.width if len(self.code_sizes) > 1 else None,
+                temperature=config.likeness_temperature,
+            )
 
     def initialise(self) -> None:
         """To be called behind whatever initialises all layers of a model.
@@ -191,19 +184,21 @@ class PathReward(nn.Module):
         return torch.where(nodes < 0, self.trie.num_nodes(depth), nodes)
 
     def candidates(self, prefixes: Tensor, rows: Rows, role: str = "path") -> Candidates:
-        """Shapes: [..., depth] -> [..., W] and [..., D]."""
+        """What prefixes begin with. Shapes: [..., depth] -> [..., W] and [..., D]."""
         depth, shape = prefixes.shape[-1], prefixes.shape[:-1]
         known = self._encoded(prefixes, rows.get(f"{role}_item") if depth == self.depths[-1] else None)
-        known, own = known.flatten(0, -2), None
-        tokens = self.embed(known)
+        known = known.flatten(0, -2)
+        tokens, of_prefix = self.embed(known), None
         if depth > 1:
-            own = self._own_rows(rows[f"{role}_{depth}"], depth) * self.width**0.5
-            tokens = tokens + own
-        vectors = None if self.likeness is None else self.likeness.prefixes(known, own).unflatten(0, shape)
+            of_prefix = self._prefix_rows(rows[f"{role}_{depth}"], depth) * self.width**0.5
+            tokens = tokens + of_prefix
+        vectors = None
+        if self.likeness is not None:
+            vectors = self.likeness.prefixes(known, of_prefix).unflatten(0, shape)
         return Candidates(tokens=tokens.unflatten(0, shape), vectors=vectors)
 
-    def _own_rows(self, found: LookedUp, depth: int) -> Tensor:
-        """Nothing for prefixes of no item. Shapes: [n, W]."""
+    def _prefix_rows(self, found: LookedUp, depth: int) -> Tensor:
+        """Rows of prefixes; zero for those of no item, unless rows are hashed. Shapes: [n, W]."""
         if self._is_hashed(depth):
             return found.rows
         return found.rows * (found.ids < self.trie.num_nodes(depth))[:, None]
@@ -219,25 +214,28 @@ class PathReward(nn.Module):
         return self.encoder.vectors(prefixes.clamp(min=0), own)
 
     def remember(self, states: Tensor, layout: PromptLayout, last: Tensor) -> Memory:
-        """Whole histories. Shapes: states [T, D], last [S] where each history's latest event stands among them."""
+        """Whole histories as candidates look at them.
+
+        Shapes: states [T, D], last [S] where each history's latest event stands among them.
+        """
         return Memory(
             blocks=self._key_values(states, layout),
-            users=None if self.likeness is None else self.likeness.users(states[last]),
+            user_vectors=None if self.likeness is None else self.likeness.users(states[last]),
         )
 
     def _key_values(
         self, states: Tensor, layout: PromptLayout, events: Tensor | None = None
     ) -> tuple[PromptKeyValues, ...]:
-        """Shapes: states [T, D], events [E] indices into them."""
+        """Of all states, or of some of them in another order. Shapes: states [T, D], events [E] indices into them."""
         return tuple(block.attention.remember(states, layout, events) for block in self.blocks)
 
     def score(self, candidates: Candidates, memory: Memory) -> Tensor:
         """C prefixes for each history. Shapes: candidates [S, C] -> [S, C] fp32."""
         tokens = candidates.tokens
         scores = self._attended(tokens, self.blocks[0].queries(tokens), memory.blocks)
-        if memory.users is None:
+        if memory.user_vectors is None:
             return scores
-        return scores + (memory.users[:, None] * candidates.vectors).sum(-1)
+        return scores + likeness(memory.user_vectors, candidates.vectors)
 
     def _attended(self, tokens: Tensor, queries: Tensor, memory: tuple[PromptKeyValues, ...]) -> Tensor:
         """What attention to the history says; given the queries of the first block.
@@ -255,18 +253,22 @@ class PathReward(nn.Module):
 
         Shapes: [N, depth] each, on the host.
         """
+        wanted = self.config.num_negatives
+        if self.config.likeness_negatives is not None:
+            wanted = self.config.likeness_negatives
         drawn = {}
         for depth in self.depths:
             seed = purpose_seed(context.seed, "prefix negatives", context.step, depth)
             generator = torch.Generator().manual_seed(seed)
-            wanted = self.config.likeness_negatives or self.config.num_negatives
             nodes = draw_different(self.trie.num_nodes(depth), wanted, generator)
             drawn[depth] = self.trie.paths(depth, nodes)
         return drawn
 
     def training_ids(self, batch: SequenceBatch, context: StepContext) -> Ids:
-        """Rows of the positive prefixes at all positions, and of the negatives. Host side."""
+        """Rows of the prefixes that were taken, where the loss asks for them, and of the negatives. Host side."""
         taken = self.item_paths[batch.targets]
+        if self.likeness is None:
+            taken = taken[drawn_events(batch)]
         ids: dict[str, Tensor] = {}
         for depth, negatives in self.draw_negatives(context).items():
             ids |= self.path_ids(taken[:, :depth], "positive") | self.path_ids(negatives, "negative")
@@ -279,58 +281,54 @@ class PathReward(nn.Module):
 
         Shapes: states [T, D] after each event, paths [T, L] of what followed -> scalars.
         """
+        drawn = drawn_events(batch)
+        taken = paths[drawn] if self.likeness is None else paths
         contrasts = [
-            self._contrast(negatives.to(states.device), paths[:, :depth], rows)
+            self._contrast(negatives.to(states.device), taken[:, :depth], rows)
             for depth, negatives in self.draw_negatives(context).items()
         ]
-        users = None if self.likeness is None else self.likeness.users(states)
-        losses = self._score_losses(contrasts, states, users, batch)
-        if users is not None:
-            for depth, contrast in zip(self.depths, contrasts, strict=True):
-                losses[f"likeness_loss_level_{depth}"] = likeness_loss(
-                    users,
-                    contrast.positive.vectors,
-                    contrast.negatives.vectors,
-                    contrast.ids,
-                    contrast.negative_ids,
-                )
+        if self.likeness is None:
+            return self._score_losses(contrasts, None, states, batch)
+        user_vectors = self.likeness.users(states)
+        few = [contrast.at(drawn, self.config.num_negatives) for contrast in contrasts]
+        losses = self._score_losses(few, user_vectors.detach()[drawn], states, batch)
+        for depth, contrast in zip(self.depths, contrasts, strict=True):
+            losses[f"likeness_loss_level_{depth}"] = contrast.likeness_loss(user_vectors)
         return losses
 
-    def _contrast(self, negatives: Tensor, own: Tensor, rows: Rows) -> "Contrast":
-        """Shapes: negatives [N, depth], own [T, depth]."""
-        sizes = self.code_sizes[: own.shape[-1]]
+    def _contrast(self, negatives: Tensor, taken: Tensor, rows: Rows) -> Contrast:
+        """What was taken and what it is told from. Shapes: negatives [N, depth], taken [T, depth]."""
+        sizes = self.code_sizes[: taken.shape[-1]]
         return Contrast(
-            positive=self.candidates(own, rows, "positive"),
+            positive=self.candidates(taken, rows, "positive"),
             negatives=self.candidates(negatives, rows, "negative"),
-            ids=pack(own, sizes),
+            ids=pack(taken, sizes),
             negative_ids=pack(negatives, sizes),
         )
 
     def _score_losses(
-        self, contrasts: "list[Contrast]", states: Tensor, users: Tensor | None, batch: SequenceBatch
+        self, contrasts: list[Contrast], user_vectors: Tensor | None, states: Tensor, batch: SequenceBatch
     ) -> dict[str, Tensor]:
-        """Of whole scores at the drawn positions, each of which stands for its share of all."""
-        places = batch.supervision[PLACES]
-        of_user = places.row_index()
-        drawn = batch.items.offsets[of_user] + places.values
+        """InfoNCE of whole scores at the drawn positions, each of which stands for its share of all.
+
+        Shapes: contrasts of [S] positions, user_vectors [S, D], states [T, D].
+        """
         histories = drawn_histories(batch)
         memory = self._key_values(states, PromptLayout.build(histories), histories.values)
-        share = 1.0
-        if self.config.positions is not None:
-            share = batch.items.lengths[of_user] / self.config.positions
-        contrasts = [contrast.at(drawn, self.config.num_negatives) for contrast in contrasts]
         tokens, queries = [], []
         for contrast in contrasts:
             for side in (contrast.positive.tokens[:, None], contrast.negatives.tokens[None]):
                 # Negatives are the same for all, and so is what they ask first.
                 asked = self.blocks[0].queries(side)
-                tokens.append(side.expand(len(drawn), -1, -1))
-                queries.append(asked.expand(len(drawn), *asked.shape[1:]))
+                tokens.append(side.expand(len(contrast.ids), -1, -1))
+                queries.append(asked.expand(len(contrast.ids), *asked.shape[1:]))
         scores = self._attended(torch.cat(tokens, dim=1), torch.cat(queries, dim=1), memory)
-        if users is not None:
-            likeness = [contrast.likeness(users[drawn]) for contrast in contrasts]
-            scores = scores + torch.cat(likeness, dim=1).detach()
+        if user_vectors is not None:
+            scores = scores + torch.cat(
+                [contrast.fixed_likeness(user_vectors) for contrast in contrasts], dim=1
+            )
         by_depth = scores.split([1 + len(contrast.negative_ids) for contrast in contrasts], dim=1)
+        share = drawn_share(batch, self.config.positions)
         return {
             f"prm_loss_level_{depth}": (info_nce(of_depth, contrast.same) * share).sum()
             for depth, of_depth, contrast in zip(self.depths, by_depth, contrasts, strict=True)
@@ -338,39 +336,6 @@ class PathReward(nn.Module):
 
     def _is_hashed(self, depth: int) -> bool:
         return self.trie.num_nodes(depth) > self.config.most_rows
-
-
-@dataclass(frozen=True, kw_only=True)
-class Contrast:
-    """What was taken at some positions and what stands against it, at one depth."""
-
-    positive: Candidates
-    """[T]"""
-    negatives: Candidates
-    """[N], for all positions."""
-    ids: Tensor
-    """[T] of the positive prefixes."""
-    negative_ids: Tensor
-    """[N]"""
-
-    def at(self, places: Tensor, num_negatives: int) -> "Contrast":
-        """Some of the positions against the first of the negatives. Shapes: places [S]."""
-        return Contrast(
-            positive=self.positive[places],
-            negatives=self.negatives[:num_negatives],
-            ids=self.ids[places],
-            negative_ids=self.negative_ids[:num_negatives],
-        )
-
-    @property
-    def same(self) -> Tensor:
-        """Which negatives are the positive of a position. Shapes: [T, N]."""
-        return self.ids[:, None] == self.negative_ids
-
-    def likeness(self, users: Tensor) -> Tensor:
-        """Of the positive first. Shapes: users [T, D] -> [T, 1 + N]."""
-        own = (users * self.positive.vectors).sum(-1, keepdim=True)
-        return torch.cat((own, users @ self.negatives.vectors.T), dim=1)
 
 
 class ScoringBlock(nn.Module):

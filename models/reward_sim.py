@@ -27,6 +27,7 @@ from data_streams.jagged import Jagged
 from models.kernels.interest_attention import interest_attention
 from models.kernels.length_buckets import bucket_layout
 from models.layers.dropout import Dropout
+from models.layers.heads import checked_heads
 from models.layers.linear import Linear
 from models.recommender import LossSum, Ranker, StepContext
 from models.tables import Ids, LookedUp, Rows, TableSpec
@@ -78,6 +79,7 @@ class RewardSim(Ranker):
         self.actions = config.actions or _clicks_first(actions)
         _check_actions(self.actions, self.codes)
         width = config.width
+        checked_heads(config.num_heads, width)
         self.query = Linear(width, width, bias=False)
         self.key_value = Linear(width, 2 * width, bias=False)
         self.follow = Linear(width, width, bias=False)

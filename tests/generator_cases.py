@@ -77,7 +77,7 @@ GENERATORS = {
         dropout=0.0,
         init_scale=0.3,
         prm=ProcessRewardConfig(
-            feedforward_width=32, dropout=0.0, num_negatives=8, positions=2, likeness_negatives=15
+            width=12, feedforward_width=32, dropout=0.0, num_negatives=8, positions=2, likeness_negatives=15
         ),
     ),
     "onerec-v2": OneRecV2.Config(

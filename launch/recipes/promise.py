@@ -1,4 +1,7 @@
-"""PROMISE: semantic IDs written by a decoder and chosen by a process reward model, small, for the synthetic world."""
+"""PROMISE: semantic IDs written by a decoder and chosen by a process reward model, small, for the synthetic world.
+
+The reward has a likeness of user and prefix, which is ours; --model.prm.likeness-negatives None leaves it out.
+"""
 
 from cluster.configuration import ClusterConfig
 from data_streams.configuration import DataConfig

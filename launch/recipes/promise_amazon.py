@@ -1,4 +1,7 @@
-"""PROMISE with the published sizes (width 256, history 40), for the small Amazon 5-core sets, on two workers."""
+"""PROMISE with the published sizes (width 256, history 40), for the small Amazon 5-core sets, on two workers.
+
+The process reward has a likeness of user and prefix, which is ours; --model.prm.likeness-negatives None leaves it out.
+"""
 
 from cluster.configuration import ClusterConfig
 from data_streams.configuration import DataConfig

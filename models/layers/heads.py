@@ -7,7 +7,7 @@ def checked_heads(num_heads: int, width: int) -> int:
     """The number of heads, if it divides the width. Raises: ConfigError."""
     if num_heads < 1 or width % num_heads:
         raise ConfigError(
-            f"attention heads share the width of their layer, so that it must be a multiple of them; got {num_heads} "
-            f"heads and a width of {width}"
+            f"the width of an attention layer must be a multiple of the number of its heads; got a width of {width} "
+            f"and {num_heads} heads; change one of them (options ending in width and num-heads)"
         )
     return num_heads

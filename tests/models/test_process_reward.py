@@ -14,6 +14,7 @@ from models.objectives.negatives import draw_different
 from models.path_reward import ProcessRewardConfig
 from models.process_reward import ProcessReward
 from models.recommender import StepContext
+from models.semantic_ids import SemanticIds
 from sharding.lookup import ItemFeatures, features_of_request
 from tests.generator_cases import (
     CODE_SIZES,
@@ -56,7 +57,7 @@ def test_info_nce_by_hand():
     torch.testing.assert_close(info_nce(scores, same), torch.stack(expected))
 
 
-@pytest.mark.parametrize(("positions", "likeness_negatives"), [(None, None), (2, None), (2, 15)])
+@pytest.mark.parametrize(("positions", "likeness_negatives"), [(None, None), (2, None), (2, 15), (None, 15)])
 def test_the_loss_is_that_of_a_loop_over_positions_depths_and_negatives(positions, likeness_negatives):
     model = make_promise(positions=positions, likeness_negatives=likeness_negatives)
     batch, rows = trained_on(model, make_batch(histories()))
@@ -71,7 +72,7 @@ def test_the_loss_is_that_of_a_loop_over_positions_depths_and_negatives(position
         prompt = make_batch([torch.cat((history, history[:1]))])
         weight = 1 if positions is None else (stop - first) / positions
         for depth in (1, 2, 3):
-            drawn = negatives[depth][:8]
+            drawn = negatives[depth][: model.prm.config.num_negatives]
             drawn = drawn[(drawn != target[:depth]).any(1)]
             paths = torch.zeros(1, 1 + len(drawn), 3, dtype=torch.int64)
             paths[0, :, :depth] = torch.cat((target[None, :depth], drawn))
@@ -86,7 +87,9 @@ def test_the_likeness_is_told_from_all_its_negatives_at_all_positions():
     batch, rows = trained_on(model, make_batch(histories()))
     losses, prm = model(rows, batch, CONTEXT).metrics, model.prm
     paths, states = semantic_ids().codes[batch.targets], model.encode(rows, batch)
-    users = torch.nn.functional.normalize(prm.likeness.of_user(states), dim=-1) / prm.config.temperature
+    users = (
+        torch.nn.functional.normalize(prm.likeness.of_user(states), dim=-1) / prm.config.likeness_temperature
+    )
     for depth, drawn in prm.draw_negatives(CONTEXT).items():
         assert len(drawn) == min(15, prm.trie.num_nodes(depth))
         positive = prm.candidates(paths[:, :depth], rows, "positive").vectors
@@ -105,9 +108,22 @@ def test_the_likeness_learns_from_its_own_loss_alone():
         model.encode(rows, batch), semantic_ids().codes[batch.targets], rows, batch, CONTEXT
     )
     of_scores = torch.stack([loss for name, loss in losses.items() if name.startswith("prm")]).sum()
-    weight = model.prm.likeness.of_user.weight
-    assert torch.autograd.grad(of_scores, weight, allow_unused=True, retain_graph=True) == (None,)
-    assert torch.autograd.grad(losses["likeness_loss_level_2"], weight)[0].abs().sum() > 0
+    weights = [model.prm.likeness.of_user.weight, model.prm.likeness.of_row.weight]
+    assert torch.autograd.grad(of_scores, weights, allow_unused=True, retain_graph=True) == (None, None)
+    assert all(
+        gradient.abs().sum() > 0 for gradient in torch.autograd.grad(losses["likeness_loss_level_2"], weights)
+    )
+
+
+def test_prefixes_of_one_code_alone_have_no_rows_to_be_alike_by():
+    single = SemanticIds(codes=torch.arange(NUM_ITEMS)[:, None], code_sizes=(NUM_ITEMS,))
+    model = GENERATORS["promise"].build(
+        num_items=NUM_ITEMS, max_length=MAX_LENGTH, item_feature_dim=0, semantic_ids=single
+    )
+    batch, rows = trained_on(model, make_batch(histories()))
+    model(rows, batch, CONTEXT).sum.backward()
+    missing = [name for name, weight in model.prm.named_parameters() if weight.grad is None]
+    assert not missing, "a weight without a gradient stops ZeRO"
 
 
 def test_negatives_are_prefixes_of_the_catalogue_and_all_of_them_where_there_are_few():
@@ -240,4 +256,6 @@ def test_a_prm_needs_negatives_and_positions():
         ConfigError, match="likeness-negatives of the PRM must be at least its num-negatives 8"
     ):
         ProcessRewardConfig(num_negatives=8, likeness_negatives=7)
+    with pytest.raises(ConfigError, match="likeness-temperature of the PRM must be above 0, and got"):
+        ProcessRewardConfig(likeness_temperature=0.0)
     assert make_generator("promise").num_targets(make_batch(histories())) == 22
