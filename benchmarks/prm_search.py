@@ -24,7 +24,8 @@ USERS: dict[Scale, LongUsers] = {
     "full": LongUsers(num_users=128, num_items=12_101, longest=40),
     "small": LongUsers(num_users=4, num_items=50, longest=30),
 }
-PRM = ProcessRewardConfig(likeness_negatives=256)
+# As `promise-amazon` has it.
+PRM = ProcessRewardConfig(width=64, feedforward_width=128, likeness_negatives=256)
 MODEL: dict[Scale, dict[str, Any]] = {
     "full": {"width": 256, "num_blocks": 4, "num_decoder_blocks": 4, "feedforward_width": 1024, "prm": PRM},
     "small": {"width": 16, "num_blocks": 1, "num_decoder_blocks": 1, "feedforward_width": 32, "prm": PRM},
