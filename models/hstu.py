@@ -52,6 +52,11 @@ class HSTU(ItemSequenceModel):
         training; None trains on whole histories."""
 
         @property
+        def head_width(self) -> int:
+            """What a size of heads is that is not given."""
+            return self.width // checked_heads(self.num_heads, self.width)
+
+        @property
         def event_columns(self) -> tuple[str, ...]:
             """Event columns the model reads beside the items."""
             return (TIME,) if self.time_bias else ()
@@ -88,9 +93,8 @@ class Block(nn.Module):
     def __init__(self, config: HSTU.Config, max_length: int):
         super().__init__()
         self.num_heads, self.max_length = config.num_heads, max_length
-        shared = config.width // checked_heads(config.num_heads, config.width)
-        self.attention_dim = config.attention_dim or shared
-        self.value_dim = config.value_dim or shared
+        self.attention_dim = config.attention_dim or config.head_width
+        self.value_dim = config.value_dim or config.head_width
         per_head = 2 * self.attention_dim + self.value_dim
         self.projection = Linear(config.width, config.num_heads * per_head, bias=False)
         self.gate = Linear(config.width, config.num_heads * self.value_dim, bias=False)
