@@ -14,7 +14,7 @@ demo: setup ## train, evaluate and recommend on a synthetic world
 	@.venv/bin/grail demo
 
 test: lint ## the whole test suite
-	@.venv/bin/python -m pytest
+	@.venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup ## ruff: rules and format
 	@.venv/bin/ruff check --quiet .

@@ -6,9 +6,11 @@ partitioned. Written against DeepSpeed 0.19.8, which recognises such parameters 
 unless they belong to a subclass of its own layer.
 """
 
+import importlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import deepspeed.ops
@@ -16,6 +18,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.runtime import compiler
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
@@ -30,7 +33,17 @@ def start_deepspeed() -> None:
     """Let DeepSpeed use the process group there is; may be called again."""
     # Its shared-memory collective would be compiled for up to a minute at every start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon_uncompiled()
     deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
+
+
+def _import_muon_uncompiled() -> None:
+    """DeepSpeed asks of every optimizer whether it is a Muon; grail has none, so that only its class is needed.
+
+    Importing it compiles functions, and that loads torch's whole compiler: seconds of every worker's start.
+    """
+    with mock.patch.object(compiler, "compile", lambda: compiler.dummy_decorator):
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 @dataclass(frozen=True, kw_only=True)

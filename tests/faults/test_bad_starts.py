@@ -13,10 +13,10 @@ from cluster.storage import Storage
 from data_streams.manifest import Manifest
 from launch.cli import run as grail
 from tests.data_streams.tiny_data import damage
-from tests.faults.training import last_step, latest_step, pretrain_line, saved_state
+from tests.faults.training import ALONE, last_step, latest_step, pretrain_line, saved_state
 from tests.tiny_run import build_tiny_data
 
-SHORT = ("--train.epochs", "1", "--cluster.workers", "1", "--cluster.in-process")
+SHORT = (*ALONE, "--train.epochs", "1")
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +77,13 @@ def test_pickles_among_the_checkpoints_do_not_run_and_the_run_goes_on(data, one_
         for name in (".metadata", "state.pkl", "rank-00002.pt"):
             (folder / name).write_bytes(hostile)
     before = latest_step(run_dir)
-    assert grail(pretrain_line(data, run_dir, "--train.epochs", "2")) == 0
+    assert grail(pretrain_line(data, run_dir, *ALONE, "--train.epochs", "2")) == 0
     assert latest_step(run_dir) > before
     assert not marker.exists()
 
 
 def test_a_damaged_shard_ends_the_run_with_the_name_of_its_chunk(damaged, tmp_path, capsys):
-    assert grail(pretrain_line(damaged, tmp_path / "run", "--data.on-bad-shard", "fail")) == 1
+    assert grail(pretrain_line(damaged, tmp_path / "run", *ALONE, "--data.on-bad-shard", "fail")) == 1
     assert re.search(r"grail: chunk at bytes \d+.* of shard shards/.*checksum", capsys.readouterr().err)
 
 

@@ -3,12 +3,13 @@
 import random
 
 from launch.cli import run as grail
-from tests.faults.training import Training, assert_nothing_lost, recipe_line
+from tests.faults.training import ALONE, Training, assert_nothing_lost, recipe_line
 from tests.tiny_run import build_tiny_data, save_semantic_ids
 
 SEED = 20240301
+SPREAD = ("--sharding.expert-parallel", "2")
 EXPERTS = (
-    "--model.num-heads 2 --model.num-dense-blocks 0 --sharding.expert-parallel 2 "
+    "--model.num-heads 2 --model.num-dense-blocks 0 "
     "model.feedforward:mixture-config --model.feedforward.num-experts 4 --model.feedforward.hidden 16"
 ).split()
 
@@ -17,13 +18,13 @@ def test_a_killed_worker_with_half_of_the_experts_is_replaced(tmp_path):
     data = build_tiny_data(tmp_path / "data")
     table = save_semantic_ids(data, tmp_path / "ids")
 
-    def line(name: str) -> list[str]:
-        given = ("--data.semantic-ids", table, "--train.checkpoint-every-steps", "4", *EXPERTS)
+    def line(name: str, *options: str) -> list[str]:
+        given = ("--data.semantic-ids", table, "--train.checkpoint-every-steps", "4", *options, *EXPERTS)
         return recipe_line("onerec-v2-amazon", data, tmp_path / name, *given)
 
-    assert grail(line("undisturbed")) == 0
+    assert grail(line("undisturbed", *ALONE)) == 0
     choice = random.Random(SEED)
-    with Training(tmp_path / "run", line("run")) as training:
+    with Training(tmp_path / "run", line("run", *SPREAD)) as training:
         training.wait_for_step(choice.randrange(9, 20))
         victim = choice.choice(training.workers())
         victim.kill()

@@ -9,6 +9,7 @@ import pytest
 from launch.cli import run as grail
 from launch.run_status import report_run
 from tests.faults.training import (
+    ALONE,
     Training,
     assert_nothing_lost,
     last_step,
@@ -31,9 +32,9 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(data, tmp_path_factory):
-    """The run directory of the same training without any fault."""
+    """The run directory of the same training without any fault, and in one process."""
     run_dir = tmp_path_factory.mktemp("undisturbed")
-    assert grail(pretrain_line(data, run_dir)) == 0
+    assert grail(pretrain_line(data, run_dir, *ALONE)) == 0
     return run_dir
 
 
@@ -71,7 +72,7 @@ def test_a_job_killed_during_a_write_and_then_without_its_driver_goes_on(data, u
         training.driver.kill()
         wait_until_gone(workers, WORKERS_GONE_S)
     assert latest_step(run_dir) >= reached
-    assert grail(line) == 0
+    assert grail([*line, *ALONE]) == 0
     assert_nothing_lost(run_dir, undisturbed)
 
 
@@ -98,5 +99,5 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(data, undisturbed, tmp_pat
             )
         assert stopped >= step
         line = ["pretrain", f"{run_dir}/config.yaml"]
-    assert grail(line) == 0
+    assert grail([*line, *ALONE]) == 0
     assert_nothing_lost(run_dir, undisturbed)

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -47,6 +49,15 @@ def test_a_value_that_is_not_finite_stops_all_ranks_and_changes_nothing(where):
     assert "another rank than 0" in other
     for message in (own, other):
         assert "must be finite" in message and "lower train.learning-rate" in message
+
+
+def compilers_after_a_step(process, case):
+    run_steps(case, process, make_learner(case, process), 0, 1)
+    return [name for name in sys.modules if name.startswith("torch._inductor.codegen")]
+
+
+def test_workers_start_without_loading_the_compiler():
+    assert run_on_processes(compilers_after_a_step, 1, Case(zero_stage=1)) == [[]]
 
 
 def keep_updating_one_table_once(process, case):
