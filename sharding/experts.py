@@ -31,8 +31,9 @@ from models.layers.moe import Experts, Mixture, run_experts
 
 def start_deepspeed() -> None:
     """Let DeepSpeed use the process group there is; may be called again."""
-    # Its shared-memory collective would be compiled for up to a minute at every start.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Finding out what could be compiled here runs compilers, and the shared-memory collective, the only one of these
+    # operators that is asked for, would then be compiled for up to a minute; both at every start.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     _import_muon_uncompiled()
     deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
 

@@ -14,8 +14,8 @@ import torch
 
 from cluster.process import Process, start_process, stop_process
 
-# A fork server imports the slow libraries once, not once per process of every test.
-_PRELOADED = ["torch", "torchrec", "deepspeed", "tests.process_group"]
+# A fork server imports what is slow once, not once per process of every test.
+_PRELOADED = ["trainer.start", "sharding.apply", "trainer.dense_engine", "tests.training_cases"]
 
 
 def run_on_processes(

@@ -3,6 +3,7 @@
 import random
 
 from launch.cli import run as grail
+from launch.run_status import report_run
 from tests.faults.training import ALONE, Training, assert_nothing_lost, recipe_line
 from tests.tiny_run import build_tiny_data, save_semantic_ids
 
@@ -14,7 +15,7 @@ EXPERTS = (
 ).split()
 
 
-def test_a_killed_worker_with_half_of_the_experts_is_replaced(tmp_path):
+def test_a_killed_worker_with_half_of_the_experts_is_replaced_and_the_command_finishes(tmp_path):
     data = build_tiny_data(tmp_path / "data")
     table = save_semantic_ids(data, tmp_path / "ids")
 
@@ -26,8 +27,15 @@ def test_a_killed_worker_with_half_of_the_experts_is_replaced(tmp_path):
     choice = random.Random(SEED)
     with Training(tmp_path / "run", line("run", *SPREAD)) as training:
         training.wait_for_step(choice.randrange(9, 20))
-        victim = choice.choice(training.workers())
+        workers = training.workers()
+        assert len(workers) == 2
+        victim = choice.choice(workers)
         victim.kill()
         assert training.exit_code() == 0, training.output()
-        assert f"(pid {victim.pid}) died" in training.output()
+        output = training.output()
+    assert f"(pid {victim.pid}) died" in output and "restart 1 of 3" in output
+    assert "restart 2" not in output
+    report = report_run(str(tmp_path / "run"))
+    assert (report.state, report.status.restarts, report.status.workers) == ("finished", 1, 2)
+    assert "Going on from step" in (tmp_path / "run" / "logs" / "rank-0.log").read_text()
     assert_nothing_lost(tmp_path / "run", tmp_path / "undisturbed")

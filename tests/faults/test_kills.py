@@ -1,4 +1,7 @@
-"""Processes are killed in mid-run: the next start goes on, and nothing is lost and nothing taken twice."""
+"""Jobs are killed or stopped in mid-run: the next start goes on, and nothing is lost and nothing taken twice.
+
+A job that loses one worker goes on by itself: test_generator_kills.py.
+"""
 
 import os
 import random
@@ -7,7 +10,6 @@ import signal
 import pytest
 
 from launch.cli import run as grail
-from launch.run_status import report_run
 from tests.faults.training import (
     ALONE,
     Training,
@@ -36,26 +38,6 @@ def undisturbed(data, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("undisturbed")
     assert grail(pretrain_line(data, run_dir, *ALONE)) == 0
     return run_dir
-
-
-def test_a_killed_worker_is_replaced_and_the_command_finishes(data, undisturbed, tmp_path):
-    choice = random.Random(SEED)
-    run_dir = tmp_path / "run"
-    line = pretrain_line(data, run_dir, "--train.checkpoint-every-steps", "4")
-    with Training(run_dir, line) as training:
-        training.wait_for_step(choice.randrange(9, 20))
-        workers = training.workers()
-        assert len(workers) == 2
-        victim = choice.choice(workers)
-        victim.kill()
-        assert training.exit_code() == 0, training.output()
-        output = training.output()
-        assert f"(pid {victim.pid}) died" in output and "restart 1 of 3" in output
-        assert "restart 2" not in output
-    report = report_run(str(run_dir))
-    assert (report.state, report.status.restarts, report.status.workers) == ("finished", 1, 2)
-    assert "Going on from step" in (run_dir / "logs" / "rank-0.log").read_text()
-    assert_nothing_lost(run_dir, undisturbed)
 
 
 def test_a_job_killed_during_a_write_and_then_without_its_driver_goes_on(data, undisturbed, tmp_path):
