@@ -33,7 +33,7 @@ MODELS: dict[Scale, Tiger.Config] = {
     "small": Tiger.Config(width=16, num_encoder_blocks=1, num_decoder_blocks=1, num_heads=2, head_width=8),
 }
 CODES = {"full": (256, 256, 256, 20), "small": (8, 8, 8, 8)}
-PEER_ROWS = 256
+PEER_ROWS = {"full": 256, "small": 32}
 """Prefixes in a step of the peer, as published; it takes as many steps as our step has prefixes for."""
 PEERS = {
     f"{padding} {precision}": {"trimmed": padding == "trimmed", "precision": precision}
@@ -58,7 +58,7 @@ def measure(process: Process, request: Request) -> dict[str, Any]:
     prefix_items = int((batch.items.places() + 1).sum())
     num_tokens = batch.num_tokens * (1 + num_levels) + prefix_items * num_levels
     folder = Path(request.scratch)
-    _write_for_peer(folder, ours["causal"], batch, MODELS[scale])
+    _write_for_peer(folder, ours["causal"], batch, scale)
     peer = PeerProcess("benchmarks.peers.padded_t5", folder, torch.get_num_threads())
     peer_cpu_s: dict[str, list[float]] = {name: [] for name in PEERS}
     sides: dict[str, Callable[[], object]] = {
@@ -94,7 +94,7 @@ def _quickest(timings: dict[str, Any], padding: str) -> str:
 def _start(process: Process, request: Request, model: Tiger.Config) -> RunningRecipe:
     config = recipe_config(request.data, RECIPE)
     table = _random_table(request)
-    data = replace(config.data, semantic_ids=table, tokens_per_step=2 * PEER_ROWS)
+    data = replace(config.data, semantic_ids=table, tokens_per_step=2 * PEER_ROWS[request.scale])
     return start(process, replace(config, model=model, data=data))
 
 
@@ -107,8 +107,9 @@ def _random_table(request: Request) -> str:
     return str(folder)
 
 
-def _write_for_peer(folder: Path, recipe: RunningRecipe, batch: SequenceBatch, model: Tiger.Config) -> None:
+def _write_for_peer(folder: Path, recipe: RunningRecipe, batch: SequenceBatch, scale: Scale) -> None:
     """Prefixes as rows of tokens: the user's, then those of all codes, level after level in one vocabulary."""
+    model = MODELS[scale]
     sizes: Sequence[int] = recipe.assembly.semantic_ids.code_sizes
     starts = torch.tensor([0, *np.cumsum(sizes)[:-1].tolist()])
     tokens = 1 + starts + recipe.assembly.model.item_codes
@@ -124,7 +125,7 @@ def _write_for_peer(folder: Path, recipe: RunningRecipe, batch: SequenceBatch, m
         "head_width": model.head_width,
         "feedforward_width": model.feedforward_width,
         "dropout": model.dropout,
-        "rows": PEER_ROWS,
+        "rows": PEER_ROWS[scale],
     }
     (folder / "shape.json").write_text(json.dumps(shape))
     inputs = {
