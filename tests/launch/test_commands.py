@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from cluster.packages import root
 from launch import cli
+from tests.faults.training import ALONE
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(root()), "OMP_NUM_THREADS": "1"}
 WORLD = "--num-users 300 --num-items 200 --num-clusters 8 --mean-clicks 12"
@@ -53,7 +54,7 @@ def run_dir(folder):
     _, error = shell.communicate(timeout=60)
     assert shell.returncode == 75, error
     assert "Stopped at step" in error and "Go on with: grail pretrain" in error
-    alone = "--cluster.workers 1 --cluster.in-process"
+    alone = " ".join(ALONE)
     resumed = grail(folder, f"pretrain run/config.yaml --train.epochs 4 --train.warmup-steps 5 {alone}")
     assert "Going on from step" in resumed.stderr
     return folder / "run"
@@ -98,7 +99,7 @@ def test_evaluation_is_printed_and_written(run_dir, command):
 def test_recommendations_are_shown_with_titles_and_written_for_everybody(folder, command):
     shown = command("recommend run --users 2 --k 3")
     assert shown.count("latest history, oldest first") == 2
-    command("recommend run --all --out all.parquet --k 3 --cluster.no-in-process")
+    command("recommend run --all --out all.parquet --k 3 --cluster.workers 2 --cluster.no-in-process")
     table = pl.read_parquet(folder / "all.parquet")
     assert table.columns == ["user_id", "rank", "item_id", "title", "score"]
     assert table["user_id"].n_unique() == 300 and table.height == 900
