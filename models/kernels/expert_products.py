@@ -39,7 +39,7 @@ class _ByExpert(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: Tensor, expand: Tensor, contract: Tensor, ends: Sequence[int]) -> Tensor:
-        ctx.ends, ctx.expanded, ctx.weight_dtype = ends, {}, expand.dtype
+        ctx.ends, ctx.hidden, ctx.weight_dtype = ends, {}, expand.dtype
         expand, contract = expand.to(rows.dtype), contract.to(rows.dtype)
         ctx.save_for_backward(rows, expand, contract)
         outputs = torch.empty_like(rows)
@@ -48,10 +48,10 @@ class _ByExpert(torch.autograd.Function):
             for span in spans:
                 expanded = rows[span] @ expand[expert]
                 gate, value = expanded.chunk(2, dim=-1)
-                own = gated[: len(expanded)]
-                torch.ops.aten.silu.out(gate, out=own).mul_(value)
+                swished = F.silu(gate)
+                own = torch.mul(swished, value, out=gated[: len(expanded)])
                 torch.mm(own, contract[expert], out=outputs[span])
-                ctx.expanded[span.start] = expanded
+                ctx.hidden[span.start] = expanded, swished
         return outputs
 
     @staticmethod
@@ -65,22 +65,23 @@ class _ByExpert(torch.autograd.Function):
         gated, to_expanded = (
             rows.new_empty(max(sizes), size) for size in (contract.shape[1], expand.shape[2])
         )
-        scratch = rows.new_empty(2, min(BLOCK_ROWS, max(sizes)), contract.shape[1])
+        scratch = rows.new_empty(min(BLOCK_ROWS, max(sizes)), contract.shape[1])
         for expert in [number for number, size in enumerate(sizes) if size == 0]:
             to_expand[expert], to_contract[expert] = 0, 0
         for expert, spans in _visited(ctx.ends):
             first, last = spans[0].start, spans[-1].stop
             for span in spans:
-                expanded = ctx.expanded[span.start]
                 own = slice(span.start - first, span.stop - first)
-                to_gated, swished = scratch[:, : len(expanded)]
-                torch.mm(gradient[span], contract[expert].T, out=to_gated)
-                _gate_backward(expanded, to_gated, swished, gated[own], to_expanded[own])
+                to_gated = torch.mm(gradient[span], contract[expert].T, out=scratch[: span.stop - span.start])
+                _gate_backward(*ctx.hidden[span.start], to_gated, gated[own], to_expanded[own])
                 torch.mm(to_expanded[own], expand[expert].T, out=to_rows[span])
             inputs = (rows[first:last], gated[: last - first])
             gradients = (to_expanded[: last - first], gradient[first:last])
             for whole, one, left, right in zip(to_weights, of_expert, inputs, gradients, strict=True):
-                whole[expert] = torch.mm(left.T, right, out=one)
+                if whole.dtype == one.dtype:
+                    torch.mm(left.T, right, out=whole[expert])
+                else:
+                    whole[expert] = torch.mm(left.T, right, out=one)
         return to_rows, to_expand, to_contract, None
 
 
@@ -93,15 +94,14 @@ def _visited(ends: Sequence[int]) -> Iterator[tuple[int, list[slice]]]:
 
 
 def _gate_backward(
-    expanded: Tensor, gradient: Tensor, swished: Tensor, gated: Tensor, to_expanded: Tensor
+    expanded: Tensor, swished: Tensor, gradient: Tensor, gated: Tensor, to_expanded: Tensor
 ) -> None:
-    """Fills in silu(a) * b and what its gradient makes of [a, b]; `gradient` and `swished` are overwritten.
+    """Fills in silu(a) * b and what its gradient makes of [a, b]; `swished` is silu(a), `gradient` is overwritten.
 
     Shapes: expanded and to_expanded [n, 2 H], the others [n, H].
     """
     gate, value = expanded.chunk(2, dim=-1)
     to_gate, to_value = to_expanded.chunk(2, dim=-1)
-    torch.ops.aten.silu.out(gate, out=swished)
     torch.mul(swished, value, out=gated)
     torch.mul(swished, gradient, out=to_value)
     torch.ops.aten.silu_backward.grad_input(gradient.mul_(value), gate, grad_input=to_gate)
