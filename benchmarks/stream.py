@@ -93,5 +93,5 @@ def _feed(recipe: RunningRecipe, process: Process) -> Feed:
         micro_batches=recipe.config.train.micro_batches,
         prefetch_steps=recipe.config.data.prefetch_steps,
         stop_requested=lambda: False,
-        checkpoint_due=lambda: False,
+        checkpoint_after=lambda: None,
     )

@@ -17,14 +17,18 @@ from sharding.lookup import ItemFeatures
 from trainer.step_input import StepInput, prepare_step
 
 
+_NONE = -1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
     """What all ranks know about a step before it begins."""
 
     stop: bool
     """Some rank was asked to stop: all save and end after this step."""
-    checkpoint_due: bool
-    """By the clock of rank 0 a checkpoint is due after this step."""
+    checkpoint_after: int | None
+    """Step of the last checkpoint, where by the clock of rank 0 the next one was due when this was agreed on; void
+    if another one has been saved since. None where none was due."""
 
 
 class Feed:
@@ -45,11 +49,11 @@ class Feed:
         micro_batches: int,
         prefetch_steps: int,
         stop_requested: Callable[[], bool],
-        checkpoint_due: Callable[[], bool],
+        checkpoint_after: Callable[[], int | None],
     ):
         self.stream, self.model, self.item_features, self.process = stream, model, item_features, process
         self.seed, self.micro_batches, self.prefetch_steps = seed, micro_batches, prefetch_steps
-        self.stop_requested, self.checkpoint_due = stop_requested, checkpoint_due
+        self.stop_requested, self.checkpoint_after = stop_requested, checkpoint_after
         self.wait_s = 0.0
         """Seconds spent waiting for data since the start."""
 
@@ -95,7 +99,8 @@ class Feed:
         prepared, ended = item
         if prepared.position is None:
             prepared = prepared.at(position)
-        flags = [int(ended), int(self.stop_requested()), int(self.checkpoint_due())]
+        after = self.checkpoint_after()
+        flags = [int(ended), int(self.stop_requested()), _NONE if after is None else after]
         return _Exchange(prepared, flags, self.process)
 
 
@@ -115,9 +120,10 @@ class _Exchange:
         """The step with the counts of all ranks, or None once every rank has run out."""
         self.work.wait()
         num_micro = len(self.prepared.micro_batches)
-        ended, stop, due = self.everyone[:, num_micro:].T
+        ended, stop, after = self.everyone[:, num_micro:].T
         if ended.all():
             return None
         counts = self.everyone[:, :num_micro].T.tolist()
-        agreement = Agreement(stop=bool(stop.any()), checkpoint_due=bool(due[0]))
+        saved = int(after[0])
+        agreement = Agreement(stop=bool(stop.any()), checkpoint_after=None if saved == _NONE else saved)
         return self.prepared.with_counts(counts), agreement

@@ -81,7 +81,9 @@ def complete_step(
     improved = validate(job) if _validation_due(config, progress) else False
     if agreement.stop and progress.status == "running":
         progress.status = "stopped"
-    if improved or agreement.checkpoint_due or _checkpoint_due(config, progress):
+    # Agreed on steps ahead, in which another may have been saved.
+    due_by_time = agreement.checkpoint_after == job.clock.last_step
+    if improved or due_by_time or _checkpoint_due(config, progress):
         save(job, best=improved)
 
 
@@ -184,15 +186,17 @@ def finish(job: Job) -> dict[str, Any]:
 
 
 class CheckpointClock:
-    """Says on rank 0 when the next checkpoint is due by time."""
+    """Says on rank 0 when the next checkpoint is due by time; all ranks know the step of the last one."""
 
     def __init__(self, every_s: float | None, step: int):
         self.every_s = every_s
         self.last_step = step
         self.last_time = time.monotonic()
 
-    def due(self) -> bool:
-        return self.every_s is not None and time.monotonic() - self.last_time >= self.every_s
+    def due_after(self) -> int | None:
+        """The step of the last checkpoint where the next one is due, else None."""
+        is_due = self.every_s is not None and time.monotonic() - self.last_time >= self.every_s
+        return self.last_step if is_due else None
 
     def saved(self, step: int) -> None:
         self.last_step, self.last_time = step, time.monotonic()

@@ -50,7 +50,7 @@ def _make_feed(job: Job) -> Feed:
         micro_batches=job.config.train.micro_batches,
         prefetch_steps=job.config.data.prefetch_steps,
         stop_requested=job.reporter.stop_requested,
-        checkpoint_due=job.clock.due,
+        checkpoint_after=job.clock.due_after,
     )
 
 
