@@ -1,6 +1,7 @@
 """The loop: what it logs, when it validates, saves and ends."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -62,3 +63,12 @@ def test_validation_every_few_steps(data, tmp_path):
     ((result, _),) = run_on_processes(run, 1, config)
     steps = [line["step"] for line in read_metrics(config.run_dir) if "validation/mrr" in line]
     assert steps == list(range(3, result["step"] + 1, 3))
+
+
+def test_a_checkpoint_that_is_due_by_time_is_saved_once(data, tmp_path):
+    """Steps are agreed upon while the one before is computed, when its checkpoint is not there yet."""
+    config = tiny_config(data, tmp_path / "run", checkpoint_every_s=0.0, keep_last=1000, epochs=1)
+    run_on_processes(run, 2, config)
+    *steps, _ = sorted(committed_steps(Storage(config.run_dir).folder("checkpoints")))
+    assert len(steps) > 2
+    assert min(after - before for before, after in pairwise(steps)) > 1
