@@ -20,11 +20,11 @@ _ECHO_S = 2.0
 class Event:
     """Something a worker tells the driver."""
 
-    kind: Literal["started", "progress", "saved", "stopping", "log", "result", "failure"]
+    kind: Literal["started", "begun", "progress", "saved", "stopping", "log", "result", "failure"]
     rank: int
     values: Mapping[str, Any] = field(default_factory=dict)
-    """started: pid, host, restarts, workers; progress: the numbers reported; saved: step of a checkpoint;
-    stopping: the signal that asked for it; log: level, name, message."""
+    """started: pid, host, restarts, workers; begun: the step learning goes on from; progress: the numbers reported;
+    saved: step of a checkpoint; stopping: the signal that asked for it; log: level, name, message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +75,10 @@ class Reporter:
         waiting_s = None if stepped_at is None else time.monotonic() - stepped_at
         steps_s = tuple(self._steps_s.popleft() for _ in range(len(self._steps_s)))
         return Pulse(step=self._step, steps_s=steps_s, waiting_s=waiting_s)
+
+    def begun(self, step: int) -> None:
+        """Report that the run is about to learn from this step on: what it was given fits what it has saved."""
+        self.emit("begun", {"step": step})
 
     def saved(self, step: int) -> None:
         """Report a complete checkpoint, from any thread; from here on the gang may be started again at another size

@@ -16,7 +16,6 @@ from models.recommender import Recommender, StepContext
 from sharding.lookup import ItemFeatures
 from trainer.step_input import StepInput, prepare_step
 
-
 _NONE = -1
 
 

@@ -72,6 +72,8 @@ def start_job(
         _reopen(progress, config.train)
     if process.rank == 0:
         _describe_run(storage, assembly, config)
+        if progress.status == "running":
+            reporter.begun(progress.step)
     attempt = _attempt(storage, process)
     job = Job(
         config=config,

@@ -4,18 +4,28 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import CheckpointError, ClusterError, ConfigError
 from cluster.plugins import first_line, plugin_config, plugin_files
-from cluster.reporter import StopSignal
+from cluster.reporter import Event, StopSignal
 from cluster.storage import Storage
 from launch.config_document import from_document, from_yaml, to_document, to_yaml
 from launch.options import parse, split_name, take_option
 from launch.progress import TrainingProgress, start_console
 from launch.reward_parts import REWARDS, located, reward_setting, reward_term, terms_form, terms_of
-from launch.run_directory import ALIGN, ALIGNMENT, absolute, load_config, prepare
+from launch.run_directory import (
+    ALIGN,
+    ALIGNMENT,
+    absolute,
+    has_checkpoint,
+    load_config,
+    prepare,
+    write_config,
+)
 from launch.served_run import find_step
 
 if TYPE_CHECKING:
@@ -154,9 +164,11 @@ def align(config: "AlignConfig") -> int:
         keeper = StatusKeeper(config.run_dir, policy.recipe, policy.log.prometheus_file)
         with Lease(config.run_dir, stop.abort), keeper:
             document = prepare(policy)
-            Storage(config.run_dir).write(ALIGN, to_yaml(to_document(config)).encode())
+            keep = partial(_write_configs, config, document)
+            if not has_checkpoint(config.run_dir):
+                keep()
             arguments = (rewarded, start, start_step, document, setting)
-            result = _run(config, arguments, console, stop, keeper)
+            result = _run(config, arguments, keep, console, stop, keeper)
             if result is not None:
                 keeper.end(result["status"])
         write_alignment_curves(config.run_dir, config.train.selection_metric)
@@ -168,9 +180,15 @@ def align(config: "AlignConfig") -> int:
 
 
 def _run(
-    config: "AlignConfig", arguments: tuple, console: Any, stop: StopSignal, keeper: "StatusKeeper"
+    config: "AlignConfig",
+    arguments: tuple,
+    keep: Callable[[], None],
+    console: Any,
+    stop: StopSignal,
+    keeper: "StatusKeeper",
 ) -> dict[str, Any] | None:
-    """The result of the learners; None where a stop was requested before they had one."""
+    """The result of the learners; None where a stop was requested before they had one. `keep` writes the
+    configurations, once these are known to fit the run."""
     from cluster.ray_start import start_ray
     from cluster.worker_group import run_gang
     from launch.jobs import align_job
@@ -183,14 +201,26 @@ def _run(
         if not stop.requested:
             raise
         places = None
+
+    def on_event(event: Event) -> None:
+        progress.on_event(event)
+        keeper.on_event(event)
+        if event.kind == "begun":
+            keep()
+
     with TrainingProgress(console) as progress:
         return run_gang(
             *(align_job, *arguments, places),
             config=config.cluster,
             run_dir=config.run_dir,
-            on_event=lambda event: (progress.on_event(event), keeper.on_event(event)),
+            on_event=on_event,
             stop=stop,
         )
+
+
+def _write_configs(config: "AlignConfig", document: dict[str, Any]) -> None:
+    write_config(config.run_dir, document)
+    Storage(config.run_dir).write(ALIGN, to_yaml(to_document(config)).encode())
 
 
 def _report(config: "AlignConfig", result: dict[str, Any]) -> int:

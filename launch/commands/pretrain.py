@@ -9,7 +9,7 @@ from cluster.plugins import first_line, load_plugin, plugin_config, plugin_files
 from cluster.reporter import Event, StopSignal
 from launch.options import parse, split_name, take_option
 from launch.progress import TrainingProgress, start_console
-from launch.run_directory import CONFIG, absolute, absolute_lists, load_config, prepare
+from launch.run_directory import CONFIG, absolute, absolute_lists, load_config, prepare, write_config
 from trainer.checks import check
 from trainer.configuration import PretrainConfig
 
@@ -101,6 +101,8 @@ def _run(
     def on_event(event: Event) -> None:
         progress.on_event(event)
         keeper.on_event(event)
+        if event.kind == "begun":
+            write_config(config.run_dir, document)
 
     with TrainingProgress(console) as progress:
         result = run_workers(

@@ -23,14 +23,14 @@ sys.exit(max(run(line.split()) for line in sys.argv[1:]))
 """
 
 
-def grail(folder, *lines: str, blocked: bool) -> str:
+def grail(folder, *lines: str, blocked: bool, fails: bool = False) -> str:
     how = ["-c", BLOCKED, *lines] if blocked else ["-m", "launch.cli", *lines[0].split()]
     done = subprocess.run(
         [sys.executable, *how],
         cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stderr if fails else done.stdout
 
 
 def metrics_of(run_dir) -> dict[str, float]:
@@ -46,6 +46,10 @@ def test_a_run_in_process_is_evaluated_there_and_by_a_gang(tmp_path):
     alone = metrics_of(tmp_path / "run")
     grail(tmp_path, "evaluate run --cluster.no-in-process --cluster.workers 2", blocked=False)
     assert metrics_of(tmp_path / "run") == pytest.approx(alone, abs=1e-4)
+    written = (tmp_path / "run" / "config.yaml").read_text()
+    refused = grail(tmp_path, f"{train} --model.width 32", blocked=False, fails=True)
+    assert "model.width: 16 saved, 32 now" in refused
+    assert (tmp_path / "run" / "config.yaml").read_text() == written
 
 
 def test_a_process_is_one_worker():

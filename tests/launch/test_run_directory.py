@@ -55,6 +55,20 @@ def test_resume_never_refuses_a_run_directory_with_a_checkpoint(tmp_path):
     prepare(dataclasses.replace(config, resume="auto"))
 
 
+def test_a_run_that_goes_on_keeps_its_seed_and_says_what_else_was_changed(tmp_path, caplog):
+    config = parse_config("sasrec", ["--run-dir", str(tmp_path), "--seed", "3"])
+    prepare(config)
+    (tmp_path / "checkpoints" / "step-00000012").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"must keep its seed, .* has 3 and 4 was given"):
+        prepare(dataclasses.replace(config, seed=4))
+    train = dataclasses.replace(config.train, epochs=99, keep_last=7)
+    prepare(dataclasses.replace(config, train=train))
+    assert not caplog.records
+    prepare(dataclasses.replace(config, train=dataclasses.replace(train, learning_rate=0.25)))
+    assert f"train.learning-rate {config.train.learning_rate} -> 0.25;" in caplog.text
+    assert load_config(str(tmp_path)) == config
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"must be a run directory with a config\.yaml, and there is none"
