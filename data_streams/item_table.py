@@ -2,7 +2,9 @@
 
 import hashlib
 import io
+import json
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import polars as pl
@@ -15,6 +17,7 @@ from data_streams.manifest import REBUILD, Manifest
 ITEMS_NAME = "items.parquet"
 EMBEDDINGS_NAME = "item_embeddings.npy"
 FINITE_SAMPLE_ROWS = 10_000
+_HASHED_ROWS = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,10 @@ class ItemTable:
     def num_items(self) -> int:
         return len(self.item_ids)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        return catalogue_fingerprint(self.item_ids)
+
     @staticmethod
     def load(path: str) -> "ItemTable":
         """Raises: DataError when a file is missing, of another build, or does not fit the manifest."""
@@ -51,6 +58,14 @@ class ItemTable:
             train_counts=frame["train_count"].cast(pl.Int64).to_numpy(),
             embeddings=_read_embeddings(storage, manifest),
         )
+
+
+def catalogue_fingerprint(item_ids: pl.Series) -> str:
+    """Changes with the items of a catalogue and with their order."""
+    digest = hashlib.sha256()
+    for start in range(0, len(item_ids), _HASHED_ROWS):
+        digest.update(json.dumps(item_ids.slice(start, _HASHED_ROWS).to_list()).encode())
+    return digest.hexdigest()[:16]
 
 
 def read_item_column(path: str, name: str) -> pl.Series:

@@ -19,6 +19,7 @@ import polars as pl
 
 from cluster.errors import CheckpointError, DataError
 from cluster.storage import Storage
+from data_streams.item_table import catalogue_fingerprint
 
 FORMAT_VERSION = 1
 TABLE_NAME = "semantic_ids.parquet"
@@ -26,7 +27,6 @@ HEADER_NAME = "semantic_ids.json"
 AGAIN = "make the table again with `grail tokenize`"
 
 _NAMED = 3
-_HASHED_ROWS = 100_000
 _HEADER_KEYS = {
     "format_version",
     "num_items",
@@ -195,14 +195,6 @@ class SemanticIdTable:
             code_sizes=tuple(code_sizes),
             tokenizer=tokenizer,
         )
-
-
-def catalogue_fingerprint(item_ids: pl.Series) -> str:
-    """Changes with the items of a catalogue and with their order."""
-    digest = hashlib.sha256()
-    for start in range(0, len(item_ids), _HASHED_ROWS):
-        digest.update(json.dumps(item_ids.slice(start, _HASHED_ROWS).to_list()).encode())
-    return digest.hexdigest()[:16]
 
 
 def named(item_ids: pl.Series) -> str:

@@ -198,14 +198,13 @@ def _require_run_of(run_dir: str, items: "ItemTable", data: str) -> None:
 
     import polars as pl
 
-    from data_streams.item_table import ITEMS_NAME
-    from data_streams.semantic_ids import catalogue_fingerprint
+    from data_streams.item_table import ITEMS_NAME, catalogue_fingerprint
 
     storage = Storage(run_dir)
     if not storage.exists(ITEMS_NAME):
         return
     known = pl.read_parquet(io.BytesIO(storage.read(ITEMS_NAME)), columns=["item_id"])["item_id"]
-    if catalogue_fingerprint(known) != catalogue_fingerprint(items.item_ids):
+    if catalogue_fingerprint(known) != items.fingerprint:
         raise DataError(
             f"{run_dir} was trained on a catalogue of {len(known)} items, and {data} has another one of "
             f"{items.num_items}; give the data set of the run"

@@ -76,17 +76,17 @@ def prepare(config: PretrainConfig) -> dict[str, Any]:
     Raises: ConfigError if `--resume never` meets a checkpoint, or a run that goes on is given another seed.
     """
     storage, document = Storage(config.run_dir), to_document(config)
-    storage.make_directory()
-    if not has_checkpoint(config.run_dir):
-        write_config(config.run_dir, document)
-        return document
-    if config.resume == "never":
+    goes_on = has_checkpoint(config.run_dir)
+    if goes_on and config.resume == "never":
         raise ConfigError(
             f"--resume never needs a run directory without checkpoints, and {config.run_dir} has some; name "
             "another --run-dir, or leave --resume out to go on from the latest one"
         )
-    if storage.exists(CONFIG):
+    storage.make_directory()
+    if goes_on and storage.exists(CONFIG):
         _compare(from_yaml(storage.read(CONFIG).decode(), storage.path(CONFIG)), document, config.run_dir)
+    else:
+        write_config(config.run_dir, document)
     return document
 
 

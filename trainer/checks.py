@@ -52,6 +52,11 @@ def check(config: PretrainConfig) -> None:
         raise ConfigError(
             f"log.prometheus-file must end in .prom, as node_exporter wants it; got {prometheus}"
         )
+    norm = config.train.max_gradient_norm
+    if norm is not None and not norm > 0:
+        raise ConfigError(
+            f"train.max-gradient-norm must be above 0, or None, which turns clipping off; got {norm}"
+        )
     decay = config.train.ema_decay
     if decay is not None and not 0 <= decay < 1:
         raise ConfigError(f"train.ema-decay must lie in 0..1, below 1, or be None; got {decay}")

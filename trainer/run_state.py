@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 
 from cluster.errors import CheckpointError
+from data_streams.item_table import ItemTable
 from data_streams.semantic_ids import SemanticIdTable
 from data_streams.stream import Position, merge_positions
 from models.recommender import Recommender
@@ -67,6 +68,7 @@ def save_progress(
             "progress": progress.shared(),
             "fingerprint": fingerprint(assembly, engine),
             "dense_shapes": {name: list(shape) for name, shape in engine.dense_shapes().items()},
+            "catalogue": assembly.items.fingerprint,
             "config": config,
         },
         best=best,
@@ -76,8 +78,9 @@ def save_progress(
 def restore_progress(reader: CheckpointReader, assembly: Assembly, engine) -> Progress:
     """Fill tables, weights and optimizer state, and say where the run stands.
 
-    Raises: CheckpointError if the checkpoint belongs to another model, listing what differs.
+    Raises: CheckpointError if the checkpoint belongs to another model, listing what differs, or another catalogue.
     """
+    _require_catalogue(reader, assembly)
     compare_fingerprint(reader.shared_state["fingerprint"], fingerprint(assembly, engine))
     progress = Progress(**reader.shared_state["progress"])
     has_average = served_prefix(reader.tensors) == AVERAGE
@@ -102,6 +105,7 @@ def restore_progress(reader: CheckpointReader, assembly: Assembly, engine) -> Pr
 class Weights(Protocol):
     """A model and its tables."""
 
+    items: ItemTable
     semantic_ids: SemanticIdTable | None
     model: Recommender
     tables: EmbeddingTables
@@ -110,13 +114,26 @@ class Weights(Protocol):
 def load_weights(reader: CheckpointReader, assembly: Weights) -> None:
     """Tables and dense weights for evaluation and serving, without an engine.
 
-    Raises: CheckpointError where the model was trained with other semantic IDs.
+    Raises: CheckpointError where the model was trained with other semantic IDs, or on another catalogue.
     """
+    _require_catalogue(reader, assembly)
     if assembly.semantic_ids is not None:
         assembly.semantic_ids.require(reader.shared_state["fingerprint"]["model"]["semantic_ids"])
     _load_dense(reader, assembly)
     for piece in assembly.tables.pieces():
         reader.read_into(piece.name, piece.start, piece.tensor)
+
+
+def _require_catalogue(reader: CheckpointReader, assembly: Weights) -> None:
+    """Rows must mean the same items. A model of semantic IDs has a check of its own: it may know more of them."""
+    saved = reader.shared_state.get("catalogue")
+    # Checkpoints of earlier versions do not say.
+    if assembly.semantic_ids is None and saved not in (None, assembly.items.fingerprint):
+        raise CheckpointError(
+            f"the checkpoint of step {reader.step} must be of the catalogue at hand, and its items are others, or in "
+            "another order; give the shards it was trained on with --data.path, or begin another run from its weights "
+            "with --init-from, which matches items by their ids"
+        )
 
 
 def initialise_from(reader: CheckpointReader, saved_items: pl.Series, assembly: Assembly) -> None:

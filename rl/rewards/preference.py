@@ -14,7 +14,6 @@ import torch
 
 from cluster.errors import ConfigError, DataError
 from data_streams.item_table import ItemTable
-from data_streams.semantic_ids import catalogue_fingerprint
 from models.recommender import Ranker
 from rl.group_batch import completed_items, history_batch
 from rl.rewards import RewardFunction, RewardOptions, RewardSetting
@@ -83,7 +82,7 @@ def check_run(frozen: FrozenRun, items: ItemTable, data_path: str) -> None:
             f"{frozen.config.run_dir} holds a {type(frozen.model).__name__}, and a preference is scored by a model of "
             "given items; train one with `grail pretrain reward-sim`"
         )
-    if catalogue_fingerprint(frozen.items.item_ids) != catalogue_fingerprint(items.item_ids):
+    if frozen.items.fingerprint != items.fingerprint:
         raise DataError(
             f"the reward model of {frozen.config.run_dir} was trained on another catalogue than {data_path}; train "
             "both on shards with the same items in the same order"

@@ -5,7 +5,8 @@ import polars as pl
 import pytest
 
 from cluster.errors import CheckpointError, DataError
-from data_streams.semantic_ids import SemanticIdTable, catalogue_fingerprint, named
+from data_streams.item_table import catalogue_fingerprint
+from data_streams.semantic_ids import SemanticIdTable, named
 
 IDS = pl.Series("item_id", ["a", "b", "c", "d"])
 CODES = np.array([[0, 1], [0, 1], [2, 0], [1, 1]], dtype=np.int32)

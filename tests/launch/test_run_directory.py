@@ -85,6 +85,7 @@ def test_a_checkpoint_is_named_by_word_or_step():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--train.max-gradient-norm", "0"], "must be above 0, or None, which turns clipping off; got 0.0"),
         (["--cluster.workers", "9"], r"data.num-streams must be at least cluster.workers \(9\), got 8"),
         (
             ["--cluster.max-workers", "9"],

@@ -84,6 +84,32 @@ def test_another_model_is_refused_with_what_differs_and_what_may_change(data, tm
     assert "may change on resume" in message
 
 
+def fail_to_load(process, config):
+    from trainer.assembly import assemble
+    from trainer.checkpoint_reader import CheckpointReader
+    from trainer.run_state import load_weights
+
+    try:
+        load_weights(
+            CheckpointReader(Storage(f"{config.run_dir}/checkpoints"), "latest"), assemble(config, process)
+        )
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
+
+
+def test_another_catalogue_of_the_same_size_is_refused_also_at_the_end_of_an_epoch(data, tmp_path):
+    config = tiny_config(data, tmp_path / "run", epochs=1)
+    run_on_processes(run, 1, config)
+    assert run_on_processes(fail_to_load, 1, config) == ["no error"]
+    moved = replace(
+        config, data=replace(config.data, path=build_tiny_data(tmp_path / "shifted", first_item=20))
+    )
+    for fail, changed in ((fail_to_load, moved), (fail_to_run, with_train(moved, epochs=2))):
+        (message,) = run_on_processes(fail, 1, changed)
+        assert "must be of the catalogue at hand" in message and "--init-from" in message
+
+
 def initialised(process, config):
     """Tables right after the start of a run, by raw item id."""
     from trainer.assembly import assemble
