@@ -42,17 +42,21 @@ class HnswIndex:
         every_query = gather_rows(queries.float(), counts).cpu().numpy()
         items, scores = self._search_own(every_query, min(wide, self.num_items))
         items, scores = self._join(items, scores, counts)
-        ranks = None
+        found = scores
         if exclude is not None:
             scores = _without(items, scores, exclude)
-        if targets is not None:
-            at = (items == targets[:, None]).to(torch.int64)
-            own = scores.gather(1, at.argmax(1, keepdim=True))
-            ranks = torch.where(at.any(1), 1 + (scores > own).sum(1), self.num_items).float()
+        ranks = None if targets is None else self._ranks(items == targets[:, None], found, scores)
         place, best = best_of_scores(scores, k) if k else (None, None)
         if place is not None:
             place = items.gather(1, place.clamp(min=0)).masked_fill(place < 0, -1)
         return Found(items=place, scores=best, ranks=ranks)
+
+    def _ranks(self, is_target: Tensor, found: Tensor, scores: Tensor) -> Tensor:
+        """`scores` are those that were found but for excluded items. Shapes: [B, n] each -> [B] fp32."""
+        own = found.gather(1, is_target.to(torch.int64).argmax(1, keepdim=True))
+        others = scores.masked_fill(is_target, float("-inf"))
+        ranks = 1 + (others > own).sum(1) + (others == own).sum(1) / 2
+        return torch.where(is_target.any(1), ranks, self.num_items).float()
 
     def _search_own(self, queries: np.ndarray, wide: int) -> tuple[Tensor, Tensor]:
         """Shapes: [Q, D] -> items and scores [Q, wide]; -1 and -inf where the graph found fewer."""

@@ -157,6 +157,7 @@ def _validation_metrics(job: Job) -> dict[str, float]:
 def save(job: Job, *, best: bool) -> None:
     job.audit.flush()
     if job.metric_log:
+        job.metric_log.flush()
         job.progress.metric_lines = job.metric_log.num_lines
     started = time.perf_counter()
     save_progress(job.checkpointer, job.assembly, job.engine, job.progress, job.config_document, best=best)

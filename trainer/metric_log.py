@@ -50,11 +50,15 @@ class MetricLog:
         if self._wandb is not None:
             self._wandb.log({"step": step, **numbers})
 
+    def flush(self) -> None:
+        """Have all lines in storage: a checkpoint that counts them must not be kept without them."""
+        if self._file is None:
+            self._write_whole()
+
     def close(self) -> None:
+        self.flush()
         if self._file is not None:
             self._file.close()
-        else:
-            self._write_whole()
         if self._wandb is not None:
             self._wandb.finish()
 

@@ -12,6 +12,7 @@ from data_streams.jagged import Jagged
 from models.recommender import Retriever
 from models.tables import Ids, LookedUp
 from sharding import item_index
+from sharding.approximate_index import HnswIndex
 from sharding.item_index import ItemIndex, best_of_scores, evaluating, rank_in_scores
 from tests.process_group import run_on_processes
 
@@ -153,6 +154,20 @@ def test_seen_items_are_not_counted_but_a_seen_target_still_is_one():
     seen = jagged([[0], [0, 2], [], [2, 2, 3]])
     ranks = index.ranks(torch.ones(4, 1), torch.tensor([2, 2, 2, 2]), seen)
     assert ranks.tolist() == [1.5, 1.5, 2.5, 2.0]
+
+
+def test_a_graph_of_all_neighbours_ranks_as_the_exact_index_does():
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(100, 16, generator=generator)
+    # Ties: the same vectors twice.
+    index = ItemIndex(torch.cat((vectors, vectors)), num_items=200)
+    queries = vectors[:4] + 0.5 * torch.randn(4, 16, generator=generator)
+    seen = Jagged.from_lengths(torch.tensor([0, 7, 1, 102, 9, 3]), torch.tensor([2, 2, 1, 1]))
+    targets = torch.arange(4)
+    exact = index.find(queries, seen, k=5, targets=targets)
+    found = HnswIndex(index).find(queries, seen, k=5, targets=targets)
+    assert found.ranks.tolist() == exact.ranks.tolist()
+    torch.testing.assert_close(found.scores, exact.scores)
 
 
 def test_a_list_longer_than_what_is_left_ends_in_empty_slots():

@@ -24,6 +24,21 @@ def test_a_resumed_run_takes_out_the_lines_of_what_it_will_do_again(tmp_path, ki
     assert [(line["step"], line["train/loss"]) for line in lines] == [(10, 0.1), (20, 0.05), (30, 7.0)]
 
 
+def test_lines_that_a_checkpoint_counts_are_in_the_object_store_before_it(tmp_path):
+    run_dir = f"memory://{tmp_path}"
+    log = MetricLog(run_dir, LogConfig(), {})
+    log.write(10, {"train/loss": 0.5})
+    log.flush()
+    saved = log.num_lines
+    log.write(20, {"train/loss": 0.4})
+    # Killed here; and so is the next one, before it has saved.
+    for _ in range(2):
+        resumed = MetricLog(run_dir, LogConfig(), {}, resume_lines=saved)
+        resumed.write(20, {"train/loss": 0.4})
+        resumed.flush()
+    assert [line["step"] for line in read_metrics(run_dir)] == [10, 20]
+
+
 def test_a_line_is_there_as_soon_as_it_is_written_and_a_torn_one_is_dropped(tmp_path):
     log = MetricLog(str(tmp_path), LogConfig(), {})
     log.write(1, {"train/loss": 2.0})
