@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from cluster.configuration import ClusterConfig
 from cluster.errors import ClusterError, PoolGoneError
@@ -26,8 +26,10 @@ GONE = "the member has died with it"
 
 _ITEM_DEATHS = 3
 _SHORTEST_WAIT_S = 0.05
+_ANSWER_S = 5.0
+"""For what a dead member has answered; it is there with the news of the death."""
 _PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
-"""Before a member is started again that died before it was ready; doubled each time."""
+"""Before a member is started again that died before it had begun an item; doubled each time."""
 
 
 class _Member:
@@ -40,6 +42,9 @@ class _Member:
         """Returns the process id; what `build` raises is told apart from the death of the process."""
         self.work_on = build(*arguments)
         return os.getpid()
+
+    def begin(self) -> None:
+        """Answered before an item is worked on: who dies without it was dead already."""
 
     def work(self, item: Any) -> Any:
         return self.work_on(item)
@@ -54,9 +59,9 @@ class _Slot:
     pid: int | None = None
     """Process of the member once it is ready."""
     failed_starts: int = 0
-    """Members that died before they were ready, since one was."""
+    """Members that died before they had begun an item, since one was ready."""
     restart_at: float | None = None
-    """When the next member is started, where the last one died while it started."""
+    """When the next member is started, where the last one died before it had begun an item."""
 
 
 @dataclass(kw_only=True)
@@ -69,6 +74,8 @@ class _Work:
     """Members that have died with it."""
     due: float = math.inf
     """When the member that has it is ended."""
+    begun: Any = None
+    """Answer of the member that has it to `begin`."""
 
 
 class Pool:
@@ -231,7 +238,7 @@ class Pool:
     def _hand_out(self) -> None:
         while self._idle and self._queue:
             slot, work = self._idle.pop(), self._queue.popleft()
-            work.due = time.monotonic() + self.item_timeout_s
+            work.due, work.begun = time.monotonic() + self.item_timeout_s, slot.actor.begin.remote()
             self._busy[slot.actor.work.remote(work.item)] = (slot, work)
 
     def _end_overdue(self) -> None:
@@ -280,21 +287,19 @@ class Pool:
         self.deaths += 1
         cause, is_ready = death_cause(error), slot.pid is not None
         slot.pid = slot.actor = None
-        if work is None:
-            logger.warning("member %d of the %s died while it started: %s", slot.index, self.name, cause)
-            pause_s = min(_PAUSE_S * 2**slot.failed_starts, _LONGEST_PAUSE_S)
-            slot.failed_starts, slot.restart_at = slot.failed_starts + 1, time.monotonic() + pause_s
-        else:
-            logger.warning(
-                "member %d of the %s died with item %d: %s; replacing it",
-                *(slot.index, self.name, work.ticket, cause),
-            )
+        begun = work is not None and _has_answered(work.begun)
+        at = f"died with item {work.ticket}" if begun else "died while it started or waited for work"
+        logger.warning("member %d of the %s %s: %s; replacing it", slot.index, self.name, at, cause)
+        if begun:
             work.deaths += 1
             self._deaths_in_a_row += 1
             self._check_deaths(work, cause, error)
-            if work.repeats:
-                self._queue.appendleft(work)
             self._start(slot)
+        else:
+            pause_s = min(_PAUSE_S * 2**slot.failed_starts, _LONGEST_PAUSE_S)
+            slot.failed_starts, slot.restart_at = slot.failed_starts + 1, time.monotonic() + pause_s
+        if work is not None and work.repeats:
+            self._queue.appendleft(work)
         if is_ready and not self.pids:
             self._gone_since, self._has_said = time.monotonic(), False
 
@@ -334,6 +339,14 @@ class Pool:
                 f"{self._limit_s:.0f} s; nothing is lost: look at the machines and the log above, then start the "
                 "same command again to go on"
             )
+
+
+def _has_answered(reference: Any) -> bool:
+    try:
+        ray.get(reference, timeout=_ANSWER_S)
+    except (RayActorError, GetTimeoutError):
+        return False
+    return True
 
 
 _NOTHING = object()

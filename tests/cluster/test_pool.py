@@ -80,6 +80,19 @@ def test_an_item_that_kills_every_member_ends_the_pool_with_its_number():
         list(pool.map(["poison"]))
 
 
+def test_members_that_died_while_they_had_nothing_to_do_are_not_laid_to_the_next_item(tmp_path):
+    with Pool(_build_squarer, str(tmp_path), members=3, cluster=TWO, cpus_per_member=0.1) as pool:
+        pool.wait_for_all(60)
+        pids = pool.pids
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        while any(Path(f"/proc/{pid}").exists() for pid in pids):
+            time.sleep(0.05)
+        ticket = pool.submit(7)
+        ((found, (square, _)),) = pool.poll(timeout_s=60)
+    assert (found, square) == (ticket, 49)
+
+
 def test_tasks_give_all_results_and_pass_errors_on():
     assert sorted(run_tasks(_double, range(8), description="doubling", config=TWO)) == list(range(0, 16, 2))
     with pytest.raises(DataError, match="13 is not allowed; leave it out"):
