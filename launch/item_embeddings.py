@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ConfigError, DataError
 from cluster.storage import Storage
-from launch.run_directory import absolute
+from launch.run_directory import absolute, local_file
 
 if TYPE_CHECKING:
     from cluster.process import Process
@@ -129,7 +129,7 @@ def write_run_vectors(run: str, checkpoint: str, items: "ItemTable", data: str, 
     config = load_config(run)
     _require_run_of(config.run_dir, items, data)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=absolute(data)))
-    out = str(Path(out).absolute())
+    out = local_file(out, "--out")
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     parts = [f"{part_file(out, rank)}.npy" for rank in range(config.cluster.workers)]
     try:

@@ -143,10 +143,11 @@ def show_job(
 
 def write_job(
     process: Process, config: PretrainConfig, step: int, out: str, k: int, reporter: Reporter
-) -> None:
-    """Write the recommendations for this rank's users to `out`.part-RANK."""
+) -> int:
+    """Write the recommendations for this rank's users to `out`.part-RANK; the number of rows of all ranks."""
     import pyarrow.parquet as pq
 
+    from sharding.collectives import exchange_integers
     from trainer.evaluate import recommend, recommendation_table
 
     assembly = _load(process, config, step)
@@ -158,15 +159,16 @@ def write_job(
         empty_batch=users.empty_batch(),
         filter_seen=config.evaluation.filter_seen,
     )
-    writer, num_users = None, 0
+    writer, num_users, num_rows = None, 0, 0
     for rows, items, scores in found:
         table = recommendation_table(rows, items, scores)
         writer = writer or pq.ParquetWriter(part_file(out, process.rank), table.schema)
         writer.write_table(table)
-        num_users += len(rows)
+        num_users, num_rows = num_users + len(rows), num_rows + table.num_rows
         reporter.progress(users=num_users)
     if writer:
         writer.close()
+    return sum(number for (number,) in exchange_integers([num_rows], process))
 
 
 def part_file(out: str, rank: int) -> str:

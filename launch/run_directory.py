@@ -155,6 +155,16 @@ def parse_checkpoint(text: str) -> str | int:
     return int(text)
 
 
+def local_file(path: str, option: str) -> str:
+    """A path from the root on, for what is written to a disk and not to an address.
+
+    Raises: ConfigError for an address.
+    """
+    if "://" in path:
+        raise ConfigError(f"{option} must be a path on a disk, got {path}; write it there and copy it")
+    return absolute(path)
+
+
 def absolute_lists(config: SearchConfig) -> SearchConfig:
     """The same search with its files of items named from the root on."""
     return dataclasses.replace(config, allow=absolute(config.allow), deny=absolute(config.deny))

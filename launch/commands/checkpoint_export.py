@@ -4,7 +4,7 @@ import io
 from dataclasses import dataclass
 
 from cluster.storage import Storage
-from launch.run_directory import CHECKPOINTS, parse_checkpoint
+from launch.run_directory import CHECKPOINTS, local_file, parse_checkpoint
 from launch.served_run import parse_served
 
 ITEMS_NAME = "items.parquet"
@@ -20,6 +20,7 @@ class ExportOptions:
 
 def run(arguments: list[str]) -> int:
     config, options = parse_served("checkpoint export", arguments, ExportOptions)
+    out = local_file(options.out or f"{config.run_dir}/export", "--out")
     import polars as pl
     from rich.console import Console
 
@@ -32,7 +33,6 @@ def run(arguments: list[str]) -> int:
     if run_files.exists(ITEMS_NAME):
         items = pl.read_parquet(io.BytesIO(run_files.read(ITEMS_NAME)), columns=["item_id"])
         row_ids = {"item": items["item_id"].to_arrow()}
-    out = options.out or f"{config.run_dir}/export"
     for path in export_checkpoint(reader, out, row_ids=row_ids, console=Console(stderr=True)):
         print(path)
     return 0

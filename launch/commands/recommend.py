@@ -8,6 +8,7 @@ from typing import Any
 from cluster.configuration import ClusterConfig
 from cluster.errors import ConfigError
 from launch.progress import start_console
+from launch.run_directory import local_file
 from launch.served_run import DataOptions, find_step, parse_served
 from trainer.configuration import EvaluationConfig, PretrainConfig, SearchConfig
 
@@ -106,20 +107,34 @@ def write_all(config: PretrainConfig, out: str, *, checkpoint: str = "best", k: 
     from launch.jobs import part_file, write_job
 
     start_console()
-    out = str(Path(out).absolute())
+    out = local_file(out, "--out")
     parts = [part_file(out, rank) for rank in range(config.cluster.workers)]
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     try:
-        run_workers(
+        num_rows = run_workers(
             *(write_job, config, find_step(config, checkpoint), out, k),
             config=config.cluster,
             run_dir=config.run_dir,
         )
-        num_users = _merge([part for part in parts if os.path.exists(part)], config.data.path, out)
+        there = [part for part in parts if os.path.exists(part)]
+        _require_rows(there, num_rows, out)
+        num_users = _merge(there, config.data.path, out)
     finally:
         for part in parts:
             Path(part).unlink(missing_ok=True)
     print(f"Recommendations for {num_users:,} users written to {out}")
+
+
+def _require_rows(parts: list[str], wanted: int, out: str) -> None:
+    """Raises: ConfigError where parts of other hosts are not to be seen here."""
+    import pyarrow.parquet as pq
+
+    found = sum(pq.ParquetFile(part).metadata.num_rows for part in parts)
+    if found != wanted:
+        raise ConfigError(
+            f"--out must lie in a folder that all hosts share: workers wrote {wanted:,} rows beside {out}, and "
+            f"{found:,} of them are there; name another folder"
+        )
 
 
 def _merge(parts: list[str], data_path: str, out: str) -> int:

@@ -1,9 +1,12 @@
 import dataclasses
 
+import polars as pl
 import pytest
 
 from cluster.errors import CheckpointError, ConfigError
+from launch.cli import run as grail
 from launch.commands.pretrain import parse_config
+from launch.commands.recommend import _require_rows
 from launch.plots import points, write_curves
 from launch.run_directory import absolute, load_config, parse_checkpoint, prepare
 from models.objectives.full_softmax import FullSoftmax
@@ -74,6 +77,23 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
         CheckpointError, match=r"must be a run directory with a config\.yaml, and there is none"
     ):
         load_config(str(tmp_path))
+
+
+def test_what_is_written_to_a_disk_is_not_written_to_an_address(tmp_path, capsys):
+    config = parse_config("sasrec", ["--run-dir", str(tmp_path)])
+    prepare(config)
+    for command in (
+        ["checkpoint", "export", str(tmp_path), "--out", "s3://bucket/export"],
+        ["recommend", str(tmp_path), "--all", "--out", "s3://bucket/all.parquet"],
+    ):
+        assert grail(command) == 2
+        assert "--out must be a path on a disk, got s3://bucket/" in capsys.readouterr().err
+
+
+def test_parts_of_hosts_that_share_no_folder_are_missed(tmp_path):
+    pl.DataFrame({"user_row": [0, 1]}).write_parquet(tmp_path / "all.part-00000")
+    with pytest.raises(ConfigError, match=r"workers wrote 5 rows beside .*, and 2 of them are there"):
+        _require_rows([str(tmp_path / "all.part-00000")], 5, str(tmp_path / "all"))
 
 
 def test_a_checkpoint_is_named_by_word_or_step():
