@@ -327,7 +327,10 @@ def open_data(config: DataConfig) -> tuple[Storage, Manifest]:
 def _history_share(manifest: Manifest, config: DataConfig) -> float:
     """Share of the training events that is part of histories."""
     events = sum(length * users for length, users in manifest.train_length_counts.items())
-    chosen = int(ItemTable.load(config.path).train_counts.sum())
+    chosen = manifest.num_train_history_events
+    if chosen is None:
+        # As good as it gets: without the training events that cannot be held out (--split-actions).
+        chosen = int(ItemTable.load(config.path).train_counts.sum())
     return max(min(chosen / max(events, 1), 1.0), 1e-3)
 
 
