@@ -106,6 +106,7 @@ class _Build:
             columns=next(part.columns for part in gathered if part.num_users),
             actions=list(actions),
             train_length_counts=dict(sorted(_sum(part.train_length_counts for part in written).items())),
+            num_train_history_events=self._num_train_history_events(written, actions),
             counters={name: count for name, count in sorted(self.counters.items()) if count},
             chunks=[record for part in written for record in part.chunks],
             catalogue_sha256=checksum,
@@ -224,6 +225,10 @@ class _Build:
     def _page_actions(self) -> dict[str, Any]:
         """What a reader must know to tell the sequence from what lies beside it."""
         return {"page_actions": self.config.page_actions} if self.config.page_actions else {}
+
+    def _num_train_history_events(self, written: list[partition.Written], actions: tuple[str, ...]) -> int:
+        counts = _sum(part.train_action_counts for part in written)
+        return sum(count for code, count in counts.items() if actions[code] not in self.config.beside)
 
     def _positive_codes(self, actions: tuple[str, ...]) -> tuple[int, ...]:
         wanted = self.config.split_actions or [name for name in actions if name not in self.config.beside]

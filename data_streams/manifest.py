@@ -65,6 +65,8 @@ class Manifest:
     """Names of the codes in the column `action`."""
     train_length_counts: Mapping[int, int]
     """Training events of a user (train_end) -> number of such users."""
+    num_train_history_events: int | None = None
+    """Training events without those that lie beside the sequences; None where the build did not count them yet."""
     counters: Mapping[str, int] = field(default_factory=dict)
     """What the build left out, and why."""
     chunks: list[ChunkRecord]
@@ -97,6 +99,8 @@ class Manifest:
                 f"{storage.path(MANIFEST_NAME)} has schema version {version}, but this program reads "
                 f"{', '.join(map(str, KNOWN_SCHEMA_VERSIONS))}; {REBUILD}"
             )
+        # Data sets built before it was counted are read as ever.
+        content.setdefault("num_train_history_events", None)
         _require_keys(content, Manifest, storage.path(MANIFEST_NAME))
         for record in content["chunks"]:
             _require_keys(record, ChunkRecord, f"a chunk of {storage.path(MANIFEST_NAME)}")

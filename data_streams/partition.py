@@ -294,6 +294,8 @@ class Written:
     index: int
     num_events: int
     train_length_counts: Counter
+    train_action_counts: Counter
+    """Code of an action -> training events."""
     chunks: list[ChunkRecord]
 
 
@@ -309,7 +311,8 @@ def write_shards(task: WriteTask) -> Written:
     positive = np.isin(events["action"].to_numpy(), task.positive_codes)
     times = events["timestamp_s"].to_numpy() if "timestamp_s" in events.columns else None
     split = task.split.apply(offsets, positive, times)
-    _count_trained(storage, task.index, events["item"], positive, offsets, split)
+    trained = _training_spans(offsets, split)
+    _count_items(storage, task.index, events["item"].filter(pl.Series(positive & trained)))
     writer = ShardWriter(storage, task.index, chunk_users=task.chunk_users)
     writer.write(
         Chunk(
@@ -332,17 +335,19 @@ def write_shards(task: WriteTask) -> Written:
         index=task.index,
         num_events=events.height,
         train_length_counts=Counter(split.train_end.tolist()),
+        train_action_counts=Counter(events["action"].filter(pl.Series(trained)).to_list()),
         chunks=writer.close(),
     )
 
 
-def _count_trained(
-    storage: Storage, index: int, items: pl.Series, positive: np.ndarray, offsets: np.ndarray, split: Split
-) -> None:
-    """Shapes: items and positive [T], offsets [U + 1]."""
+def _training_spans(offsets: np.ndarray, split: Split) -> np.ndarray:
+    """Which events lie in the training spans. Shapes: offsets [U + 1] -> [T] bool."""
     ends = np.repeat(offsets[:-1] + split.train_end, np.diff(offsets))
-    trained = pl.Series(positive & (np.arange(len(items)) < ends))
-    counts = pl.DataFrame({"item": items.filter(trained)}).group_by("item").len("train_count")
+    return np.arange(len(ends)) < ends
+
+
+def _count_items(storage: Storage, index: int, trained: pl.Series) -> None:
+    counts = pl.DataFrame({"item": trained}).group_by("item").len("train_count")
     write_parquet(storage, f"tmp/train_counts/{index:05d}.parquet", counts)
 
 

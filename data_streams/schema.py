@@ -19,6 +19,9 @@ MISSING = -1
 LATEST_TIME_S = 10**11
 """Larger times (year 5138) are surely not in seconds."""
 
+TIME_REST = r"^(?:\.[0-9]+)?(?:Z|([+-])([01][0-9]|2[0-3])(?::?([0-5][0-9]))?)?$"
+"""What may stand behind the seconds of a written time: a fraction, then Z or an offset from UTC."""
+
 Kind = Literal["id", "time", "integer", "real", "text"]
 
 
@@ -147,8 +150,17 @@ def _cast_time(value: pl.Expr, dtype: pl.DataType, time_unit: str) -> pl.Expr:
     if not isinstance(dtype, pl.String):
         return value.cast(pl.Int64, strict=False) // divisor
     number = value.cast(pl.Float64, strict=False).cast(pl.Int64, strict=False) // divisor
-    written = value.str.slice(0, 19).str.replace("T", " ").str.to_datetime("%Y-%m-%d %H:%M:%S", strict=False)
-    return pl.coalesce(number, written.dt.epoch("s"))
+    return pl.coalesce(number, _written_time(value))
+
+
+def _written_time(text: pl.Expr) -> pl.Expr:
+    """Seconds since 1970 of a date and a time of day, in UTC where no offset stands behind; others become null."""
+    local = text.str.slice(0, 19).str.replace("T", " ").str.to_datetime("%Y-%m-%d %H:%M:%S", strict=False)
+    rest = text.str.slice(19).str.strip_chars_end()
+    hours, minutes = (rest.str.extract(TIME_REST, group).cast(pl.Int64).fill_null(0) for group in (2, 3))
+    sign = pl.when(rest.str.extract(TIME_REST, 1) == "-").then(-1).otherwise(1)
+    offset_s = sign * (3_600 * hours + 60 * minutes)
+    return pl.when(rest.str.contains(TIME_REST)).then(local.dt.epoch("s") - offset_s)
 
 
 def _cast_order(name: str, dtype: pl.DataType) -> pl.Expr:

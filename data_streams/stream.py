@@ -27,6 +27,7 @@ from data_streams.user_block import ITEM, UserBlock, collate
 log = logging.getLogger(__name__)
 
 PAGE_OPTIONS = ("pages", "page_gap_s", "page_events", "page_items", "page_ordered", "history_exposures")
+PAGE_COUNTERS = ("pages", "pages_without_target", "pages_without_history")
 ORDER_OPTIONS = ("max_length", "tokens_per_step", "num_streams", "shuffle_chunks")
 
 Position = Mapping[str, Any]
@@ -48,12 +49,14 @@ class TrainStream:
                 f"cannot feed {world_size} workers; raise data.num_streams to {world_size} or more"
             )
         storage, self.manifest = open_data(config)
-        self._config, self._seed = config, seed
+        self._config, self._seed, self._is_alone = config, seed, world_size == 1
         self._streams = range(rank, config.num_streams, world_size)
         self._reading = EventReading(self.manifest, config, "train")
         self._history_share = _history_share(self.manifest, config) if self._reading.drops_events else 1.0
         self._reader = ChunkReader(storage, self.manifest, config, self._reading)
         self._order = _order_of(self.manifest, config, seed)
+        self.epoch_totals: dict[str, int] = {}
+        """What this rank met in the last epoch that `batches` came to the end of; `check_epoch` reads it."""
         if not self.steps_per_epoch():
             raise DataError(
                 f"no user of {config.path} has two training events, so there is nothing to learn from; build "
@@ -68,24 +71,36 @@ class TrainStream:
         A batch can be empty, when long users have used up the budget of its step. `position` is the merged
         position of all ranks after the last step that counts, taken at this or another world size.
 
-        Raises: ConfigError when the position was taken with other options or data.
+        Raises: ConfigError when the position was taken with other options or data; where there is no other rank,
+        as `check_epoch` at the end of a whole epoch.
         """
         streams = self._open_streams(epoch, position)
         step = position["step"] if position else 0
-        num_pages = 0
+        num_users = num_pages = 0
         while any(stream.has_users() for stream in streams.values()):
             blocks = [block for stream in streams.values() for block in stream.take(step)]
             step += 1
             batch = collate(blocks or [self._no_users()], self._position(epoch, step, streams))
+            num_users += batch.num_users
             num_pages += 0 if batch.pages is None else batch.pages.num_pages
             yield batch
-        if self._reading.has_pages and not num_pages and position is None and step:
-            raise _no_target_pages(self._config.path, self._reading)
-        if step == 0 and self._reader.skipped:
+        self.epoch_totals = self._totals(num_users, num_pages)
+        if self._is_alone and position is None:
+            self.check_epoch(self.epoch_totals)
+
+    def check_epoch(self, totals: Mapping[str, int]) -> None:
+        """Whether there was anything to learn from: `totals` are the `epoch_totals` of all ranks, added up.
+
+        One rank may have nothing beside others that have. Raises: DataError when no rank could read any user, or
+        pages are asked for and none is left.
+        """
+        if totals["chunks_skipped"] and not totals["users"]:
             raise DataError(
-                f"all {len(self._reader.skipped)} chunks this worker was to read from {self._config.path} "
-                "are bad; look at the warnings above, then copy the shards again or build them again"
+                f"training needs users, but all chunks with training users are bad in {self._config.path}; look "
+                "at the warnings above, then copy the shards again or build them again"
             )
+        if totals["users"] and self._reading.has_pages and not totals["target_pages"]:
+            raise _no_target_pages(self._config.path, totals)
 
     def own_position(self, epoch: int, position: Position | None) -> Position:
         """This rank's part of a merged position, or of the beginning of an epoch."""
@@ -115,6 +130,12 @@ class TrainStream:
             "users_in_skipped_chunks": sum(self._reader.skipped.values()),
             **self._reading.counters,
         }
+
+    def _totals(self, num_users: int, num_pages: int) -> dict[str, int]:
+        """The same keys in the same order on every rank."""
+        met = {name: self._reading.counters[name] for name in PAGE_COUNTERS}
+        skipped = len(self._reader.skipped)
+        return {"users": num_users, "target_pages": num_pages, "chunks_skipped": skipped, **met}
 
     def _open_streams(self, epoch: int, position: Position | None) -> dict[int, CanonicalStream]:
         if position is not None:
@@ -327,12 +348,14 @@ def open_data(config: DataConfig) -> tuple[Storage, Manifest]:
 def _history_share(manifest: Manifest, config: DataConfig) -> float:
     """Share of the training events that is part of histories."""
     events = sum(length * users for length, users in manifest.train_length_counts.items())
-    chosen = int(ItemTable.load(config.path).train_counts.sum())
+    chosen = manifest.num_train_history_events
+    if chosen is None:
+        # As good as it gets: without the training events that cannot be held out (--split-actions).
+        chosen = int(ItemTable.load(config.path).train_counts.sum())
     return max(min(chosen / max(events, 1), 1.0), 1e-3)
 
 
-def _no_target_pages(path: str, reading: EventReading) -> DataError:
-    counters = reading.counters
+def _no_target_pages(path: str, counters: Mapping[str, int]) -> DataError:
     return DataError(
         f"training on pages needs pages with a chosen item and a history before them, and of the "
         f"{counters['pages']} pages of {path} none is left ({counters['pages_without_target']} have no chosen "

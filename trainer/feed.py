@@ -59,15 +59,28 @@ class Feed:
     def steps(
         self, epoch: int, position: Mapping[str, Any] | None, first_step: int
     ) -> Iterator[tuple[StepInput, Agreement]]:
-        """The steps of an epoch from a position on; `first_step` counts optimizer steps of the whole run."""
+        """The steps of an epoch from a position on; `first_step` counts optimizer steps of the whole run.
+
+        Raises: DataError, the same on all ranks, at the end of a whole epoch in which none of them had anything to
+        learn from.
+        """
         prepared = prefetched(self._prepared(epoch, position, first_step), self.prefetch_steps)
         try:
             upcoming = self._announce(next(prepared), self.stream.own_position(epoch, position))
             while (current := upcoming.agree()) is not None:
                 upcoming = self._announce(self._timed_next(prepared), current[0].position)
                 yield current
+            if position is None:
+                self._check_epoch()
         finally:
             prepared.close()
+
+    def _check_epoch(self) -> None:
+        """A rank knows its own share only, so all add up what they met; a collective call."""
+        own = self.stream.epoch_totals
+        totals = torch.tensor(list(own.values()))
+        dist.all_reduce(totals, group=self.process.host_group)
+        self.stream.check_epoch(dict(zip(own, totals.tolist(), strict=True)))
 
     def _timed_next(self, prepared: Iterator) -> tuple[StepInput, bool]:
         started = time.perf_counter()

@@ -3,16 +3,16 @@
 --path names the folder that ebnerd_demo.zip, ebnerd_small.zip or ebnerd_large.zip unpacks to (or one of the .zip):
 
 - train/behaviors.parquet and validation/behaviors.parquet (or behaviors.parquet alone): impressions
-- train/history.parquet (or history.parquet): clicks of the three weeks before
+- train/history.parquet and validation/history.parquet (or history.parquet): clicks of the three weeks before
 - articles.parquet: titles, categories, topics (may be missing; items are then called by their ids)
 
 An impression is a page: an `exposure` for each article in view and a `click` for each clicked one, with the seconds it
 was read where one was clicked. `position` counts the articles as the file lists them; the owner lists them in no
-telling order, so it is not the place on the screen. Clicks of the history come without a page. Of two histories only
-that of train is read, since the one of validation repeats the clicks of train. Event columns: `session_id`,
+telling order, so it is not the place on the screen. Clicks of the history come without a page. Who is in both
+histories has that of train alone, since the one of validation repeats the clicks of train. Event columns: `session_id`,
 `device_type` and `page_article`, the article under which the page was shown (-1: the front page).
 
-Impressions of the hidden test set have no clicks and are not read.
+Impressions of the hidden test set have no clicks; neither they nor their histories are read.
 """
 
 from collections.abc import Iterator, Mapping
@@ -62,11 +62,10 @@ class EbnerdSource(Source):
     def __init__(self, config: Config):
         self.config = config
         self.files = RawFiles(config.path)
-        behaviors = self.files.require("behaviors.parquet")
-        self.behaviors = [name for name in behaviors if not name.startswith("test/") and "/test/" not in name]
-        histories = self.files.find("history.parquet") if config.history else []
-        train = [name for name in histories if name.endswith("train/history.parquet")]
-        self.histories = train[:1] or histories[:1]
+        self.behaviors = _without_test(self.files.require("behaviors.parquet"))
+        histories = _without_test(self.files.find("history.parquet")) if config.history else []
+        self.histories = sorted(histories, key=lambda name: not name.endswith("train/history.parquet"))
+        """A user's clicks are those of the first one that has the user."""
 
     def describe(self) -> Mapping[str, Any]:
         return {"name": "ebnerd", **asdict(self.config)}
@@ -89,13 +88,14 @@ class EbnerdSource(Source):
         """A part is a row group."""
         is_history = part.name in self.histories
         read, needed = (_clicks_before, HISTORY_NEEDED) if is_history else (_pages, NEEDED)
+        earlier = self._users_before(part.name) if is_history else None
         with self._open(part.name) as file:
             names = file.schema_arrow.names
             require_columns(names, list(needed), f"{self.config.path}/{part.name}")
             known = {*NEEDED, *HISTORY_NEEDED, *FEATURES, "article_id", "next_read_time"}
             columns = [name for name in names if name in known]
             batches = file.iter_batches(ROWS_PER_BATCH, row_groups=[part.start], columns=columns)
-            yield from in_batches(read(pl.from_arrow(batch)) for batch in batches)
+            yield from in_batches(read(_without_users(pl.from_arrow(batch), earlier)) for batch in batches)
 
     def items(self) -> pl.DataFrame | None:
         name = self.files.only("articles.parquet")
@@ -129,6 +129,15 @@ class EbnerdSource(Source):
         table = pl.concat(found, how="diagonal").unique("user_id", keep="first", maintain_order=True)
         return schema.normalise_users(table, f"the users of {self.config.path}", user_column="user_id")
 
+    def _users_before(self, history: str) -> pl.DataFrame | None:
+        """The users of the histories before this one; None where it is the first."""
+        found = []
+        for name in self.histories[: self.histories.index(history)]:
+            with self._open(name) as file:
+                require_columns(file.schema_arrow.names, list(HISTORY_NEEDED), f"{self.config.path}/{name}")
+                found.append(pl.from_arrow(file.read(["user_id"])))
+        return pl.concat(found).unique() if found else None
+
     def _num_groups(self, name: str) -> int:
         with self._open(name) as file:
             return file.num_row_groups
@@ -138,6 +147,14 @@ class EbnerdSource(Source):
             return pq.ParquetFile(self.files.open(name), pre_buffer=False)
         except (OSError, pa.ArrowInvalid) as error:
             raise DataError(f"{self.config.path}/{name} cannot be read: {error}; fetch it again") from error
+
+
+def _without_test(names: list[str]) -> list[str]:
+    return [name for name in names if not name.startswith("test/") and "/test/" not in name]
+
+
+def _without_users(rows: pl.DataFrame, users: pl.DataFrame | None) -> pl.DataFrame:
+    return rows if users is None else rows.join(users, on="user_id", how="anti", maintain_order="left")
 
 
 def _pages(impressions: pl.DataFrame) -> pl.DataFrame:

@@ -38,7 +38,8 @@ class EventsSource(Source):
         item_column: str | None = None
         """Column of item ids; left out, item_id."""
         timestamp_column: str | None = None
-        """Column of event times; left out, timestamp_s or timestamp where there is one."""
+        """Column of event times; left out, timestamp_s or timestamp where there is one. Numbers since 1970, dates, or
+        text such as 2020-01-31 18:00:00, which is UTC unless an offset such as +02:00 stands behind it."""
         time_unit: Literal["s", "ms", "us"] = "s"
         """Unit of event times that are plain numbers since 1970."""
         order_column: str | None = None

@@ -64,6 +64,49 @@ def test_ebnerd_impressions_are_pages_of_exposures_and_clicks(tmp_path):
     assert bare.height == 7 and bare["page_id"].null_count() == 0
 
 
+def history(clicks):
+    """Rows of a history file with one click for each (user, article)."""
+    times = pl.Series(["2023-05-01 08:00:00"]).str.to_datetime()
+    return pl.DataFrame(
+        {
+            "user_id": [user for user, _ in clicks],
+            "impression_time_fixed": [times] * len(clicks),
+            "article_id_fixed": [[article] for _, article in clicks],
+            "read_time_fixed": [[30.0]] * len(clicks),
+        },
+        schema_overrides={"user_id": pl.UInt32},
+    )
+
+
+def test_users_of_the_ebnerd_validation_alone_keep_the_clicks_before_it(tmp_path):
+    folder = tmp_path / "raw"
+    config = EbnerdSource.Config(path=ebnerd(folder))
+    for name in ("validation", "test"):
+        (folder / name).mkdir()
+    behaviors = pl.read_parquet(folder / "train/behaviors.parquet")
+    later = pl.col("impression_time") + pl.duration(days=7)
+    behaviors.with_columns(later, pl.col("impression_id", "user_id") + 10).write_parquet(
+        folder / "validation/behaviors.parquet"
+    )
+    # User 50 is in both histories: that of validation repeats what is known from train.
+    history([(50, 9), (50, 1), (60, 5), (60, 6)]).write_parquet(
+        folder / "validation/history.parquet", row_group_size=2
+    )
+    history([(70, 7)]).write_parquet(folder / "test/history.parquet")
+    build(config, BuildConfig(out=str(tmp_path / "out"), ray="never"))
+    users = read_users(tmp_path / "out")
+    assert {user: row["items"] for user, row in users.items()} == {50: [9, 1, 4], 60: [5, 6, 1, 4]}
+
+
+def test_a_lone_ebnerd_history_is_read_whole(tmp_path):
+    folder = tmp_path / "raw"
+    config = EbnerdSource.Config(path=ebnerd(folder))
+    for name in ("behaviors", "history"):
+        (folder / f"train/{name}.parquet").rename(folder / f"{name}.parquet")
+    build(config, BuildConfig(out=str(tmp_path / "out"), ray="never"))
+    assert read_users(tmp_path / "out")[50]["items"] == [9, 1, 4]
+
+
 def test_the_ebnerd_fixture_keeps_its_pages(shared_data, tmp_path):
     config = EbnerdSource.Config(path=str(shared_data / "ebnerd_fixture"))
     events = read(config.build())

@@ -5,6 +5,7 @@ import polars as pl
 import pytest
 
 from cluster.errors import DataError
+from data_streams import schema
 from data_streams.sources import events as events_module
 from data_streams.sources.events import EventsSource
 
@@ -72,6 +73,40 @@ def test_times_may_be_dates_and_text(tmp_path):
     )
     assert read(text)["timestamp_s"].to_list() == seconds
     assert read(dates)["timestamp_s"].to_list() == seconds
+
+
+def test_offsets_from_utc_are_taken_off_the_times(tmp_path):
+    stamps = {
+        "2020-01-01T00:00:10Z": 1577836810,
+        "2020-01-01T00:00:10.250Z": 1577836810,
+        "2020-01-01 00:00:10.250": 1577836810,
+        "2020-01-01T02:30:10+02:30": 1577836810,
+        "2020-01-01 02:30:10.5+0230": 1577836810,
+        "2019-12-31T16:00:10-08": 1577836810,
+        "2019-12-31T20:30:10-0330": 1577836810,
+    }
+    count = len(stamps)
+    source = source_of(
+        tmp_path, {"user_id": [1] * count, "item_id": [1] * count, "timestamp": list(stamps)}, "a.csv"
+    )
+    assert read(source)["timestamp_s"].to_list() == list(stamps.values())
+
+
+def test_times_with_an_unknown_rest_are_no_times(tmp_path):
+    stamps = [
+        "2020-01-01T00:00:10 CET",
+        "2020-01-01T00:00:10+25:00",
+        "2020-01-01T00:00:10+2",
+        "2020-01-01T00:00:10 PM",
+        "2020-01-01T00:00:100",
+    ]
+    count = len(stamps)
+    source = source_of(
+        tmp_path, {"user_id": [1] * count, "item_id": [1] * count, "timestamp": stamps}, "a.csv"
+    )
+    events = read(source)
+    assert events["timestamp_s"].to_list() == [None] * count
+    assert schema.bad_rows(events)["events without timestamp_s"].sum() == count
 
 
 def test_large_files_are_read_in_parts_that_keep_the_order(tmp_path, monkeypatch):

@@ -4,10 +4,12 @@ import polars as pl
 import pytest
 
 from cluster.errors import ConfigError, DataError
+from cluster.storage import Storage
 from data_streams.build import build
 from data_streams.build_config import BuildConfig
 from data_streams.configuration import DataConfig
 from data_streams.exposures import ExposureStream
+from data_streams.manifest import Manifest
 from data_streams.sources.events import EventsSource
 
 PAGES = (
@@ -75,12 +77,15 @@ def test_a_rank_without_users_has_empty_batches(tmp_path):
 def test_only_split_actions_are_held_out_and_counted(tmp_path):
     from data_streams.item_table import ItemTable
 
-    counts = {}
+    counts, histories = {}, {}
     for name, options in (("clicks", {}), ("all", {"split_actions": ()})):
         path = build_pages(tmp_path / name, **options)
         counts[name] = int(ItemTable.load(path).train_counts.sum())
+        histories[name] = Manifest.load(Storage(path)).num_train_history_events
     # Clicks before the last but one: a, e. With purchases, i and j hold out the last two of a e E i j J: four train.
     assert counts == {"clicks": 2, "all": 4}
+    # Purchases are in the histories of both.
+    assert histories == {"clicks": 3, "all": 4}
     with pytest.raises(ConfigError, match="like are not"):
         build_pages(tmp_path / "likes", split_actions=("like",))
 

@@ -241,6 +241,28 @@ def test_steps_hold_about_the_history_events_the_budget_says(world, world_size):
     assert steps == pytest.approx(streams[0].steps_per_epoch(), rel=0.2)
 
 
+def test_steps_are_planned_for_all_actions_of_histories_not_only_for_those_that_are_held_out(tmp_path):
+    options = {"sequence_actions": ("click", "cart", "purchase"), "split_actions": ("click",)}
+    source = WorldSource.Config(num_users=100, num_items=200, num_clusters=8, mean_clicks=20)
+    manifest = build(
+        source, BuildConfig(out=str(tmp_path), overwrite=True, ray="never", keep_exposures=True, **options)
+    )
+
+    def planned_and_taken() -> tuple[int, int]:
+        # As one stream, whose steps are full but for the last.
+        chosen = config(tmp_path, pages="none", tokens_per_step=64, num_streams=1)
+        stream = TrainStream(chosen, seed=0, rank=0, world_size=1)
+        return stream.steps_per_epoch(), len(list(stream.batches(0)))
+
+    planned, taken = planned_and_taken()
+    assert planned == pytest.approx(taken, rel=0.1)
+    # A data set built before they were counted can be read; its plan falls short.
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    assert content.pop("num_train_history_events") == manifest.num_train_history_events
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    assert planned_and_taken()[0] < 0.9 * taken
+
+
 def test_two_ranks_see_the_pages_that_one_sees(world):
     streams = [TrainStream(config(world), seed=0, rank=rank, world_size=2) for rank in range(2)]
     both = by_user(batch for stream in streams for batch in stream.batches(0))
