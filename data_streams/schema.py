@@ -19,8 +19,8 @@ MISSING = -1
 LATEST_TIME_S = 10**11
 """Larger times (year 5138) are surely not in seconds."""
 
-TIME_REST = r"^(?:\.[0-9]+)?(?:Z|([+-])([01][0-9]|2[0-3])(?::?([0-5][0-9]))?)?$"
-"""What may stand behind the seconds of a written time: a fraction, then Z or an offset from UTC."""
+TIME_REST = r"^(?:\.[0-9]+)?\s*(?:Z|UTC|([+-])([01][0-9]|2[0-3])(?::?([0-5][0-9]))?)?$"
+"""What may stand behind the seconds of a written time: a fraction, then Z, UTC or an offset from it."""
 
 Kind = Literal["id", "time", "integer", "real", "text"]
 
