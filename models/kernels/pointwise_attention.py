@@ -104,7 +104,10 @@ def _shared_bias(by_distance: Tensor | None, length: int, like: Tensor) -> Tenso
     place = torch.arange(length, device=like.device)
     distance = place[:, None] - place
     later = torch.full((length, length), LATER, device=like.device).triu(1)
-    return later if by_distance is None else later + by_distance.float()[distance.clamp(min=0)].tril()
+    if by_distance is None:
+        return later
+    # A bucket may be a little longer than any history: what lies beyond is filling, and any weight will do.
+    return later + by_distance.float()[distance.clamp(min=0, max=by_distance.shape[0] - 1)].tril()
 
 
 class _Corners(torch.autograd.Function):
