@@ -28,6 +28,7 @@ CROSSING = {"aten.copy_", "aten._to_copy", "aten.index", "aten.index_put", "aten
 """Operations that may read tensors of both: copies, and indexing, whose indices may lie on the host."""
 WAITING = {
     "aten._local_scalar_dense",
+    "aten.bincount",
     "aten.equal",
     "aten.nonzero",
     "aten._unique2",
