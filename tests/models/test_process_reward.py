@@ -11,7 +11,7 @@ from models.decoding.trie import PrefixTrie
 from models.drawn_positions import PLACES, draw_positions
 from models.kernels.info_nce import info_nce
 from models.objectives.negatives import draw_different
-from models.path_reward import ProcessRewardConfig
+from models.path_reward import ProcessRewardConfig, negatives_name
 from models.process_reward import ProcessReward
 from models.recommender import StepContext
 from models.semantic_ids import SemanticIds
@@ -104,9 +104,7 @@ def test_the_likeness_is_told_from_all_its_negatives_at_all_positions():
 def test_the_likeness_learns_from_its_own_loss_alone():
     model = make_promise(positions=2, likeness_negatives=15)
     batch, rows = trained_on(model, make_batch(histories()))
-    losses = model.prm.loss(
-        model.encode(rows, batch), semantic_ids().codes[batch.targets], rows, batch, CONTEXT
-    )
+    losses = model.prm.loss(model.encode(rows, batch), semantic_ids().codes[batch.targets], rows, batch)
     of_scores = torch.stack([loss for name, loss in losses.items() if name.startswith("prm")]).sum()
     weights = [model.prm.likeness.of_user.weight, model.prm.likeness.of_row.weight]
     assert torch.autograd.grad(of_scores, weights, allow_unused=True, retain_graph=True) == (None, None)
@@ -135,6 +133,14 @@ def test_negatives_are_prefixes_of_the_catalogue_and_all_of_them_where_there_are
     assert all((trie.find(prefixes) >= 0).all() for prefixes in drawn.values())
     assert all(len(prefixes.unique(dim=0)) == len(prefixes) for prefixes in drawn.values())
     assert not torch.equal(drawn[3], model.prm.draw_negatives(StepContext(step=4, seed=1))[3])
+
+
+def test_every_part_of_a_batch_has_all_negatives_of_the_step():
+    model = make_promise(num_negatives=5, likeness_negatives=None)
+    batch = model.training_batch(make_batch(histories()), CONTEXT)
+    for part in (batch, batch.select(0, 1), batch.select(1, 1)):
+        for depth, drawn in model.prm.draw_negatives(CONTEXT).items():
+            assert torch.equal(part.shared[negatives_name(depth)], drawn)
 
 
 def drawn_again_and_again(number: int, wanted: int, generator: torch.Generator) -> list[int]:
