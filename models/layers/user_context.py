@@ -169,8 +169,9 @@ class UserContext(nn.Module):
         if SHORT in self.pathways:
             found[SHORT] = latest(items, self.config.short_length)
         if POSITIVE in self.pathways:
-            wanted = torch.tensor(self.positive_codes, device=items.offsets.device)
-            liked = torch.isin(batch.features[ACTION].long(), wanted)
+            # One by one: a tensor of them would be sent to the device in the middle of every step.
+            action = batch.features[ACTION]
+            liked = torch.stack([action == code for code in self.positive_codes]).any(0)
             found[POSITIVE] = positive_feedback(items, liked, self.config.positive_length)
         return {**found, HISTORY: latest(items, None)}
 
