@@ -29,7 +29,7 @@ from models.kernels.info_nce import info_nce
 from models.layers.cross_attention import CrossAttention
 from models.layers.dropout import Dropout
 from models.layers.feedforward import FeedForward
-from models.layers.linear import Linear
+from models.layers.linear import Linear, without_autocast
 from models.layers.norm import RMSNorm
 from models.layers.shared_prompt_attention import PromptKeyValues, PromptLayout
 from models.objectives.negatives import draw_different
@@ -251,7 +251,9 @@ class PathReward(nn.Module):
         for block, of_block in zip(self.blocks[1:], memory[1:], strict=True):
             hidden = block(hidden, block.queries(hidden), of_block)
         inner = nn.functional.silu(self.hidden(self.final_norm(hidden.flatten(0, 1))))
-        return self.output(inner).float().view(hidden.shape[:2])
+        # In bf16, scores of candidates that a beam has to choose among would be the same.
+        with without_autocast(inner):
+            return self.output(inner.float()).view(hidden.shape[:2])
 
     def draw_negatives(self, context: StepContext) -> dict[int, Tensor]:
         """Different prefixes of the catalogue by depth, the same on every rank, all equally likely, in random order.

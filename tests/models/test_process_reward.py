@@ -82,6 +82,21 @@ def test_the_loss_is_that_of_a_loop_over_positions_depths_and_negatives(position
         torch.testing.assert_close(losses[f"prm_loss_level_{depth}"], total[depth - 1], rtol=1e-4, atol=1e-3)
 
 
+def test_scores_differ_by_less_than_bf16_can_tell():
+    model = make_promise(likeness_negatives=None)
+    batch, paths = make_batch(histories()), semantic_ids().codes.unique(dim=0)
+    paths = paths.expand(batch.num_users, -1, -1)
+    rows = lookup_ids(model, model.prefix_ids(batch, paths))
+    with torch.no_grad():
+        exact = model.prefix_scores(rows, batch, paths)
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = model.prefix_scores(rows, batch, paths)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, exact, atol=0.1, rtol=0.1)
+    for user in range(batch.num_users):
+        assert len(scores[user, :, 2].unique()) == paths.shape[1]
+
+
 def test_the_likeness_is_told_from_all_its_negatives_at_all_positions():
     model = make_promise(positions=2, likeness_negatives=15)
     batch, rows = trained_on(model, make_batch(histories()))
