@@ -88,6 +88,10 @@ class ProcessRewardConfig:
     """Rows that are then kept."""
 
     def __post_init__(self) -> None:
+        if self.num_blocks < 1:
+            raise ConfigError(
+                f"num-blocks of the PRM must be at least 1, since only they read the history, got {self.num_blocks}"
+            )
         if self.num_negatives < 1 or (self.positions is not None and self.positions < 1):
             raise ConfigError(
                 "the PRM needs at least one negative and one position per user, and got "

@@ -269,7 +269,9 @@ def test_the_model_of_a_prm_alone_has_the_same_scores_as_its_encoder_and_prm_in_
     assert loss.count == batch.num_tokens
 
 
-def test_a_prm_needs_negatives_and_positions():
+def test_a_prm_needs_blocks_negatives_and_positions():
+    with pytest.raises(ConfigError, match=r"num-blocks of the PRM must be at least 1, .* got 0"):
+        ProcessRewardConfig(num_blocks=0)
     for wrong in ({"num_negatives": 0}, {"positions": 0}):
         with pytest.raises(ConfigError, match="at least one negative and one position"):
             ProcessRewardConfig(**wrong)

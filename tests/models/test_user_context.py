@@ -127,5 +127,8 @@ def test_an_accelerator_is_sent_nothing_to_find_what_was_liked():
 
 def test_a_positive_action_that_the_data_lacks_is_refused():
     config = ContextConfig(positive_length=3, positive_actions=("adored",))
-    with pytest.raises(ConfigError, match="adored is none; it has click, like, share"):
+    with pytest.raises(
+        ConfigError,
+        match="positive-actions must be actions of the data, and adored is none; it has click, like, share",
+    ):
         make_context(config)
