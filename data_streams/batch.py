@@ -93,6 +93,8 @@ class SequenceBatch:
     """Where pages are asked for: in training those of the users' spans, in evaluation the one of `held_out`."""
     supervision: Mapping[str, Jagged] = field(default_factory=dict)
     """Further rows per user that the model's `training_batch` has made, of what to learn where."""
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
+    """Further tensors that it has made for all users together; every part of the batch has them whole."""
     position: Mapping[str, object] | None = None
     """Where the stream stands once this batch has been trained on (plain JSON values)."""
 
@@ -117,6 +119,7 @@ class SequenceBatch:
             seen=None if self.seen is None else self.seen.to(device),
             pages=None if self.pages is None else self.pages.to(device),
             supervision={name: rows.to(device) for name, rows in self.supervision.items()},
+            shared={name: move(value) for name, value in self.shared.items()},
         )
 
     def select(self, start: int, stop: int) -> "SequenceBatch":

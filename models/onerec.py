@@ -106,7 +106,7 @@ class OneRec(ContextGenerator):
     def __init__(self, config: Config, *, max_length: int, **parts: Any):
         super().__init__(config, token_dim=config.width, **parts)
         self.max_length = max_length
-        self.session_actions = codes_of(config.session.actions, parts.get("actions", ()))
+        self.session_actions = codes_of("session.actions", config.session.actions, parts.get("actions", ()))
         # A vector for each pathway and number of events back from the target.
         self.ages = nn.Embedding(len(self.context.pathways) * (max_length + 1), config.width)
         # The first item of a session is a target like any other.
@@ -198,11 +198,12 @@ class OneRec(ContextGenerator):
             batch = with_lifelong(batch, self.config.lifelong, self.code_vectors)
         spans = self._encoded_spans(batch)
         order = self.context.order(batch.items, spans)
-        since, until = (order.arrange([span[end] for span in spans.values()]) for end in (0, 1))
+        nothing = batch.items.values[:0]
+        since, until = (order.arrange([span[end] for span in spans.values()] or [nothing]) for end in (0, 1))
         return with_known_tokens(batch, order.places, since, until)
 
     def _encoded_spans(self, batch: SequenceBatch) -> dict[str, Span]:
-        """Of the pathways whose tokens the encoder reads as they are."""
+        """Of the pathways whose tokens the encoder reads as they are; none where the queries stand for all there is."""
         spans = self.context.spans(batch)
         return {name: span for name, span in spans.items() if name != HISTORY or self.qformer is None}
 
@@ -219,7 +220,7 @@ class OneRec(ContextGenerator):
         kinds = order.kinds[index]
         if USER in spans:
             ages = torch.where(kinds == 0, 0, ages)
-        hidden = order.arrange([vectors[name] for name in spans])[index]
+        hidden = order.arrange([vectors[name] for name in spans] or [vectors[HISTORY][:0]])[index]
         hidden = hidden + self.scaled(self.ages(kinds * (self.max_length + 1) + ages))
         offsets = F.pad(counts.cumsum(0), (1, 0))
         sequences = Jagged(values=index, offsets=offsets, max_length=order.places.max_length)

@@ -14,7 +14,7 @@ a second term, which is ours: the likeness of user and prefix (`models.prefix_li
 prefixes at all positions. It is held fixed in the loss of the whole score, which so learns what it misses.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from models.kernels.info_nce import info_nce
 from models.layers.cross_attention import CrossAttention
 from models.layers.dropout import Dropout
 from models.layers.feedforward import FeedForward
-from models.layers.linear import Linear
+from models.layers.linear import Linear, without_autocast
 from models.layers.norm import RMSNorm
 from models.layers.shared_prompt_attention import PromptKeyValues, PromptLayout
 from models.objectives.negatives import draw_different
@@ -41,6 +41,11 @@ from models.tables import Ids, LookedUp, Rows, TableSpec
 
 ROLES = ("path", "positive", "negative")
 """What prefixes are looked up for: to be scored in a search, or as one of both sides of the loss."""
+
+
+def negatives_name(depth: int) -> str:
+    """In `SequenceBatch.shared`: the step's negatives of a depth. Shapes: [N, depth]."""
+    return f"prm_negatives_{depth}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +88,10 @@ class ProcessRewardConfig:
     """Rows that are then kept."""
 
     def __post_init__(self) -> None:
+        if self.num_blocks < 1:
+            raise ConfigError(
+                f"num-blocks of the PRM must be at least 1, since only they read the history, got {self.num_blocks}"
+            )
         if self.num_negatives < 1 or (self.positions is not None and self.positions < 1):
             raise ConfigError(
                 "the PRM needs at least one negative and one position per user, and got "
@@ -246,7 +255,9 @@ class PathReward(nn.Module):
         for block, of_block in zip(self.blocks[1:], memory[1:], strict=True):
             hidden = block(hidden, block.queries(hidden), of_block)
         inner = nn.functional.silu(self.hidden(self.final_norm(hidden.flatten(0, 1))))
-        return self.output(inner).float().view(hidden.shape[:2])
+        # In bf16, scores of candidates that a beam has to choose among would be the same.
+        with without_autocast(inner):
+            return self.output(inner.float()).view(hidden.shape[:2])
 
     def draw_negatives(self, context: StepContext) -> dict[int, Tensor]:
         """Different prefixes of the catalogue by depth, the same on every rank, all equally likely, in random order.
@@ -264,19 +275,23 @@ class PathReward(nn.Module):
             drawn[depth] = self.trie.paths(depth, nodes)
         return drawn
 
-    def training_ids(self, batch: SequenceBatch, context: StepContext) -> Ids:
+    def with_negatives(self, batch: SequenceBatch, context: StepContext) -> SequenceBatch:
+        """With the negatives of the step, so that they are drawn once and sent ahead with the batch. Host side."""
+        drawn = {negatives_name(depth): found for depth, found in self.draw_negatives(context).items()}
+        return replace(batch, shared={**batch.shared, **drawn})
+
+    def training_ids(self, batch: SequenceBatch) -> Ids:
         """Rows of the prefixes that were taken, where the loss asks for them, and of the negatives. Host side."""
         taken = self.item_paths[batch.targets]
         if self.likeness is None:
             taken = taken[drawn_events(batch)]
         ids: dict[str, Tensor] = {}
-        for depth, negatives in self.draw_negatives(context).items():
+        for depth in self.depths:
+            negatives = batch.shared[negatives_name(depth)]
             ids |= self.path_ids(taken[:, :depth], "positive") | self.path_ids(negatives, "negative")
         return ids
 
-    def loss(
-        self, states: Tensor, paths: Tensor, rows: Rows, batch: SequenceBatch, context: StepContext
-    ) -> dict[str, Tensor]:
+    def loss(self, states: Tensor, paths: Tensor, rows: Rows, batch: SequenceBatch) -> dict[str, Tensor]:
         """InfoNCE of each depth, summed over all positions, by name.
 
         Shapes: states [T, D] after each event, paths [T, L] of what followed -> scalars.
@@ -284,8 +299,8 @@ class PathReward(nn.Module):
         drawn = drawn_events(batch)
         taken = paths[drawn] if self.likeness is None else paths
         contrasts = [
-            self._contrast(negatives.to(states.device), taken[:, :depth], rows)
-            for depth, negatives in self.draw_negatives(context).items()
+            self._contrast(batch.shared[negatives_name(depth)], taken[:, :depth], rows)
+            for depth in self.depths
         ]
         if self.likeness is None:
             return self._score_losses(contrasts, None, states, batch)

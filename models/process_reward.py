@@ -43,10 +43,10 @@ class RewardedHistory(CodedHistory):
         return [*map(_for_paths_too, super().tables()), *self.prm.tables()]
 
     def training_batch(self, batch: SequenceBatch, context: StepContext) -> SequenceBatch:
-        return draw_positions(batch, context, self.config.prm.positions)
+        return self.prm.with_negatives(draw_positions(batch, context, self.config.prm.positions), context)
 
     def ids(self, batch: SequenceBatch, context: StepContext) -> Ids:
-        return {**self.prompt_ids(batch), **self.prm.training_ids(batch, context)}
+        return {**self.prompt_ids(batch), **self.prm.training_ids(batch)}
 
     def prefix_ids(self, batch: SequenceBatch, paths: Tensor) -> Ids:
         """What `prefix_scores` looks up; host side. Shapes: paths [B, N, L], -1 for none."""
@@ -113,7 +113,7 @@ class ProcessReward(RewardedHistory):
 
     def forward(self, rows: Rows, batch: SequenceBatch, context: StepContext) -> LossSum:
         states = self.encode(rows, batch)
-        losses = self.prm.loss(states, self.item_codes[batch.targets], rows, batch, context)
+        losses = self.prm.loss(states, self.item_codes[batch.targets], rows, batch)
         return LossSum(
             sum=torch.stack([*losses.values()]).sum(), count=batch.num_tokens, metrics=detached(losses)
         )

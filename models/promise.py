@@ -52,7 +52,7 @@ class Promise(RewardedHistory):
     def forward(self, rows: Rows, batch: SequenceBatch, context: StepContext) -> LossSum:
         states, paths = self.encode(rows, batch), self.item_codes[batch.targets]
         codes = next_code_loss(self.teacher_forced(states, paths, batch), paths, self.config.label_smoothing)
-        of_prefixes = self.prm.loss(states, paths, rows, batch, context)
+        of_prefixes = self.prm.loss(states, paths, rows, batch)
         total = torch.stack([*of_prefixes.values()]).sum()
         return LossSum(
             sum=codes.sum + self.config.prm_weight * total,

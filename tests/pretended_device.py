@@ -28,6 +28,7 @@ CROSSING = {"aten.copy_", "aten._to_copy", "aten.index", "aten.index_put", "aten
 """Operations that may read tensors of both: copies, and indexing, whose indices may lie on the host."""
 WAITING = {
     "aten._local_scalar_dense",
+    "aten.bincount",
     "aten.equal",
     "aten.nonzero",
     "aten._unique2",
@@ -35,6 +36,10 @@ WAITING = {
     "aten.masked_select",
 }
 """Operations that return to the host what, or how much, the device computed."""
+COPIES = {"aten._to_copy": 0, "aten.copy_": 1}
+"""Operations that copy, and which of their arguments."""
+SENT = "sent from the host"
+"""In `waits`: copies of what lies on the host, where a step finds it too late to be sent ahead."""
 
 
 class PretendedTensor(torch.Tensor):
@@ -83,8 +88,10 @@ def compute(function: Callable, args: tuple, kwargs: dict[str, Any], waits: Coun
         return torch.nn.attention.SDPBackend.MATH.value
     target = kwargs.get("device")
     on_device = target.type == NAME if target is not None else _result_is_pretended(name, args, pretended)
-    if pretended and (name in WAITING or (not on_device and name in ("aten._to_copy", "aten.copy_"))):
+    if pretended and (name in WAITING or (not on_device and name in COPIES)):
         waits[name] += 1
+    if on_device and name in COPIES and not isinstance(args[COPIES[name]], PretendedTensor):
+        waits[SENT] += 1
     inner_args, inner_kwargs = tree_map_only(PretendedTensor, lambda t: t.inner, (args, kwargs))
     if target is not None:
         inner_kwargs = {**inner_kwargs, "device": torch.device("cpu")}

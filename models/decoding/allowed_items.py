@@ -1,4 +1,4 @@
-"""Which items each user may be given: the rest of the catalogue after allow and deny lists."""
+"""Which items each user may be given: the rest of the catalogue after allow and deny lists, which may be nothing."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -44,9 +44,10 @@ class AllowedItems:
     ) -> "AllowedItems":
         """Lists of item rows: a tensor [n] holds for everyone, a Jagged has a list for each user (seen items, say).
 
-        An item is allowed if it is in the allow list, where there is one, and not in the deny list.
+        An item is allowed if it is in the allow list, where there is one, and not in the deny list. A user's own list
+        may leave nothing to this user, whose slots a search then leaves empty.
 
-        Raises: DataError for rows that are no items, for lists of other users, and for users to whom nothing is left.
+        Raises: DataError for rows that are no items, for lists of other users, and where nothing is left for everyone.
         """
         _check_lists(trie, num_users, allow, deny)
         left = _left_for_everyone(trie, allow, deny)
@@ -63,7 +64,7 @@ class AllowedItems:
             listed = listed[~torch.isin(listed, keys["deny"], assume_unique=True)]
         stride = trie.num_items + 1
         borders = torch.arange(num_users + 1, device=trie.items.device) * stride
-        allowed = AllowedItems(
+        return AllowedItems(
             num_users=num_users,
             num_items=trie.num_items,
             left_before=before,
@@ -72,8 +73,6 @@ class AllowedItems:
             keys=listed,
             starts=torch.searchsorted(listed, borders),
         )
-        allowed._check_something_left()
-        return allowed
 
     def totals(self) -> Tensor:
         """Number of items allowed to each user. Shapes: [B] int64."""
@@ -96,7 +95,7 @@ class AllowedItems:
         Ranks at or beyond the user's total give some valid place.
         """
         places = ranks
-        if self.own == "allow":
+        if self.own == "allow" and len(self.keys):
             at = (self._per_user(self.starts[:-1], ranks) + ranks).clamp(max=len(self.keys) - 1)
             places = (self.keys[at] - self._key_base(ranks)).clamp(min=0)
         elif self.own == "deny":
@@ -117,15 +116,6 @@ class AllowedItems:
     def _per_user(self, values: Tensor, like: Tensor) -> Tensor:
         return values.view(-1, *[1] * (like.ndim - 1))
 
-    def _check_something_left(self) -> None:
-        empty = (self.totals() == 0).nonzero()[:, 0].tolist()
-        if empty:
-            raise DataError(
-                f"the allow and deny lists must leave at least one item to every user, and they leave none to "
-                f"{len(empty)} of {self.num_users} users (the first: row {empty[0]} of the batch); take these "
-                "users out, or shorten their lists"
-            )
-
 
 def _left_for_everyone(
     trie: PrefixTrie, allow: Jagged | Tensor | None, deny: Jagged | Tensor | None
@@ -141,6 +131,11 @@ def _left_for_everyone(
         left.fill_(True)
     if isinstance(deny, Tensor):
         left[trie.place_of_item[deny]] = False
+    if not left.any():
+        raise DataError(
+            "the allow and deny lists that hold for everyone must leave at least one item, and they leave none of "
+            f"{trie.num_items}; shorten the deny list, or lengthen the allow list"
+        )
     return left
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cluster.errors import ConfigError
-from models.decoding.distribution import CodeDistribution
+from models.decoding.distribution import NOTHING, CodeDistribution
 from models.decoding.random_numbers import uniform
 from models.decoding.search import Decoded, PathSearch, Step, next_logits
 from models.decoding.space import PathSpace
@@ -20,7 +20,8 @@ class Sampling(PathSearch):
     """k draws per user in the order drawn, so an item may come several times.
 
     The log-probability of a draw is that of its path after mask, temperature and truncation: what it was really
-    drawn from. Which of several items with one path comes is chosen evenly and is not part of it.
+    drawn from. Which of several items with one path comes is chosen evenly and is not part of it. Slots are empty for
+    users who may have nothing.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -56,11 +57,14 @@ class Sampling(PathSearch):
             )
             of_codes.append(log_probs)
         items = space.draw_items(drawn.nodes, uniform(seeds[:, None], ITEM_DRAW, numbers))
+        paths = space.codes(len(space.code_sizes), drawn.nodes)
+        # Where no code may follow, the first one was taken with a probability of zero.
+        is_empty = drawn.log_probs == NOTHING
         return Decoded(
-            items=items,
+            items=items.masked_fill(is_empty, -1),
             log_probs=drawn.log_probs,
             scores=drawn.scores,
-            paths=space.codes(len(space.code_sizes), drawn.nodes),
+            paths=paths.masked_fill(is_empty[..., None], -1),
             code_log_probs=torch.stack(of_codes, dim=-1),
         )
 

@@ -46,8 +46,8 @@ class Decoded:
         return 1 - self.legal.sum() / self.filled.sum()
 
     def hallucination_rates(self) -> Tensor:
-        """The same for each user. Shapes: [B] fp32."""
-        return 1 - self.legal.sum(1) / self.filled.sum(1).clamp(min=1)
+        """The same for each user; 0 where no path was found. Shapes: [B] fp32."""
+        return (self.filled & ~self.legal).sum(1) / self.filled.sum(1).clamp(min=1)
 
     def existing(self) -> tuple[Tensor, Tensor]:
         """Items and scores without the paths of no item, the others moved up. Shapes: [B, k], [B, k]."""

@@ -124,8 +124,9 @@ class CatalogueSpace(PathSpace):
 
     def draw_items(self, leaves: Tensor, uniform: Tensor) -> Tensor:
         first, counts = self._ranks_below(leaves)
-        # The largest uniform number times the count may round up to the count itself.
-        return self._items_at(first + torch.minimum((uniform * counts).long(), counts - 1))
+        # The largest uniform number times the count may round up to the count itself; a leaf that only fills a row
+        # may have none.
+        return self._items_at(first + torch.minimum((uniform * counts).long(), (counts - 1).clamp(min=0)))
 
     def _ranks_below(self, leaves: Tensor) -> tuple[Tensor, Tensor]:
         """Number of the first allowed item of each leaf among those of the user, and how many it has."""

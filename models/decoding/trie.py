@@ -157,7 +157,11 @@ def pack(codes: Tensor, code_sizes: tuple[int, ...]) -> Tensor:
 
 def codes_exist(paths: Tensor, code_sizes: tuple[int, ...]) -> Tensor:
     """Whether all codes lie in their levels. Shapes: [..., d] -> [...] bool."""
-    return ((paths >= 0) & (paths < torch.tensor(code_sizes, device=paths.device))).all(-1)
+    exist = (paths >= 0).all(-1)
+    # Level by level: a tensor of the sizes would be sent to the device at every call.
+    for level, size in enumerate(code_sizes):
+        exist &= paths[..., level] < size
+    return exist
 
 
 def unpack(packed: Tensor, code_sizes: tuple[int, ...]) -> Tensor:

@@ -135,13 +135,20 @@ class _Rearrange(torch.autograd.Function):
     @staticmethod
     def forward(ctx, source: Tensor, index: Tensor, inverse: Tensor, zero_from: Tensor | None) -> Tensor:
         ctx.save_for_backward(index, inverse, zero_from)
-        return source.index_select(0, index)
+        return _take(source, index)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         _, inverse, is_padding = ctx.saved_tensors
-        back = gradient.index_select(0, inverse)
+        back = _take(gradient, inverse)
         return (back if is_padding is None else back.masked_fill(is_padding, 0)), None, None, None
+
+
+def _take(source: Tensor, index: Tensor) -> Tensor:
+    """Rows of `source`; zeros where it has none: the cells of users without any token are all padding."""
+    if source.shape[0] == 0:
+        return source.new_zeros(index.shape[0], *source.shape[1:])
+    return source.index_select(0, index)
 
 
 def to_cells(tokens: Tensor, layout: BucketLayout) -> Iterator[Tensor]:

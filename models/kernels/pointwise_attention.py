@@ -104,7 +104,10 @@ def _shared_bias(by_distance: Tensor | None, length: int, like: Tensor) -> Tenso
     place = torch.arange(length, device=like.device)
     distance = place[:, None] - place
     later = torch.full((length, length), LATER, device=like.device).triu(1)
-    return later if by_distance is None else later + by_distance.float()[distance.clamp(min=0)].tril()
+    if by_distance is None:
+        return later
+    # A bucket may be a little longer than any history: what lies beyond is filling, and any weight will do.
+    return later + by_distance.float()[distance.clamp(min=0, max=by_distance.shape[0] - 1)].tril()
 
 
 class _Corners(torch.autograd.Function):
@@ -125,7 +128,7 @@ class _Corners(torch.autograd.Function):
 
 
 class _TakeWeights(torch.autograd.Function):
-    """weights[index]; going back is one count with weights, where an index_add would take many times as long."""
+    """weights[index]; going back is a count with weights. Shapes: weights [K], index [users, ...]."""
 
     @staticmethod
     def forward(ctx, weights: Tensor, index: Tensor) -> Tensor:
@@ -136,7 +139,13 @@ class _TakeWeights(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         (index,) = ctx.saved_tensors
-        return index.flatten().bincount(gradient.flatten(), minlength=ctx.num_weights).to(gradient), None
+        if gradient.device.type == "cpu":
+            # An index_add would take many times as long.
+            counts = index.flatten().bincount(gradient.flatten(), minlength=ctx.num_weights)
+            return counts.to(gradient), None
+        # There the host would wait for the largest index. Each user has sums of its own, so that fewer additions meet.
+        sums = gradient.new_zeros(index.shape[0], ctx.num_weights)
+        return sums.scatter_add_(1, index.flatten(1), gradient.flatten(1)).sum(0), None
 
 
 def reference_pointwise_attention(

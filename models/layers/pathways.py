@@ -58,14 +58,18 @@ class TokenOrder:
         users = torch.arange(items.num_rows + 1, device=places.device)
         firsts = own * users + num_pathways * items.offsets
         begins, lengths = firsts[row] + own + places, items.lengths[row]
+        # There may be no part at all, and nothing cannot be joined.
+        nothing = places[:0]
         spots = [firsts[:-1]] * own + [begins + number * lengths for number in range(num_pathways)]
-        order = torch.cat(spots).argsort()
+        order = torch.cat([nothing, *spots]).argsort()
         parts = [torch.zeros_like(users[1:])] * own + [places] * num_pathways
         kinds = [torch.full_like(part, number) for number, part in enumerate(parts)]
         jagged = Jagged(
-            values=torch.cat(parts)[order], offsets=firsts, max_length=own + num_pathways * items.max_length
+            values=torch.cat([nothing, *parts])[order],
+            offsets=firsts,
+            max_length=own + num_pathways * items.max_length,
         )
-        return TokenOrder(order=order, places=jagged, kinds=torch.cat(kinds)[order])
+        return TokenOrder(order=order, places=jagged, kinds=torch.cat([nothing, *kinds])[order])
 
     def arrange(self, parts: Sequence[Tensor]) -> Tensor:
         """Shapes: [B, ...] of the users, where they are tokens, and [T, ...] of each pathway -> [C, ...]."""

@@ -125,7 +125,7 @@ class UserContext(nn.Module):
             {name: Pathway(sizes[name], config.hidden, dim) for name in config.pathways}
         )
         self.register_buffer("item_codes", semantic_ids.codes, persistent=False)
-        self.positive_codes = codes_of(config.positive_actions, actions)
+        self.positive_codes = codes_of("positive-actions", config.positive_actions, actions)
 
     def tables(self) -> list[TableSpec]:
         """Rows of items are needed where features come with them too."""
@@ -169,8 +169,9 @@ class UserContext(nn.Module):
         if SHORT in self.pathways:
             found[SHORT] = latest(items, self.config.short_length)
         if POSITIVE in self.pathways:
-            wanted = torch.tensor(self.positive_codes, device=items.offsets.device)
-            liked = torch.isin(batch.features[ACTION].long(), wanted)
+            # One by one: a tensor of them would be sent to the device in the middle of every step.
+            action = batch.features[ACTION]
+            liked = torch.stack([action == code for code in self.positive_codes]).any(0)
             found[POSITIVE] = positive_feedback(items, liked, self.config.positive_length)
         return {**found, HISTORY: latest(items, None)}
 
@@ -202,11 +203,12 @@ class UserContext(nn.Module):
         return self.feature_projection(found.item_features.float())
 
 
-def codes_of(names: Sequence[str], actions: Sequence[str]) -> list[int]:
+def codes_of(option: str, names: Sequence[str], actions: Sequence[str]) -> list[int]:
+    """Codes of the actions that an option names. Raises: ConfigError where the data has no such action."""
     missing = [name for name in names if name not in actions]
     if missing:
         raise ConfigError(
-            f"positive-actions must be actions of the data, and {', '.join(missing)} is none; it has "
+            f"{option} must be actions of the data, and {', '.join(missing)} is none; it has "
             f"{', '.join(actions) or 'no actions'}"
         )
     return [actions.index(name) for name in names]

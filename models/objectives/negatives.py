@@ -32,6 +32,7 @@ class NegativeSampling(Scoring):
     """Power of an item's number of training events: 1 is popularity, 0 uniform over items that have any."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_negatives < 1:
             raise ConfigError(f"objective.num-negatives must be at least 1, got {self.num_negatives}")
         if not 0 <= self.popularity_share <= 1:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cluster.errors import ConfigError
 from models.recommender import LossSum, StepContext
 from models.tables import Ids
 
@@ -19,6 +20,12 @@ class Scoring:
     """Scale queries and item vectors to length one, so that the score is a cosine."""
     temperature: float = 0.07
     """Scores are divided by it."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ConfigError(
+                f"objective.temperature must be above 0, since scores are divided by it, got {self.temperature}"
+            )
 
     @property
     def needs_item_counts(self) -> bool:

@@ -42,12 +42,16 @@ def case():
     )
 
 
+def on_an_accelerator(monkeypatch):
+    monkeypatch.setattr(kernel, "bucket_layout", padded_layout)
+    monkeypatch.setattr(kernel, "following_layout", lambda _, __, others: padded_layout(others))
+
+
 @pytest.mark.parametrize("on_accelerator", [False, True])
 def test_buckets_equal_the_written_out_form_forward_and_backward(on_accelerator, monkeypatch):
     sequences, positions, since, until, *parts = case()
     if on_accelerator:
-        monkeypatch.setattr(kernel, "bucket_layout", padded_layout)
-        monkeypatch.setattr(kernel, "following_layout", lambda _, __, others: padded_layout(others))
+        on_an_accelerator(monkeypatch)
     layout = ContextLayout.build(sequences, since, until, positions)
     users = sequences.row_index()
     sees = [
@@ -67,10 +71,20 @@ def test_buckets_equal_the_written_out_form_forward_and_backward(on_accelerator,
         torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-4)
 
 
-def test_without_targets_nothing_is_attended_to_and_gradients_exist():
-    nobody = Jagged.from_lengths(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
-    layout = ContextLayout.build(nobody, nobody.values, nobody.values, nobody)
-    parts = [torch.zeros(0, *size, requires_grad=True) for size in ((LEVELS, HEADS, DIM), (GROUPS, DIM))]
+@pytest.mark.parametrize("on_accelerator", [False, True])
+@pytest.mark.parametrize("lengths", [(), (3, 2)])
+def test_without_targets_nothing_is_attended_to_and_gradients_exist(lengths, on_accelerator, monkeypatch):
+    if on_accelerator:
+        on_an_accelerator(monkeypatch)
+    keys = torch.zeros(sum(lengths), dtype=torch.int64)
+    lengths = torch.tensor(lengths, dtype=torch.int64)
+    sequences = Jagged.from_lengths(keys, lengths)
+    nothing = Jagged.from_lengths(keys[:0], torch.zeros_like(lengths))
+    layout = ContextLayout.build(sequences, keys, keys + NEVER, nothing)
+    parts = [
+        torch.zeros(num, *size, requires_grad=True)
+        for num, size in ((0, (LEVELS, HEADS, DIM)), (len(keys), (GROUPS, DIM)))
+    ]
     queries, keys = parts
     attended = context_attention(queries, ContextCells.build(keys, keys, layout), layout)
     assert attended.shape == (0, LEVELS, HEADS, DIM)

@@ -222,3 +222,10 @@ def test_every_objective_trains_and_bears_a_rank_without_users(name, num_targets
 def test_a_calibration_outside_of_0_to_1_is_refused():
     with pytest.raises(ConfigError, match=r"objective.calibration must lie in 0..1, got 1.5"):
         GeneralisedBinaryCrossEntropy.Config(calibration=1.5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("name", objective_names())
+def test_scores_cannot_be_divided_by_nothing(name, temperature):
+    with pytest.raises(ConfigError, match=r"objective.temperature must be above 0, .* got"):
+        plugin_config(OBJECTIVES, name)(temperature=temperature)

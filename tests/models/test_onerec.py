@@ -190,5 +190,7 @@ def test_impossible_sessions_are_refused(options, message):
 
 def test_an_interaction_that_the_data_lacks_is_refused():
     config = OneRec.Config(session=SessionConfig(items=5, actions=("adored",)), context=ContextConfig())
-    with pytest.raises(ConfigError, match="adored is none; it has click"):
+    with pytest.raises(
+        ConfigError, match=r"session.actions must be actions of the data, and adored is none; it has click"
+    ):
         build(config, actions=("click",))

@@ -47,11 +47,12 @@ def test_users_without_pages_and_batches_without_users():
     assert page_attention(*parts, PageLayout.build(*structure)).shape == (0, HEADS, DIM)
 
 
-def test_an_accelerators_single_block_gives_the_same(monkeypatch):
+@pytest.mark.parametrize("most_pages", [0, 4])
+def test_an_accelerators_single_block_gives_the_same(most_pages, monkeypatch):
     from models.kernels import page_attention as kernel
     from models.kernels.length_buckets import padded_layout
 
-    parts, *structure = make_case(7)
+    parts, *structure = make_case(7, most_pages=most_pages)
     expected = page_attention(*parts, PageLayout.build(*structure))
     monkeypatch.setattr(kernel, "bucket_layout", padded_layout)
     torch.testing.assert_close(

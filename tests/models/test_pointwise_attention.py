@@ -18,40 +18,50 @@ CASES = [[1], [3, 3, 3], [5, 1, 9, 2, 2, 30, 29], [0, 4, 0, 7], list(range(1, 40
 MAX_LENGTH = 40
 
 
-def make_inputs(lengths, *, with_distance=True, with_time=True):
+def make_inputs(lengths, *, max_length=MAX_LENGTH, with_distance=True, with_time=True):
     generator = torch.Generator().manual_seed(sum(lengths))
     total = sum(lengths)
     draw = lambda *shape: torch.randn(*shape, generator=generator).requires_grad_()  # noqa: E731
     times_s = torch.randint(10_000_000, (total,), generator=generator)
     bias = PairBias(
-        by_distance=draw(MAX_LENGTH) if with_distance else None, by_time=draw(129) if with_time else None
+        by_distance=draw(max_length) if with_distance else None, by_time=draw(129) if with_time else None
     )
     qkv = [draw(total, 2, 4), draw(total, 2, 4), draw(total, 2, 3)]
     return qkv, bias, times_s, Jagged.from_lengths(torch.zeros(total), torch.tensor(lengths))
 
 
-def both(lengths, make_layout, **kinds):
-    qkv, bias, times_s, sequences = make_inputs(lengths, **kinds)
+def both(lengths, make_layout, *, max_length=MAX_LENGTH, **kinds):
+    qkv, bias, times_s, sequences = make_inputs(lengths, max_length=max_length, **kinds)
     layout = make_layout(sequences)
     times = time_buckets_of_cells(times_s, layout) if bias.by_time is not None else None
     packed = torch.cat(qkv, dim=-1)
-    found = pointwise_attention(packed, 4, layout, max_length=MAX_LENGTH, bias=bias, times=times)
+    found = pointwise_attention(packed, 4, layout, max_length=max_length, bias=bias, times=times)
     expected = reference_pointwise_attention(
-        *qkv, sequences, max_length=MAX_LENGTH, bias=bias, times_s=times_s
+        *qkv, sequences, max_length=max_length, bias=bias, times_s=times_s
     )
     leaves = [*qkv, *(weights for weights in (bias.by_distance, bias.by_time) if weights is not None)]
     return found, expected, leaves
 
 
-@pytest.mark.parametrize("make_layout", [bucket_layout, padded_layout])
-@pytest.mark.parametrize("lengths", CASES)
-def test_buckets_and_the_dense_block_equal_the_reference_with_gradients(lengths, make_layout):
-    found, expected, leaves = both(lengths, make_layout)
+def assert_equal_with_gradients(found, expected, leaves):
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
     weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
     gradients = [torch.autograd.grad((output * weights).sum(), leaves) for output in (found, expected)]
     for actual, wanted in zip(*gradients, strict=True):
         torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("make_layout", [bucket_layout, padded_layout])
+@pytest.mark.parametrize("lengths", CASES)
+def test_buckets_and_the_dense_block_equal_the_reference_with_gradients(lengths, make_layout):
+    assert_equal_with_gradients(*both(lengths, make_layout))
+
+
+def test_a_bucket_may_be_longer_than_the_longest_history_there_may_be():
+    lengths = [147, 143]
+    (_, length), *_ = bucket_layout(make_inputs(lengths)[-1]).buckets
+    assert length == 152
+    assert_equal_with_gradients(*both(lengths, bucket_layout, max_length=150))
 
 
 @pytest.mark.parametrize("kinds", [{"with_time": False}, {"with_distance": False, "with_time": False}])

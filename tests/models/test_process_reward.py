@@ -11,7 +11,7 @@ from models.decoding.trie import PrefixTrie
 from models.drawn_positions import PLACES, draw_positions
 from models.kernels.info_nce import info_nce
 from models.objectives.negatives import draw_different
-from models.path_reward import ProcessRewardConfig
+from models.path_reward import ProcessRewardConfig, negatives_name
 from models.process_reward import ProcessReward
 from models.recommender import StepContext
 from models.semantic_ids import SemanticIds
@@ -82,6 +82,21 @@ def test_the_loss_is_that_of_a_loop_over_positions_depths_and_negatives(position
         torch.testing.assert_close(losses[f"prm_loss_level_{depth}"], total[depth - 1], rtol=1e-4, atol=1e-3)
 
 
+def test_scores_differ_by_less_than_bf16_can_tell():
+    model = make_promise(likeness_negatives=None)
+    batch, paths = make_batch(histories()), semantic_ids().codes.unique(dim=0)
+    paths = paths.expand(batch.num_users, -1, -1)
+    rows = lookup_ids(model, model.prefix_ids(batch, paths))
+    with torch.no_grad():
+        exact = model.prefix_scores(rows, batch, paths)
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = model.prefix_scores(rows, batch, paths)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, exact, atol=0.1, rtol=0.1)
+    for user in range(batch.num_users):
+        assert len(scores[user, :, 2].unique()) == paths.shape[1]
+
+
 def test_the_likeness_is_told_from_all_its_negatives_at_all_positions():
     model = make_promise(positions=2, likeness_negatives=15)
     batch, rows = trained_on(model, make_batch(histories()))
@@ -104,9 +119,7 @@ def test_the_likeness_is_told_from_all_its_negatives_at_all_positions():
 def test_the_likeness_learns_from_its_own_loss_alone():
     model = make_promise(positions=2, likeness_negatives=15)
     batch, rows = trained_on(model, make_batch(histories()))
-    losses = model.prm.loss(
-        model.encode(rows, batch), semantic_ids().codes[batch.targets], rows, batch, CONTEXT
-    )
+    losses = model.prm.loss(model.encode(rows, batch), semantic_ids().codes[batch.targets], rows, batch)
     of_scores = torch.stack([loss for name, loss in losses.items() if name.startswith("prm")]).sum()
     weights = [model.prm.likeness.of_user.weight, model.prm.likeness.of_row.weight]
     assert torch.autograd.grad(of_scores, weights, allow_unused=True, retain_graph=True) == (None, None)
@@ -135,6 +148,14 @@ def test_negatives_are_prefixes_of_the_catalogue_and_all_of_them_where_there_are
     assert all((trie.find(prefixes) >= 0).all() for prefixes in drawn.values())
     assert all(len(prefixes.unique(dim=0)) == len(prefixes) for prefixes in drawn.values())
     assert not torch.equal(drawn[3], model.prm.draw_negatives(StepContext(step=4, seed=1))[3])
+
+
+def test_every_part_of_a_batch_has_all_negatives_of_the_step():
+    model = make_promise(num_negatives=5, likeness_negatives=None)
+    batch = model.training_batch(make_batch(histories()), CONTEXT)
+    for part in (batch, batch.select(0, 1), batch.select(1, 1)):
+        for depth, drawn in model.prm.draw_negatives(CONTEXT).items():
+            assert torch.equal(part.shared[negatives_name(depth)], drawn)
 
 
 def drawn_again_and_again(number: int, wanted: int, generator: torch.Generator) -> list[int]:
@@ -248,7 +269,9 @@ def test_the_model_of_a_prm_alone_has_the_same_scores_as_its_encoder_and_prm_in_
     assert loss.count == batch.num_tokens
 
 
-def test_a_prm_needs_negatives_and_positions():
+def test_a_prm_needs_blocks_negatives_and_positions():
+    with pytest.raises(ConfigError, match=r"num-blocks of the PRM must be at least 1, .* got 0"):
+        ProcessRewardConfig(num_blocks=0)
     for wrong in ({"num_negatives": 0}, {"positions": 0}):
         with pytest.raises(ConfigError, match="at least one negative and one position"):
             ProcessRewardConfig(**wrong)

@@ -4,13 +4,15 @@ import pytest
 import torch
 
 from cluster.errors import ConfigError
+from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
 from models.kernels.context_attention import NEVER
 from models.layers.event_features import EventFeatures, play_time_bucket, played_share_bucket
 from models.layers.pathways import ContextTokens, TokenOrder, latest, positive_feedback
 from models.layers.rotary import rotate
-from models.layers.user_context import ContextConfig, UserContext
+from models.layers.user_context import POSITIVE, ContextConfig, UserContext
 from tests.generator_cases import semantic_ids
+from tests.pretended_device import PRETENDED, PretendedDevice
 
 ITEMS = Jagged.from_lengths(torch.arange(7), torch.tensor([4, 0, 3]))
 
@@ -96,17 +98,37 @@ def test_impossible_contexts_are_refused(options, message):
         ContextConfig(**options)
 
 
+def make_context(config: ContextConfig) -> UserContext:
+    return UserContext(
+        config,
+        width=8,
+        dim=8,
+        dropout=0.0,
+        num_items=97,
+        item_feature_dim=0,
+        semantic_ids=semantic_ids(),
+        actions=("click", "like", "share"),
+        init_scale=0.1,
+    )
+
+
+def test_an_accelerator_is_sent_nothing_to_find_what_was_liked():
+    context = make_context(ContextConfig(positive_length=2, positive_actions=("like", "share")))
+    actions = torch.tensor([1, 0, 2, 1, 2, 1, 0])
+    batch = SequenceBatch(user_ids=torch.arange(3), items=ITEMS, features={"action": actions})
+    expected = positive_feedback(ITEMS, actions > 0, 2)
+    with PretendedDevice() as device:
+        there = batch.to(PRETENDED)
+        device.waits.clear()
+        found = context.spans(there)[POSITIVE]
+        assert not device.waits
+        assert all(torch.equal(own.cpu(), right) for own, right in zip(found, expected, strict=True))
+
+
 def test_a_positive_action_that_the_data_lacks_is_refused():
     config = ContextConfig(positive_length=3, positive_actions=("adored",))
-    with pytest.raises(ConfigError, match="adored is none; it has click, like"):
-        UserContext(
-            config,
-            width=8,
-            dim=8,
-            dropout=0.0,
-            num_items=97,
-            item_feature_dim=0,
-            semantic_ids=semantic_ids(),
-            actions=("click", "like"),
-            init_scale=0.02,
-        )
+    with pytest.raises(
+        ConfigError,
+        match="positive-actions must be actions of the data, and adored is none; it has click, like, share",
+    ):
+        make_context(config)

@@ -163,11 +163,20 @@ def test_widths_and_lists_that_cannot_be_are_refused():
         search_of(SearchConfig(width=98))
     with pytest.raises(ConfigError, match=r"lists of 11 items need a search.width of at least 11, got 10"):
         search_of(SearchConfig(width=10)).find(users(), k=11, rank_held_out=False, filter_seen=True)
-    batch = users()
-    for space in ("catalogue", "free"):
-        search = search_of(replace(EVERYTHING, width=60, space=space), allowed=batch.items.values[:1])
-        with pytest.raises(DataError, match=r"leave none to 1 of 4 users"):
-            search.find(replace(batch, held_out=None), k=3, rank_held_out=False, filter_seen=True)
+
+
+@pytest.mark.parametrize("space", ["catalogue", "free"])
+@pytest.mark.parametrize("method", ["beam", "sample", "gumbel"])
+def test_a_user_who_has_seen_all_that_may_be_found_gets_an_empty_list_and_others_get_theirs(method, space):
+    batch = replace(users(), held_out=None)
+    allowed = batch.items.values[:2].unique()
+    config = SearchConfig(width=60, method=method, space=space)
+    items, scores = search_of(config, allowed).recommend(batch, 3)
+    assert (items[0] == -1).all() and (scores[0] == float("-inf")).all()
+    for user in range(1, 4):
+        own = batch.seen.values[slice(*batch.seen.offsets[user : user + 2])]
+        listed = set(items[user].tolist()) - {-1}
+        assert listed and listed <= set(allowed.tolist()) - set(own.tolist())
 
 
 def test_lists_are_read_from_files_of_item_ids(tmp_path):

@@ -80,15 +80,31 @@ def test_a_node_is_open_while_an_allowed_item_remains_below_it(case):
             assert sorted(map(tuple, prefixes.tolist())) == sorted(open_paths)
 
 
-def test_lists_that_leave_nothing_name_the_user():
+@pytest.mark.parametrize("lengths", [[0, 30], [0, 0]])
+def test_a_user_may_be_left_with_nothing(lengths):
     trie = PrefixTrie.build(CODES, SIZES)
-    deny = Jagged.from_lengths(torch.arange(NUM_ITEMS), torch.tensor([0, NUM_ITEMS]))
-    with pytest.raises(DataError, match=r"none to 1 of 2 users \(the first: row 1"):
-        AllowedItems.build(trie, num_users=2, deny=deny)
-    with pytest.raises(DataError, match="none to 3 of 3 users"):
+    chosen = Jagged.from_lengths(torch.arange(sum(lengths)), torch.tensor(lengths))
+    rest = Jagged.from_lengths(
+        torch.arange(NUM_ITEMS).repeat(2), torch.full((2,), NUM_ITEMS)
+    )  # which leaves as little as an empty list allows
+    for given, totals in (({"allow": chosen}, lengths), ({"deny": rest}, [0, 0])):
+        allowed = AllowedItems.build(trie, num_users=2, **given)
+        assert allowed.totals().tolist() == totals
+        space, root = CatalogueSpace(trie, allowed), torch.zeros(2, 1, dtype=torch.int64)
+        assert space.candidates(0, root).allowed.any((1, 2)).tolist() == [total > 0 for total in totals]
+        # What fills the row of such a user must be some item all the same.
+        leaves = torch.arange(trie.num_nodes(3)).expand(2, -1)
+        for items in (
+            space.draw_items(leaves, torch.full(leaves.shape, 0.5)),
+            trie.items[allowed.select(torch.arange(NUM_ITEMS).expand(2, -1))],
+        ):
+            assert ((items >= 0) & (items < NUM_ITEMS)).all()
+
+
+def test_lists_that_leave_nothing_to_everyone_are_refused():
+    trie = PrefixTrie.build(CODES, SIZES)
+    with pytest.raises(DataError, match="must leave at least one item, and they leave none of 40; shorten"):
         AllowedItems.build(trie, num_users=3, allow=torch.tensor([3]), deny=torch.tensor([3]))
-    with pytest.raises(DataError, match="none to 1 of 4 users"):
-        AllowedItems.build(trie, num_users=4, allow=lists(1))
 
 
 def test_lists_of_another_catalogue_or_batch_are_refused():

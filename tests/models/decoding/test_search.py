@@ -63,6 +63,31 @@ def test_a_free_search_gives_no_forbidden_items(world, name):
 
 
 @pytest.mark.parametrize("name", SEARCHES)
+def test_a_user_to_whom_nothing_is_left_gets_empty_slots_and_others_what_they_get_alone(world, name):
+    model, rows, batch, space, _ = world
+    search, lengths = plugin_config("models.decoding", name)().build(), torch.tensor([20, NUM_ITEMS, 35])
+    denied = torch.cat([torch.arange(count) for count in lengths])
+    deny = Jagged.from_lengths(denied, lengths)
+    kinder = Jagged.from_lengths(torch.cat((denied[:20], denied[-35:])), torch.tensor([20, 0, 35]))
+    found, other = (
+        search.search(
+            model,
+            rows,
+            batch,
+            CatalogueSpace(space.trie, AllowedItems.build(space.trie, num_users=3, deny=lists)),
+            k=10,
+            seeds=torch.arange(3),
+        )
+        for lists in (deny, kinder)
+    )
+    assert (found.items[1] == -1).all() and (found.paths[1] == -1).all()
+    assert (found.scores[1] == float("-inf")).all() and (found.log_probs[1] == float("-inf")).all()
+    assert torch.equal(found.items[::2], other.items[::2]) and other.legal.all()
+    assert torch.equal(found.log_probs[::2], other.log_probs[::2])
+    assert (found.hallucination_rates() == 0).all()
+
+
+@pytest.mark.parametrize("name", SEARCHES)
 def test_a_batch_without_users_gives_nothing(world, name):
     model, _, _, space, _ = world
     rows, batch = make_users([], NUM_ITEMS)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from cluster.errors import ConfigError, DataError
-from models.decoding.trie import PrefixTrie, pack, unpack
+from models.decoding.trie import PrefixTrie, codes_exist, pack, unpack
 from tests.models.decoding.tiny_generator import make_codes
+from tests.pretended_device import PRETENDED, PretendedDevice
 
 SIZES = (3, 4, 2, 5)
 CODES = make_codes(60, SIZES, seed=1)
@@ -60,6 +61,16 @@ def test_prefixes_are_found_and_others_are_not(trie, depth):
     expected = [known.index(path) if path in known else -1 for path in map(tuple, every.tolist())]
     assert trie.find(every).tolist() == expected
     assert max(expected) > 0 and min(expected) == -1
+
+
+def test_an_accelerator_is_sent_nothing_to_tell_codes_that_exist():
+    paths = torch.tensor([[0, 0, 0, 0], [2, 3, 1, 4], [2, 4, 1, 4], [-1, 0, 0, 0]])
+    with PretendedDevice() as device:
+        there = paths.to(PRETENDED)
+        device.waits.clear()
+        found = codes_exist(there, SIZES)
+        assert not device.waits
+        assert found.cpu().tolist() == [True, True, False, False]
 
 
 def test_every_item_knows_its_nodes(trie):
