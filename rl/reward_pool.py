@@ -80,7 +80,8 @@ class Rewards(ABC):
 
     @abstractmethod
     def submit(self, groups: Sequence[Group]) -> int:
-        """Begin to score a batch; its ticket is for `collect`. Groups of a batch have equal sizes."""
+        """Begin to score a batch; its ticket is for `collect`. It has at least one group, and all have
+        equal sizes."""
 
     @abstractmethod
     def collect(self, ticket: int) -> MixedRewards:

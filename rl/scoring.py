@@ -28,7 +28,7 @@ class Scored:
     completions: Completions
     advantages: Advantages
     numbers: Mapping[str, float] = field(default_factory=dict)
-    """What the completions of all ranks were like."""
+    """What the completions of all ranks were like; empty where no rank had any."""
 
 
 class Scorer:
@@ -50,6 +50,12 @@ class Scorer:
         return scatter_objects(shares, self.process)
 
     def _shares(self, drawn: list[Completions]) -> list[Scored | None]:
+        if not any(part.prompts.num_users for part in drawn):
+            # Long users have used up the budget of this step, and no reward must know how to score nobody.
+            return [
+                Scored(completions=part, advantages=Advantages.of_nobody(part.paths.shape[1]))
+                for part in drawn
+            ]
         try:
             with self.watch.measure("reward"):
                 mixed = self.rewards.collect(

@@ -194,6 +194,15 @@ class Advantages:
     skipped: np.ndarray
     """[B] bool: groups without a difference to learn from."""
 
+    @staticmethod
+    def of_nobody(group_size: int) -> "Advantages":
+        """Those of a step without users. Shapes: values, mask [0, G], skipped [0]."""
+        return Advantages(
+            values=np.zeros((0, group_size), dtype=np.float32),
+            mask=np.zeros((0, group_size), dtype=bool),
+            skipped=np.zeros(0, dtype=bool),
+        )
+
 
 def stack(rewards: Sequence[Reward]) -> tuple[np.ndarray, np.ndarray]:
     """Values [B, G] or [B, G, L] and masks [B, G] of the groups of a batch."""

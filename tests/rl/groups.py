@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from rl.types import Group
+from rl.types import Completions, Group, Prompts
 
 
 def group(
@@ -18,4 +18,23 @@ def group(
         items=items,
         log_probs=np.zeros(len(items), dtype=np.float32) if log_probs is None else np.array(log_probs),
         **features,
+    )
+
+
+def nobody(*, group_size: int, levels: int = 2) -> Completions:
+    """The completions of a step without users."""
+    none, offsets = np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
+    return Completions(
+        prompts=Prompts(
+            serials=none,
+            user_rows=none,
+            history=none,
+            history_offsets=offsets,
+            positives=none,
+            positive_offsets=offsets,
+        ),
+        paths=np.zeros((0, group_size, levels), dtype=np.int64),
+        items=np.zeros((0, group_size), dtype=np.int64),
+        log_probs=np.zeros((0, group_size, levels), dtype=np.float32),
+        policy_version=1,
     )
