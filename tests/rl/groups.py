@@ -21,20 +21,21 @@ def group(
     )
 
 
-def nobody(*, group_size: int, levels: int = 2) -> Completions:
-    """The completions of a step without users."""
-    none, offsets = np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
+def completions(items, *, levels: int = 2) -> Completions:
+    """Of users with a history of one event and nothing observed. Shapes: items [B, G]."""
+    items = np.array(items, dtype=np.int64)
+    users, none = np.arange(len(items)), np.zeros(0, dtype=np.int64)
     return Completions(
         prompts=Prompts(
-            serials=none,
-            user_rows=none,
-            history=none,
-            history_offsets=offsets,
+            serials=users,
+            user_rows=users,
+            history=users,
+            history_offsets=np.arange(len(items) + 1),
             positives=none,
-            positive_offsets=offsets,
+            positive_offsets=np.zeros(len(items) + 1, dtype=np.int64),
         ),
-        paths=np.zeros((0, group_size, levels), dtype=np.int64),
-        items=np.zeros((0, group_size), dtype=np.int64),
-        log_probs=np.zeros((0, group_size, levels), dtype=np.float32),
+        paths=np.zeros((*items.shape, levels), dtype=np.int64),
+        items=items,
+        log_probs=np.zeros((*items.shape, levels), dtype=np.float32),
         policy_version=1,
     )
