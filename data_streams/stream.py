@@ -51,7 +51,7 @@ class TrainStream:
         self._config, self._seed = config, seed
         self._streams = range(rank, config.num_streams, world_size)
         self._reading = EventReading(self.manifest, config, "train")
-        self._history_share = _history_share(self.manifest, config) if self._reading.drops_events else 1.0
+        self._history_share = history_share(self.manifest, config)
         self._reader = ChunkReader(storage, self.manifest, config, self._reading)
         self._order = _order_of(self.manifest, config, seed)
         if not self.steps_per_epoch():
@@ -324,8 +324,10 @@ def open_data(config: DataConfig) -> tuple[Storage, Manifest]:
     return storage, manifest
 
 
-def _history_share(manifest: Manifest, config: DataConfig) -> float:
-    """Share of the training events that is part of histories."""
+def history_share(manifest: Manifest, config: DataConfig) -> float:
+    """Share of the training events that is part of histories; exposures and the like can lie beside them."""
+    if not EventReading(manifest, config, "train").drops_events:
+        return 1.0
     events = sum(length * users for length, users in manifest.train_length_counts.items())
     chosen = int(ItemTable.load(config.path).train_counts.sum())
     return max(min(chosen / max(events, 1), 1.0), 1e-3)
