@@ -48,6 +48,8 @@ class Rollouts(ABC):
     def __init__(self, assembly: Assembly, engine: Any, drawing: Drawing):
         self.assembly, self.engine, self.drawing = assembly, engine, drawing
         self.process: Process = assembly.process
+        self.item_codes = torch.from_numpy(assembly.semantic_ids.codes)
+        """[N, L] codes of the catalogue, on the host."""
         self.version = -1
 
     @abstractmethod
@@ -75,7 +77,7 @@ class Rollouts(ABC):
 
     def _shipped(self, part: SequenceBatch, serials: torch.Tensor) -> "PromptPart":
         rows = self.assembly.lookup()(self.assembly.model.prompt_ids(part))
-        return PromptPart(prompts=to_prompts(part, serials), rows=_to_arrays(rows))
+        return PromptPart(prompts=to_prompts(part, serials, self.item_codes), rows=_to_arrays(rows))
 
 
 class OwnRollouts(Rollouts):
@@ -93,7 +95,7 @@ class OwnRollouts(Rollouts):
     def finish(self, begun: PromptStep) -> list[Completions] | None:
         device, model = self.process.device, self.assembly.model
         rows = self.assembly.lookup()(model.prompt_ids(begun.prompts))
-        prompts = to_prompts(begun.prompts, begun.serials)
+        prompts = to_prompts(begun.prompts, begun.serials, self.item_codes)
         drawn = self.drawing.draw(model, rows, begun.prompts.to(device), prompts, self.version)
         return gather_objects(drawn, self.process)
 

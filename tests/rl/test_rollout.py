@@ -85,6 +85,7 @@ def make_rollouts(monkeypatch, config, process=ALONE, pool=StubPool):
     assembly = SimpleNamespace(
         process=process,
         config=None,
+        semantic_ids=SimpleNamespace(codes=np.zeros((12, 3), dtype=np.int32)),
         lookup=lambda: lambda ids: {},
         model=SimpleNamespace(prompt_ids=lambda part: {}),
     )
