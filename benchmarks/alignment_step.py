@@ -118,7 +118,7 @@ def _steps(
     batch, times = _batch(prompts), []
     for step in range(steps + 1):
         started = time.perf_counter(), time.process_time()
-        given = to_prompts(batch, batch.user_ids + step * USERS)
+        given = to_prompts(batch, batch.user_ids + step * USERS, codes)
         drawn = drawing.draw(model, {}, batch, given, step)
         mixed = rewards.collect(rewards.submit(drawn.groups()))
         learnt = experience(batch, drawn, mixed.advantages(estimator), codes)

@@ -94,6 +94,7 @@ def _with_completions(model: DecoderOnly, items: Jagged, paths: np.ndarray) -> S
         history_offsets=items.offsets.numpy(),
         positives=nobody,
         positive_offsets=offsets,
+        positive_paths=np.zeros((0, paths.shape[-1]), dtype=np.int64),
     )
     completions = Completions(
         prompts=prompts,

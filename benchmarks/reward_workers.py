@@ -87,6 +87,7 @@ def make_groups(count: int) -> list[Group]:
             user_row=serial,
             history=random.integers(0, 1000, 50),
             positives=random.integers(0, 1000, 1),
+            positive_paths=random.integers(0, 256, (1, LEVELS)),
             paths=random.integers(0, 256, (SAMPLES, LEVELS)),
             items=random.integers(0, 1000, SAMPLES),
             log_probs=random.random(SAMPLES).astype(np.float32),

@@ -52,7 +52,7 @@ class TrainStream:
         self._config, self._seed, self._is_alone = config, seed, world_size == 1
         self._streams = range(rank, config.num_streams, world_size)
         self._reading = EventReading(self.manifest, config, "train")
-        self._history_share = _history_share(self.manifest, config) if self._reading.drops_events else 1.0
+        self._history_share = history_share(self.manifest, config)
         self._reader = ChunkReader(storage, self.manifest, config, self._reading)
         self._order = _order_of(self.manifest, config, seed)
         self.epoch_totals: dict[str, int] = {}
@@ -345,8 +345,10 @@ def open_data(config: DataConfig) -> tuple[Storage, Manifest]:
     return storage, manifest
 
 
-def _history_share(manifest: Manifest, config: DataConfig) -> float:
-    """Share of the training events that is part of histories."""
+def history_share(manifest: Manifest, config: DataConfig) -> float:
+    """Share of the training events that is part of histories; exposures and the like can lie beside them."""
+    if not EventReading(manifest, config, "train").drops_events:
+        return 1.0
     events = sum(length * users for length, users in manifest.train_length_counts.items())
     chosen = manifest.num_train_history_events
     if chosen is None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from cluster.configuration import ClusterConfig
 from cluster.errors import ConfigError
 from data_streams.configuration import DataConfig
-from data_streams.stream import open_data
+from data_streams.stream import history_share, open_data
 from data_streams.token_budget import tokens_per_epoch
 from rl.guards import Alarm
 from rl.reward_mix import RewardTerm, check_terms
@@ -153,7 +153,7 @@ def with_users_per_step(data: DataConfig, users: int) -> DataConfig:
     """The same data with a token budget of so many users of mean length."""
     _, manifest = open_data(data)
     num_users = sum(count for length, count in manifest.train_length_counts.items() if length > 1)
-    tokens = tokens_per_epoch(manifest, data.max_length)
+    tokens = tokens_per_epoch(manifest, data.max_length, history_share(manifest, data))
     return dataclasses.replace(data, tokens_per_step=max(round(users * tokens / max(num_users, 1)), 1))
 
 

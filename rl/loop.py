@@ -161,6 +161,8 @@ def _with_experience(alignment: Alignment, step: PromptStep, scored: Scored) -> 
 
 def _observe(alignment: Alignment, scored: Scored) -> None:
     numbers = scored.numbers
+    if not numbers:
+        return  # a step without users says nothing of the policy
     alignment.means.add(**numbers)
     alignment.guards.observe(**{name: numbers[name] for name in ("reward", "entropy", "hallucination")})
 

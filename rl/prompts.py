@@ -70,8 +70,8 @@ def _before_last_page(batch: SequenceBatch, last_targets: Jagged) -> tuple[Tenso
     return ends, Jagged.from_lengths(values[index], lengths)
 
 
-def to_prompts(batch: SequenceBatch, serials: Tensor) -> Prompts:
-    """The same users as rewards see them. Shapes: serials [B] int64."""
+def to_prompts(batch: SequenceBatch, serials: Tensor, item_codes: Tensor) -> Prompts:
+    """The same users as rewards see them. Shapes: serials [B] int64, item_codes [N, L]."""
     positives = batch.supervision[POSITIVES]
     return Prompts(
         serials=serials.numpy(),
@@ -80,6 +80,7 @@ def to_prompts(batch: SequenceBatch, serials: Tensor) -> Prompts:
         history_offsets=batch.items.offsets.numpy(),
         positives=positives.values.numpy(),
         positive_offsets=positives.offsets.numpy(),
+        positive_paths=item_codes[positives.values].long().numpy(),
         history_features={name: values.numpy() for name, values in batch.features.items()},
         positive_features={
             name.removeprefix(POSITIVES): rows.values.numpy()

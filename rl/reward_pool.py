@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -80,7 +81,15 @@ class Rewards(ABC):
 
     @abstractmethod
     def submit(self, groups: Sequence[Group]) -> int:
-        """Begin to score a batch; its ticket is for `collect`. Groups of a batch have equal sizes."""
+        """Begin to score a batch; its ticket is for `collect`. It has at least one group, and all have
+        equal sizes."""
+
+    @abstractmethod
+    def wait(self, ticket: int, timeout_s: float) -> bool:
+        """Whether `collect` has nothing left to wait for; waits itself, but no longer than that.
+
+        Raises: as `collect`.
+        """
 
     @abstractmethod
     def collect(self, ticket: int) -> MixedRewards:
@@ -105,6 +114,10 @@ class OwnRewards(Rewards):
     def submit(self, groups: Sequence[Group]) -> int:
         self._batches.append(groups)
         return len(self._batches) - 1
+
+    def wait(self, ticket: int, timeout_s: float) -> bool:
+        """There is nobody to wait for: `collect` scores."""
+        return True
 
     def collect(self, ticket: int) -> MixedRewards:
         groups, self._batches[ticket] = self._batches[ticket], ()
@@ -187,19 +200,24 @@ class RewardPool(Rewards):
             self._part_of[part] = ticket, number
         return ticket
 
+    def wait(self, ticket: int, timeout_s: float) -> bool:
+        batch = self._batches[ticket]
+        if len(batch.parts) < batch.num_parts:
+            self._receive(timeout_s)
+        return len(batch.parts) == batch.num_parts
+
     def collect(self, ticket: int) -> MixedRewards:
         """Raises: as `Rewards`; PoolGoneError if there was no worker for too long; ClusterError if they keep dying."""
-        batch = self._batches[ticket]
-        while len(batch.parts) < batch.num_parts:
-            self._receive()
-        del self._batches[ticket]
+        while not self.wait(ticket, math.inf):
+            pass
+        batch = self._batches.pop(ticket)
         return _mixed(self.terms, [batch.parts[number] for number in range(batch.num_parts)])
 
     def close(self) -> None:
         self._pool.close()
 
-    def _receive(self) -> None:
-        for part, scored in self._pool.poll():
+    def _receive(self, timeout_s: float) -> None:
+        for part, scored in self._pool.poll(timeout_s):
             ticket, number = self._part_of.pop(part)
             self._batches[ticket].parts[number] = scored
 

@@ -25,6 +25,7 @@ from data_streams.item_table import ItemTable
 from models.tables import LookedUp, Rows
 from rl.configuration import AlignOptions, RolloutConfig
 from rl.drawing import Drawing
+from rl.heartbeat import Heartbeat
 from rl.policy_version import age
 from rl.prompts import PromptStep, to_batch, to_prompts
 from rl.types import Completions, Prompts, join_completions
@@ -47,6 +48,8 @@ class Rollouts(ABC):
     def __init__(self, assembly: Assembly, engine: Any, drawing: Drawing):
         self.assembly, self.engine, self.drawing = assembly, engine, drawing
         self.process: Process = assembly.process
+        self.item_codes = torch.from_numpy(assembly.semantic_ids.codes)
+        """[N, L] codes of the catalogue, on the host."""
         self.version = -1
 
     @abstractmethod
@@ -63,7 +66,7 @@ class Rollouts(ABC):
 
     @abstractmethod
     def finish(self, begun: Any) -> list[Completions] | None:
-        """The completions of each rank's users on rank 0, None on the others.
+        """The completions of each rank's users on rank 0, None on the others, which must go on to `Heartbeat.end`.
 
         Raises: PoolGoneError on rank 0 where there was no worker for too long.
         """
@@ -74,7 +77,7 @@ class Rollouts(ABC):
 
     def _shipped(self, part: SequenceBatch, serials: torch.Tensor) -> "PromptPart":
         rows = self.assembly.lookup()(self.assembly.model.prompt_ids(part))
-        return PromptPart(prompts=to_prompts(part, serials), rows=_to_arrays(rows))
+        return PromptPart(prompts=to_prompts(part, serials, self.item_codes), rows=_to_arrays(rows))
 
 
 class OwnRollouts(Rollouts):
@@ -92,7 +95,7 @@ class OwnRollouts(Rollouts):
     def finish(self, begun: PromptStep) -> list[Completions] | None:
         device, model = self.process.device, self.assembly.model
         rows = self.assembly.lookup()(model.prompt_ids(begun.prompts))
-        prompts = to_prompts(begun.prompts, begun.serials)
+        prompts = to_prompts(begun.prompts, begun.serials, self.item_codes)
         drawn = self.drawing.draw(model, rows, begun.prompts.to(device), prompts, self.version)
         return gather_objects(drawn, self.process)
 
@@ -135,6 +138,7 @@ class PooledRollouts(Rollouts):
     ):
         super().__init__(assembly, engine, drawing)
         self._parts = math.ceil(config.workers / self.process.world_size)
+        self._heartbeat = Heartbeat(self.process, cluster)
         self._pool: Pool | None = None
         self._sender: WeightSender | None = None
         self._weights: FlatWeights | None = None
@@ -165,7 +169,8 @@ class PooledRollouts(Rollouts):
             try:
                 self._poll()
             except PoolGoneError:
-                return  # `finish` meets the same
+                break  # `finish` meets the same
+        self._heartbeat.end()
 
     def publish(self, version: int) -> None:
         self.version, self._shared = version, None
@@ -216,8 +221,10 @@ class PooledRollouts(Rollouts):
         return ticket
 
     def _poll(self) -> None:
-        for ticket, drawn in self._pool.poll():
+        """Take what comes back in time for the next beat."""
+        for ticket, drawn in self._pool.poll(self._heartbeat.every_s):
             self._take(ticket, drawn)
+        self._heartbeat.beat()
 
     def _take(self, ticket: int, drawn: Completions | None) -> None:
         """Keep completions, or drop those of a lost policy and have them drawn again by the one of now."""

@@ -1,6 +1,6 @@
 """From the completions of a step to what each learner learns from: rewards and advantages.
 
-Rank 0 drives the reward pool; the others wait for their share.
+Rank 0 drives the reward pool; the others wait for their share, however long its workers take.
 """
 
 import logging
@@ -12,10 +12,11 @@ import numpy as np
 from cluster.errors import PoolGoneError
 from cluster.process import Process
 from rl.advantages import AdvantageEstimator
+from rl.heartbeat import Heartbeat
 from rl.reward_mix import MixedRewards
 from rl.reward_pool import Rewards
 from rl.stopwatch import Stopwatch
-from rl.types import Advantages, Completions
+from rl.types import Advantages, Completions, Group
 from sharding.collectives import scatter_objects
 
 logger = logging.getLogger(__name__)
@@ -28,16 +29,22 @@ class Scored:
     completions: Completions
     advantages: Advantages
     numbers: Mapping[str, float] = field(default_factory=dict)
-    """What the completions of all ranks were like."""
+    """What the completions of all ranks were like; empty where no rank had any."""
 
 
 class Scorer:
     """Rewards and advantages of a step; `score` is a collective call."""
 
     def __init__(
-        self, rewards: Rewards | None, estimator: AdvantageEstimator, process: Process, watch: Stopwatch
+        self,
+        rewards: Rewards | None,
+        estimator: AdvantageEstimator,
+        process: Process,
+        watch: Stopwatch,
+        heartbeat: Heartbeat,
     ):
-        self.rewards, self.estimator, self.process, self.watch = rewards, estimator, process, watch
+        self.rewards, self.estimator, self.process = rewards, estimator, process
+        self.watch, self.heartbeat = watch, heartbeat
 
     def score(self, drawn: list[Completions] | None) -> Scored | None:
         """This rank's share of what rank 0 was given, one entry per rank; None where the step must be given up.
@@ -47,14 +54,19 @@ class Scorer:
         shares: list[Scored | None] | None = None
         if self.process.rank == 0:
             shares = [None] * self.process.world_size if drawn is None else self._shares(drawn)
+        self.heartbeat.end()
         return scatter_objects(shares, self.process)
 
     def _shares(self, drawn: list[Completions]) -> list[Scored | None]:
+        if not any(part.prompts.num_users for part in drawn):
+            # Long users have used up the budget of this step, and no reward must know how to score nobody.
+            return [
+                Scored(completions=part, advantages=Advantages.of_nobody(part.paths.shape[1]))
+                for part in drawn
+            ]
         try:
             with self.watch.measure("reward"):
-                mixed = self.rewards.collect(
-                    self.rewards.submit([g for part in drawn for g in part.groups()])
-                )
+                mixed = self._rewards_of([group for part in drawn for group in part.groups()])
         except PoolGoneError as error:
             logger.error("%s", error)
             return [None] * len(drawn)
@@ -65,6 +77,12 @@ class Scorer:
             Scored(completions=part, advantages=own, numbers=numbers)
             for part, own in zip(drawn, _split(advantages, cuts), strict=True)
         ]
+
+    def _rewards_of(self, groups: list[Group]) -> MixedRewards:
+        ticket = self.rewards.submit(groups)
+        while not self.rewards.wait(ticket, self.heartbeat.every_s):
+            self.heartbeat.beat()
+        return self.rewards.collect(ticket)
 
 
 def _split(advantages: Advantages, cuts: np.ndarray) -> list[Advantages]:

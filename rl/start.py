@@ -13,6 +13,7 @@ from data_streams.item_table import ItemTable
 from rl.configuration import AlignConfig
 from rl.drawing import Drawing
 from rl.guards import Guards
+from rl.heartbeat import Heartbeat
 from rl.loop import HELD_OUT, Alignment, align
 from rl.places import Places
 from rl.policy import PolicyModule
@@ -54,7 +55,9 @@ def start_alignment(
             job=job,
             start=new_start(job.storage, process),
             rollouts=rollouts,
-            scorer=Scorer(rewards, config.advantage.build(), process, watch),
+            scorer=Scorer(
+                rewards, config.advantage.build(), process, watch, Heartbeat(process, config.cluster)
+            ),
             reference=_reference(objective.needs_reference, start, start_step, job, drawing),
             guards=_guards(notes, job),
             item_codes=torch.from_numpy(job.assembly.semantic_ids.codes),

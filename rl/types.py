@@ -30,6 +30,8 @@ class Prompts:
     """[P] int64 item rows of what was observed after the history: the set D+ of GRPO-SR."""
     positive_offsets: np.ndarray
     """[B + 1] int64."""
+    positive_paths: np.ndarray
+    """[P, L] int64 codes of the positives."""
     history_features: Mapping[str, np.ndarray] = field(default_factory=dict)
     """[T] each: event columns of the history, such as play_time_s."""
     positive_features: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -87,6 +89,7 @@ class Completions:
                         name: column[past] for name, column in prompts.history_features.items()
                     },
                     positives=prompts.positives[taken],
+                    positive_paths=prompts.positive_paths[taken],
                     positive_features={
                         name: column[taken] for name, column in prompts.positive_features.items()
                     },
@@ -123,7 +126,7 @@ def _join_prompts(parts: Sequence[Prompts]) -> Prompts:
         return {column: np.concatenate([entry[column] for entry in columns]) for column in columns[0]}
 
     return Prompts(
-        **{name: join(name) for name in ("serials", "user_rows", "history", "positives")},
+        **{name: join(name) for name in ("serials", "user_rows", "history", "positives", "positive_paths")},
         **{name: join_offsets(name) for name in ("history_offsets", "positive_offsets")},
         **{name: join_columns(name) for name in ("history_features", "positive_features")},
     )
@@ -139,6 +142,8 @@ class Group:
     """[T] int64 item rows, oldest first."""
     positives: np.ndarray
     """[P] int64 item rows observed after the history."""
+    positive_paths: np.ndarray
+    """[P, L] int64."""
     paths: np.ndarray
     """[G, L] int64."""
     items: np.ndarray
@@ -163,8 +168,11 @@ class Group:
 
     @property
     def is_positive(self) -> np.ndarray:
-        """Which completions are observed positives. Shapes: [G] bool."""
-        return np.isin(self.items, self.positives) & self.legal
+        """Which completions have the path of an observed positive. Shapes: [G] bool.
+
+        The generator writes paths: where several items share one, `items` holds any of them.
+        """
+        return (self.paths[:, None] == self.positive_paths).all(-1).any(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +201,15 @@ class Advantages:
     """[B, G] bool: completions that count."""
     skipped: np.ndarray
     """[B] bool: groups without a difference to learn from."""
+
+    @staticmethod
+    def of_nobody(group_size: int) -> "Advantages":
+        """Those of a step without users. Shapes: values, mask [0, G], skipped [0]."""
+        return Advantages(
+            values=np.zeros((0, group_size), dtype=np.float32),
+            mask=np.zeros((0, group_size), dtype=bool),
+            skipped=np.zeros(0, dtype=bool),
+        )
 
 
 def stack(rewards: Sequence[Reward]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,16 +1,19 @@
 """Runs a function on real processes of one group, for tests of what only shows between processes."""
 
+import datetime
 import multiprocessing
 import os
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from cluster.process import Process, start_process, stop_process
 
@@ -45,6 +48,12 @@ def run_on_processes(
                 process.kill()
                 process.join()
         return [torch.load(Path(directory) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def impatient(process: Process, timeout_s: float) -> Process:
+    """The same process, for whose host group a wait of so many seconds is too long; a collective call."""
+    host_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+    return replace(process, host_group=host_group)
 
 
 def _wait(processes: list, directory: Path, timeout_s: float) -> None:

@@ -1,4 +1,4 @@
-"""1 for an observed positive, 0 for anything else: the rule reward of MiniOneRec and OpenOneRec."""
+"""1 for the path of an observed positive, 0 for any other: the rule reward of MiniOneRec and OpenOneRec."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

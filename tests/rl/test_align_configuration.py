@@ -1,14 +1,19 @@
 """What cannot work together is said before any worker is started, with the option's name."""
 
+import numpy as np
 import pytest
 
 from cluster.configuration import ClusterConfig
 from cluster.errors import ClusterError, ConfigError
+from data_streams.build import build
+from data_streams.build_config import BuildConfig
 from data_streams.configuration import DataConfig
+from data_streams.sources.world import WorldSource
+from data_streams.stream import TrainStream
 from models.decoder_only import DecoderOnly
 from models.sasrec import SASRec
 from rl.advantages.group import GroupRelative
-from rl.configuration import AlignConfig, AlignOptions, RolloutConfig, check_alignment
+from rl.configuration import AlignConfig, AlignOptions, RolloutConfig, check_alignment, with_users_per_step
 from rl.objectives.ecpo import Ecpo
 from rl.objectives.grpo_sr import GrpoSr
 from rl.places import Places
@@ -137,3 +142,12 @@ def test_the_policy_of_an_alignment_has_no_dropout_and_starts_from_the_run(monke
     policy = config(run_dir="runs/aligned").policy(POLICY)
     assert policy.model.dropout == 0 and policy.init_from == "runs/policy"
     assert policy.run_dir == "runs/aligned" and policy.train.table_learning_rate == 0
+
+
+@pytest.mark.parametrize("keep_exposures", [False, True])
+def test_a_step_has_about_as_many_users_as_are_asked_for_with_exposures_too(tmp_path, keep_exposures):
+    world = WorldSource.Config(num_users=400, num_items=160, mean_clicks=12.0)
+    build(world, BuildConfig(out=str(tmp_path), ray="never", keep_exposures=keep_exposures))
+    data = with_users_per_step(DataConfig(path=str(tmp_path), max_length=50), 32)
+    steps = list(TrainStream(data, seed=0, rank=0, world_size=1).batches(0))
+    assert np.mean([batch.num_users for batch in steps]) == pytest.approx(32, rel=0.2)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import random
 import re
 import signal
@@ -177,6 +178,27 @@ def test_gbpo_learns_from_binary_advantages(start, tmp_path):
     # No advantage is below 0, so no ratio is above 1; groups without a difference have none.
     ratios = list(numbers(tmp_path, "train/ratio").values())
     assert len(ratios) == 4 and 0 < min(ratios) <= max(ratios) <= 1 + 1e-4
+
+
+@pytest.mark.parametrize(
+    ("world_size", "num_pools"), [(2, 0), (1, 1)], ids=["learners do everything", "workers draw and score"]
+)
+def test_a_step_without_users_changes_no_number_and_is_no_end(start, tmp_path, world_size, num_pools):
+    config = alignment(
+        start,
+        tmp_path,
+        objective=Grpo.Config(kl_weight=0.01),
+        align=AlignOptions(users_per_step=1, group_size=4),
+        rollout=RolloutConfig(workers=num_pools, cpus_per_worker=0.5),
+        reward=RewardPoolConfig(workers=num_pools, cpus_per_worker=0.5),
+    )
+    results = run_on_processes(run_alignment, world_size, with_train(config, **SHORT), start)
+    assert [result["status"] for result in results] == ["finished"] * world_size
+    users, rewards = numbers(tmp_path, "train/targets_per_step"), numbers(tmp_path, "align/reward")
+    assert 0 in users.values() and rewards.keys() == {step for step, count in users.items() if count}
+    told = [value for line in read_metrics(str(tmp_path)) for value in line.values()]
+    assert all(map(math.isfinite, [*told, *results[0]["notes"]["guards"]["now"].values()]))
+    assert all(tensor.isfinite().all() for tensor in saved_state(tmp_path).values())
 
 
 def test_an_alignment_that_ends_worse_than_its_start_says_so(start, tmp_path, capsys):

@@ -39,7 +39,7 @@ def make_prompts():
 
 
 def drawn_by(model, drawing, prompts, serials=(0, 1, 2, 3)):
-    given = to_prompts(prompts, torch.tensor(serials))
+    given = to_prompts(prompts, torch.tensor(serials), CODES)
     return drawing.draw(model, prompt_rows(model, prompts), prompts, given, 7)
 
 

@@ -6,6 +6,8 @@ from data_streams.batch import CLICKED, EXPOSED, ORDERED, Pages, SequenceBatch
 from data_streams.jagged import Jagged
 from rl.prompts import POSITIVES, prompt_batch, to_batch, to_prompts
 
+CODES = torch.stack((torch.arange(10), torch.arange(10) % 2), dim=1).int()
+
 
 def jagged(*rows):
     values = torch.tensor([value for row in rows for value in row], dtype=torch.int64)
@@ -31,7 +33,8 @@ def test_without_pages_the_last_event_is_what_was_taken():
     prompts = prompt_batch(users())
     assert rows(prompts.items) == [[1, 2, 3], [4], [5, 6]]
     assert rows(prompts.supervision[POSITIVES]) == [[7], [8], [9]]
-    given = to_prompts(prompts, torch.tensor([100, 101, 102]))
+    given = to_prompts(prompts, torch.tensor([100, 101, 102]), CODES)
+    assert given.positive_paths.tolist() == [[7, 1], [8, 0], [9, 1]]
     assert given.positive_features["play_time_s"].tolist() == [0.75, 0.5, 0.25]
     assert given.serials.tolist() == [100, 101, 102] and given.history_offsets.tolist() == [0, 3, 4, 6]
     again = to_batch(given)
@@ -58,4 +61,4 @@ def test_a_batch_without_users_is_a_batch_without_prompts():
     nobody = users().select(0, 0)
     prompts = prompt_batch(nobody)
     assert prompts.num_users == 0 and prompts.supervision[POSITIVES].num_rows == 0
-    assert to_prompts(prompts, torch.zeros(0, dtype=torch.int64)).num_users == 0
+    assert to_prompts(prompts, torch.zeros(0, dtype=torch.int64), CODES).num_users == 0

@@ -117,12 +117,13 @@ def test_completions_fall_into_groups_of_their_users():
         history_offsets=np.array([0, 2, 3]),
         positives=np.array([8]),
         positive_offsets=np.array([0, 0, 1]),
+        positive_paths=np.array([[3, 3]]),
         history_features={"action": np.array([0, 1, 0])},
     )
     completions = Completions(
         prompts=prompts,
-        paths=np.zeros((2, 3, 2), dtype=np.int64),
-        items=np.array([[1, -1, 2], [8, 8, 4]]),
+        paths=np.array([[[3, 3], [0, 1], [2, 0]], [[3, 3], [3, 3], [3, 0]]]),
+        items=np.array([[8, -1, 2], [8, 7, 4]]),
         log_probs=np.full((2, 3, 2), -1, dtype=np.float32),
         policy_version=4,
     )

@@ -62,6 +62,19 @@ def test_a_hit_is_an_observed_positive():
     assert nothing.values.tolist() == [0, 0]
 
 
+def test_an_item_that_shares_the_path_of_a_positive_is_a_hit_but_was_not_watched():
+    watched = {"play_time_s": np.array([30.0]), "duration_s": np.array([60.0])}
+    # Items 4 and 9 have one path; drawn was 4, and taken 9.
+    shared = replace(
+        group([4, 9, 7], positives=[9], history=[1], history_features=watched, positive_features=watched),
+        paths=np.array([[0, 1], [0, 1], [0, 2]]),
+        positive_paths=np.array([[0, 1]]),
+    )
+    assert score(Hit.Config().build(NOWHERE), shared)[0].values.tolist() == [1, 1, 0]
+    assert score(Rank.Config().build(NOWHERE), shared)[0].values.tolist()[:2] == [0, 0]
+    assert score(Duration.Config().build(NOWHERE), shared)[0].mask.tolist() == [False, True, False]
+
+
 def test_rank_punishes_what_the_generator_puts_high_only_where_there_is_a_hit():
     # The generator's order is completion 2, 0, 1; completion 0 is the hit.
     with_hit = group([9, 4, -1], positives=[9], log_probs=[-2.0, -3.0, -1.0])

@@ -1,6 +1,7 @@
 """The queue of rollouts without workers: completions of a policy that was lost are dropped and drawn again."""
 
 import logging
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,9 +17,15 @@ from rl.policy_version import version_of
 from rl.prompts import POSITIVES
 from rl.rollout import PooledRollouts
 from rl.types import Completions
+from sharding.collectives import scatter_objects
+from tests.process_group import impatient, run_on_processes
 from tests.training_cases import make_batch
 
 LOST, NOW = version_of(1, 7), version_of(2, 5)
+TIMEOUT_S, LATE_S = 2.0, 5.0
+ALONE = Process(
+    rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), host_group=None, num_threads=1
+)
 
 
 class StubPool:
@@ -36,7 +43,7 @@ class StubPool:
         self.left.append(len(self.submitted) - 1)
         return self.left[-1]
 
-    def poll(self):
+    def poll(self, timeout_s):
         ticket = self.left.pop()
         work = self.submitted[ticket]
         if self.lacks_weights and work.weights is None:
@@ -57,28 +64,35 @@ class StubPool:
         ]
 
 
+class LatePool(StubPool):
+    """Answers after the others would have given up."""
+
+    def poll(self, timeout_s):
+        due = self.__dict__.setdefault("due", time.monotonic() + LATE_S)
+        time.sleep(min(timeout_s, max(due - time.monotonic(), 0)))
+        return super().poll(timeout_s) if time.monotonic() >= due else []
+
+
 @pytest.fixture
 def rollouts(monkeypatch):
     return make_rollouts(monkeypatch, RolloutConfig(workers=2))
 
 
-def make_rollouts(monkeypatch, config):
-    monkeypatch.setattr(rollout, "Pool", StubPool)
+def make_rollouts(monkeypatch, config, process=ALONE, pool=StubPool):
+    monkeypatch.setattr(rollout, "Pool", pool)
     monkeypatch.setattr(rollout, "gather_weights", lambda engine, process: SimpleNamespace(arrays=dict))
     monkeypatch.setattr(rollout.SharedObject, "put", lambda weights: weights)
-    process = Process(
-        rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), host_group=None, num_threads=1
-    )
     assembly = SimpleNamespace(
         process=process,
         config=None,
+        semantic_ids=SimpleNamespace(codes=np.zeros((12, 3), dtype=np.int32)),
         lookup=lambda: lambda ids: {},
         model=SimpleNamespace(prompt_ids=lambda part: {}),
     )
     made = PooledRollouts(
         *(assembly, None, SimpleNamespace(options=AlignOptions())),
         config=config,
-        cluster=ClusterConfig(),
+        cluster=ClusterConfig(collective_timeout_s=TIMEOUT_S),
     )
     made.publish(NOW)
     return made
@@ -124,3 +138,19 @@ def test_a_worker_that_missed_a_broadcast_gets_the_weights_with_its_work(monkeyp
     rollouts.settle()
     rollouts.publish(NOW + 1)
     assert sent == [NOW, NOW + 1] and not rollouts._pool.pending
+
+
+def settle_late(process):
+    process = impatient(process, TIMEOUT_S)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        sender = SimpleNamespace(send=lambda version, weights: None, leave=lambda: None)
+        monkeypatch.setattr(rollout, "WeightSender", lambda pool, **options: sender)
+        config = RolloutConfig(workers=2, weights="broadcast")
+        rollouts = make_rollouts(monkeypatch, config, process, LatePool)
+        begun = rollouts.begin(make_step())
+        rollouts.settle()
+        return scatter_objects(rollouts.finish(begun), process).prompts.num_users
+
+
+def test_no_rank_gives_up_while_the_first_one_waits_for_completions():
+    assert run_on_processes(settle_late, 2) == [4, 4]
