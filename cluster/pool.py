@@ -290,10 +290,11 @@ class Pool:
         begun = work is not None and _has_answered(work.begun)
         at = f"died with item {work.ticket}" if begun else "died while it started or waited for work"
         logger.warning("member %d of the %s %s: %s; replacing it", slot.index, self.name, at, cause)
-        if begun:
-            work.deaths += 1
+        if work is not None:
+            work.deaths += begun
             self._deaths_in_a_row += 1
             self._check_deaths(work, cause, error)
+        if begun:
             self._start(slot)
         else:
             pause_s = min(_PAUSE_S * 2**slot.failed_starts, _LONGEST_PAUSE_S)
@@ -304,7 +305,9 @@ class Pool:
             self._gone_since, self._has_said = time.monotonic(), False
 
     def _check_deaths(self, work: _Work, cause: str, error: RayActorError) -> None:
-        if work.deaths >= _ITEM_DEATHS or self._deaths_in_a_row > self.max_deaths:
+        # All members may die at once while they wait for work, and are met one by one.
+        most = max(self.max_deaths, len(self.slots))
+        if work.deaths >= _ITEM_DEATHS or self._deaths_in_a_row > most:
             raise ClusterError(
                 f"{self.name} members must outlive their items, and {self.deaths} have died, {work.deaths} of them "
                 f"with item {work.ticket}: {cause}; look at that item and at the memory of the machines"

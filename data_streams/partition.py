@@ -335,7 +335,9 @@ def write_shards(task: WriteTask) -> Written:
         index=task.index,
         num_events=events.height,
         train_length_counts=Counter(split.train_end.tolist()),
-        train_action_counts=Counter(events["action"].filter(pl.Series(trained)).to_list()),
+        train_action_counts=Counter(
+            dict(enumerate(np.bincount(events["action"].to_numpy()[trained]).tolist()))
+        ),
         chunks=writer.close(),
     )
 

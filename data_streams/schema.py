@@ -19,7 +19,7 @@ MISSING = -1
 LATEST_TIME_S = 10**11
 """Larger times (year 5138) are surely not in seconds."""
 
-TIME_REST = r"^(?:\.[0-9]+)?\s*(?:Z|UTC|([+-])([01][0-9]|2[0-3])(?::?([0-5][0-9]))?)?$"
+TIME_REST = r"^(?:[.,][0-9]+)?\s*(?:(?i:Z|UTC|GMT)|([+-])([01][0-9]|2[0-3])(?::?([0-5][0-9]))?)?$"
 """What may stand behind the seconds of a written time: a fraction, then Z, UTC or an offset from it."""
 
 Kind = Literal["id", "time", "integer", "real", "text"]

@@ -18,7 +18,6 @@ lease.json         there while a job works on the run
 """
 
 import dataclasses
-import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -39,41 +38,13 @@ SEARCH_SCALING = "search_scaling.json"
 SCALING_PICTURE = "search_scaling.png"
 LOGS = "logs"
 
-_LEARNING = ("data", "model", "objective", "train")
-"""Sections that say what a run learns, and from what."""
-_MAY_CHANGE = frozenset(
-    f"train.{name}"
-    for name in (
-        *(
-            "epochs",
-            "max_steps",
-            "patience",
-            "micro_batches",
-            "zero_stage",
-            "precision",
-            "activation_checkpointing",
-        ),
-        *(
-            "compile",
-            "validate_every_steps",
-            "validate_every_epochs",
-            "selection_metric",
-            "checkpoint_every_s",
-        ),
-        *("checkpoint_every_steps", "keep_last", "audit"),
-    )
-) | {"data.prefetch_steps"}
-"""What does not change what a step learns."""
-
-logger = logging.getLogger(__name__)
-
 
 def prepare(config: PretrainConfig) -> dict[str, Any]:
     """Make the run directory ready for a start and return the document of its config.yaml.
 
-    A directory with checkpoints keeps the config.yaml it has until the run goes on: see `write_config`.
+    A directory with checkpoints keeps the config.yaml it has until the run goes on: what was given may not fit them.
 
-    Raises: ConfigError if `--resume never` meets a checkpoint, or a run that goes on is given another seed.
+    Raises: ConfigError if `--resume never` meets a checkpoint.
     """
     storage, document = Storage(config.run_dir), to_document(config)
     goes_on = has_checkpoint(config.run_dir)
@@ -83,44 +54,21 @@ def prepare(config: PretrainConfig) -> dict[str, Any]:
             "another --run-dir, or leave --resume out to go on from the latest one"
         )
     storage.make_directory()
-    if goes_on and storage.exists(CONFIG):
-        _compare(from_yaml(storage.read(CONFIG).decode(), storage.path(CONFIG)), document, config.run_dir)
-    else:
-        write_config(config.run_dir, document)
+    if not (goes_on and storage.exists(CONFIG)):
+        write_document(config.run_dir, CONFIG, document)
     return document
 
 
-def write_config(run_dir: str, document: dict[str, Any]) -> None:
-    Storage(run_dir).write(CONFIG, to_yaml(document).encode())
+def write_document(run_dir: str, name: str, document: dict[str, Any]) -> None:
+    Storage(run_dir).write(name, to_yaml(document).encode())
 
 
-def _compare(saved: dict[str, Any], document: dict[str, Any], run_dir: str) -> None:
-    """Say which settings of learning a run that goes on has had so far; another seed is another run."""
-    if saved["seed"] != document["seed"]:
-        raise ConfigError(
-            f"a run that goes on must keep its seed, {run_dir} has {saved['seed']} and {document['seed']} was "
-            "given; name another --run-dir to begin another run"
-        )
-    changed = [line for name in _LEARNING for line in _changes(saved.get(name), document[name], name)]
-    if changed:
-        logger.warning(
-            "%s has been trained with other settings so far, and goes on with these, unless it has finished: %s; name "
-            "another --run-dir to begin another run",
-            run_dir,
-            ", ".join(changed),
-        )
-
-
-def _changes(saved: Any, current: Any, name: str) -> list[str]:
-    """Such as: train.learning-rate 0.001 -> 0.002."""
-    if isinstance(saved, dict) and isinstance(current, dict):
-        return [
-            line
-            for key in current
-            if f"{name}.{key}" not in _MAY_CHANGE
-            for line in _changes(saved.get(key), current[key], f"{name}.{key}")
-        ]
-    return [] if saved == current else [f"{name.replace('_', '-')} {saved} -> {current}"]
+def way_on(run_dir: str, name: str, document: dict[str, Any]) -> str:
+    """How a stopped run goes on, such as: grail pretrain RUN_DIR/config.yaml."""
+    storage = Storage(run_dir)
+    if storage.exists(name) and from_yaml(storage.read(name).decode(), storage.path(name)) == document:
+        return f"Go on with: grail {'align' if name == ALIGN else 'pretrain'} {run_dir}/{name}"
+    return "Go on with the same command again."
 
 
 def load_config(path: str) -> PretrainConfig:

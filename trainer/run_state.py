@@ -1,6 +1,7 @@
 """What a run keeps between starts: saving all of it as one checkpoint, and bringing it back at any world size."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,6 +20,7 @@ from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_reader import CheckpointReader
 from trainer.fingerprint import compare_fingerprint, model_fingerprint
 from trainer.plain_engine import named_state, named_trainable
+from trainer.settings import changed_settings
 from trainer.weight_average import AVERAGE, served_prefix
 
 logger = logging.getLogger(__name__)
@@ -75,13 +77,23 @@ def save_progress(
     )
 
 
-def restore_progress(reader: CheckpointReader, assembly: Assembly, engine) -> Progress:
-    """Fill tables, weights and optimizer state, and say where the run stands.
+def restore_progress(
+    reader: CheckpointReader, assembly: Assembly, engine, config: Mapping[str, Any]
+) -> Progress:
+    """Fill tables, weights and optimizer state, and say where the run stands; `config` is the one it goes on with.
 
-    Raises: CheckpointError if the checkpoint belongs to another model, listing what differs, or another catalogue.
+    Raises: CheckpointError if the checkpoint belongs to another model, listing what differs, or another catalogue;
+    ConfigError if the run has another seed.
     """
     _require_catalogue(reader, assembly)
     compare_fingerprint(reader.shared_state["fingerprint"], fingerprint(assembly, engine))
+    changed = changed_settings(reader.shared_state["config"], config)
+    if changed:
+        logger.warning(
+            "Until step %d this run had other settings, and it goes on with these unless it has finished: %s; name "
+            "another --run-dir to begin another run",
+            *(reader.step, ", ".join(changed)),
+        )
     progress = Progress(**reader.shared_state["progress"])
     has_average = served_prefix(reader.tensors) == AVERAGE
     for piece in [*assembly.tables.pieces(), *engine.pieces()]:

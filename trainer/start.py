@@ -67,7 +67,8 @@ def start_job(
     progress = Progress()
     if saved_step >= 0:
         progress = restore_newest(
-            checkpoints, saved_step, process, lambda reader: restore_progress(reader, assembly, engine)
+            *(checkpoints, saved_step, process),
+            lambda reader: restore_progress(reader, assembly, engine, config_document),
         )
         _reopen(progress, config.train)
     if process.rank == 0:

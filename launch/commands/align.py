@@ -13,18 +13,20 @@ from cluster.errors import CheckpointError, ClusterError, ConfigError
 from cluster.plugins import first_line, plugin_config, plugin_files
 from cluster.reporter import Event, StopSignal
 from cluster.storage import Storage
-from launch.config_document import from_document, from_yaml, to_document, to_yaml
+from launch.config_document import from_document, from_yaml, to_document
 from launch.options import parse, split_name, take_option
 from launch.progress import TrainingProgress, start_console
 from launch.reward_parts import REWARDS, located, reward_setting, reward_term, terms_form, terms_of
 from launch.run_directory import (
     ALIGN,
     ALIGNMENT,
+    CONFIG,
     absolute,
     has_checkpoint,
     load_config,
     prepare,
-    write_config,
+    way_on,
+    write_document,
 )
 from launch.served_run import find_step
 
@@ -163,10 +165,10 @@ def align(config: "AlignConfig") -> int:
         start_step = find_step(start, "best")
         keeper = StatusKeeper(config.run_dir, policy.recipe, policy.log.prometheus_file)
         with Lease(config.run_dir, stop.abort), keeper:
-            document = prepare(policy)
-            keep = partial(_write_configs, config, document)
+            own, document = to_document(config), prepare(policy)
             if not has_checkpoint(config.run_dir):
-                keep()
+                write_document(config.run_dir, ALIGN, own)
+            keep = partial(_write_documents, config.run_dir, {CONFIG: document, ALIGN: own})
             arguments = (rewarded, start, start_step, document, setting)
             result = _run(config, arguments, keep, console, stop, keeper)
             if result is not None:
@@ -174,7 +176,7 @@ def align(config: "AlignConfig") -> int:
         write_alignment_curves(config.run_dir, config.train.selection_metric)
     if result is None or result["status"] == "stopped":
         at = f" at step {result['step']}" if result else ""
-        print(f"Stopped{at}. Go on with: grail align {config.run_dir}/{ALIGN}", file=sys.stderr)
+        print(f"Stopped{at}. {way_on(config.run_dir, ALIGN, own)}", file=sys.stderr)
         return STOPPED
     return _report(config, result)
 
@@ -218,9 +220,9 @@ def _run(
         )
 
 
-def _write_configs(config: "AlignConfig", document: dict[str, Any]) -> None:
-    write_config(config.run_dir, document)
-    Storage(config.run_dir).write(ALIGN, to_yaml(to_document(config)).encode())
+def _write_documents(run_dir: str, documents: dict[str, dict[str, Any]]) -> None:
+    for name, document in documents.items():
+        write_document(run_dir, name, document)
 
 
 def _report(config: "AlignConfig", result: dict[str, Any]) -> int:

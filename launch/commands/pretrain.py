@@ -9,7 +9,15 @@ from cluster.plugins import first_line, load_plugin, plugin_config, plugin_files
 from cluster.reporter import Event, StopSignal
 from launch.options import parse, split_name, take_option
 from launch.progress import TrainingProgress, start_console
-from launch.run_directory import CONFIG, absolute, absolute_lists, load_config, prepare, write_config
+from launch.run_directory import (
+    CONFIG,
+    absolute,
+    absolute_lists,
+    load_config,
+    prepare,
+    way_on,
+    write_document,
+)
 from trainer.checks import check
 from trainer.configuration import PretrainConfig
 
@@ -80,11 +88,12 @@ def train(config: PretrainConfig) -> int:
     console, stop = start_console(), StopSignal()
     keeper = StatusKeeper(config.run_dir, config.recipe, config.log.prometheus_file)
     with stop.on_signals(), Lease(config.run_dir, stop.abort), keeper:
-        result = _run(config, prepare(config), console, stop, keeper)
+        document = prepare(config)
+        result = _run(config, document, console, stop, keeper)
         curves = write_curves(config.run_dir, config.train.selection_metric)
     if result is None or result["status"] == "stopped":
         at = f" at step {result['step']}" if result else ""
-        print(f"Stopped{at}. Go on with: grail pretrain {config.run_dir}/{CONFIG}", file=sys.stderr)
+        print(f"Stopped{at}. {way_on(config.run_dir, CONFIG, document)}", file=sys.stderr)
         return STOPPED
     _report(config, result, curves)
     return 0
@@ -102,7 +111,7 @@ def _run(
         progress.on_event(event)
         keeper.on_event(event)
         if event.kind == "begun":
-            write_config(config.run_dir, document)
+            write_document(config.run_dir, CONFIG, document)
 
     with TrainingProgress(console) as progress:
         result = run_workers(

@@ -60,7 +60,8 @@ class _ByExpert(torch.autograd.Function):
         gradient, to_rows = gradient.contiguous(), torch.empty_like(rows)
         to_weights = [torch.empty_like(stack, dtype=ctx.weight_dtype) for stack in (expand, contract)]
         to_expand, to_contract = to_weights
-        of_expert = [torch.empty_like(stack[0]) for stack in (expand, contract)]
+        is_cast = to_expand.dtype != expand.dtype
+        of_expert = [torch.empty_like(stack[0]) if is_cast else None for stack in (expand, contract)]
         sizes = [last - first for first, last in pairwise([0, *ctx.ends])]
         gated, to_expanded = (
             rows.new_empty(max(sizes), size) for size in (contract.shape[1], expand.shape[2])
@@ -78,10 +79,10 @@ class _ByExpert(torch.autograd.Function):
             inputs = (rows[first:last], gated[: last - first])
             gradients = (to_expanded[: last - first], gradient[first:last])
             for whole, one, left, right in zip(to_weights, of_expert, inputs, gradients, strict=True):
-                if whole.dtype == one.dtype:
-                    torch.mm(left.T, right, out=whole[expert])
-                else:
+                if is_cast:
                     whole[expert] = torch.mm(left.T, right, out=one)
+                else:
+                    torch.mm(left.T, right, out=whole[expert])
         return to_rows, to_expand, to_contract, None
 
 

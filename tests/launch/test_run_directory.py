@@ -8,7 +8,15 @@ from launch.cli import run as grail
 from launch.commands.pretrain import parse_config
 from launch.commands.recommend import _require_rows
 from launch.plots import points, write_curves
-from launch.run_directory import absolute, load_config, parse_checkpoint, prepare
+from launch.run_directory import (
+    CONFIG,
+    absolute,
+    load_config,
+    parse_checkpoint,
+    prepare,
+    way_on,
+    write_document,
+)
 from models.objectives.full_softmax import FullSoftmax
 from trainer.checks import check
 from trainer.configuration import LogConfig, PretrainConfig
@@ -58,18 +66,17 @@ def test_resume_never_refuses_a_run_directory_with_a_checkpoint(tmp_path):
     prepare(dataclasses.replace(config, resume="auto"))
 
 
-def test_a_run_that_goes_on_keeps_its_seed_and_says_what_else_was_changed(tmp_path, caplog):
-    config = parse_config("sasrec", ["--run-dir", str(tmp_path), "--seed", "3"])
-    prepare(config)
+def test_a_run_with_checkpoints_keeps_its_configuration_until_it_goes_on(tmp_path):
+    config = parse_config("sasrec", ["--run-dir", str(tmp_path)])
+    assert "pretrain" in way_on(str(tmp_path), CONFIG, prepare(config))
     (tmp_path / "checkpoints" / "step-00000012").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"must keep its seed, .* has 3 and 4 was given"):
-        prepare(dataclasses.replace(config, seed=4))
-    train = dataclasses.replace(config.train, epochs=99, keep_last=7)
-    prepare(dataclasses.replace(config, train=train))
-    assert not caplog.records
-    prepare(dataclasses.replace(config, train=dataclasses.replace(train, learning_rate=0.25)))
-    assert f"train.learning-rate {config.train.learning_rate} -> 0.25;" in caplog.text
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=99))
+    document = prepare(longer)
     assert load_config(str(tmp_path)) == config
+    assert way_on(str(tmp_path), CONFIG, document) == "Go on with the same command again."
+    write_document(str(tmp_path), CONFIG, document)
+    assert way_on(str(tmp_path), CONFIG, document) == f"Go on with: grail pretrain {tmp_path}/config.yaml"
+    assert load_config(str(tmp_path)) == longer
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
