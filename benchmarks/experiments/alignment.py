@@ -17,7 +17,7 @@ import polars as pl
 import tyro
 from matplotlib.figure import Figure
 
-from benchmarks.setting.commands import folder_name, grail
+from benchmarks.setting.commands import folder_name, grail, keep_words
 from benchmarks.setting.paired import paired_change
 from benchmarks.setting.report import Table
 from cluster.errors import ConfigError
@@ -185,6 +185,7 @@ def _prepare(folder: Path, world: str, options: Options) -> None:
     }
     for name, command in steps.items():
         done = folder / f"{name}.done"
+        keep_words(folder / f"{name}.words.json", command)
         if not done.exists():
             grail(*command)
             done.touch()
@@ -202,15 +203,25 @@ def _require_same(folder: Path, config: WorldConfig) -> None:
 
 def _aligned(folder: Path, policy: Path, variant: str, given: str, seed: int, options: Options) -> Path:
     run_dir = folder / f"{folder_name(variant)}-{seed}"
+    if options.data:
+        setting = ["--data.path", str(Path(options.data).absolute())]
+        setting += ["--data.semantic-ids", str(Path(options.ids).absolute())]
+    else:
+        setting = ["--rewards.hybrid.preference.run", f"{folder}/reward", "--data.pages", "recorded"]
+        setting += ["--rewards.hybrid.relevance.vectors", f"{folder}/ids/run_embeddings.npy"]
+    words = [
+        "align",
+        str(policy),
+        "--run-dir",
+        str(run_dir),
+        *setting,
+        *options.align.split(),
+        *given.split(),
+    ]
+    words += ["--seed", str(seed)]
+    keep_words(folder / f"{run_dir.name}.words.json", words)
     if not (run_dir / "alignment.json").exists():
-        if options.data:
-            setting = ["--data.path", str(Path(options.data).absolute())]
-            setting += ["--data.semantic-ids", str(Path(options.ids).absolute())]
-        else:
-            setting = ["--rewards.hybrid.preference.run", f"{folder}/reward", "--data.pages", "recorded"]
-            setting += ["--rewards.hybrid.relevance.vectors", f"{folder}/ids/run_embeddings.npy"]
-        everything = [*setting, *options.align.split(), *given.split(), "--seed", str(seed)]
-        grail("align", str(policy), "--run-dir", str(run_dir), *everything)
+        grail(*words)
     return run_dir
 
 

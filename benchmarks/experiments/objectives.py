@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks.setting.commands import evaluated, option_words, pretrain_once, words_of_steps
+from benchmarks.setting.commands import evaluated, keep_words, option_words, pretrain_once, words_of_steps
 from benchmarks.setting.ranks import measure_on_ranks
 from benchmarks.setting.recipe import RunningRecipe, first_batches, start
 from benchmarks.setting.report import Table, write_tables
@@ -99,10 +99,10 @@ def _row(name: str, pace: Pace, seconds: float, evaluation: dict) -> list[str]:
 def _pace(options: Options, name: str) -> Pace:
     """Measured in processes of their own, unless this run has been trained by an earlier measurement."""
     kept = Path(options.out) / name / "pace.json"
+    keep_words(kept.with_name("command.json"), [options.recipe, str(options.threads), *options.words(name)])
     if kept.exists():
         return Pace(**json.loads(kept.read_text()))
     measured = measure_on_ranks(_measure, 1, options.threads, options, name, timeout_s=300.0)
-    kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(measured))
     return Pace(**measured)
 

@@ -16,9 +16,9 @@ import tyro
 from matplotlib.figure import Figure
 from scipy.optimize import curve_fit
 
-from benchmarks.setting.commands import grail, option_words
+from benchmarks.setting.commands import option_words, pretrain_once
 from cluster.errors import ConfigError
-from trainer.metric_log import METRICS_NAME, read_metrics
+from trainer.metric_log import read_metrics
 
 SHAPES = {16: (2, 2), 32: (2, 2), 48: (3, 2), 64: (4, 2), 96: (4, 4), 128: (6, 4), 192: (8, 6)}
 """Width -> blocks, heads."""
@@ -87,18 +87,16 @@ def fit_law(sizes: Sequence[float], losses: Sequence[float]) -> dict[str, float]
 
 def _loss(options: Options, width: int, seed: int) -> float:
     run_dir, (blocks, heads) = Path(options.out) / f"width-{width}-seed-{seed}", SHAPES[width]
-    if not (run_dir / METRICS_NAME).exists():
-        extra = option_words(options.extra)
-        grail(
-            *("pretrain", "onerec-v2-world", "--data.path", options.data),
-            *("--data.semantic-ids", options.semantic_ids, "--run-dir", str(run_dir), "--seed", str(seed)),
-            *("--train.epochs", "1", "--train.validate-every-steps", "1000000", "--log.every-steps", "1"),
-            *("--train.learning-rate", str(options.learning_rate * (16 / width) ** 0.5)),
-            *("--model.width", str(width), "--model.num-blocks", str(blocks)),
-            *("--model.num-heads", str(heads), "--model.dropout", "0.0"),
-            *extra,
-            *("model.feedforward:feed-forward-config", "--model.feedforward.hidden", str(4 * width)),
-        )
+    pretrain_once(
+        *(run_dir, "onerec-v2-world", "--data.path", options.data),
+        *("--data.semantic-ids", options.semantic_ids, "--seed", str(seed)),
+        *("--train.epochs", "1", "--train.validate-every-steps", "1000000", "--log.every-steps", "1"),
+        *("--train.learning-rate", str(options.learning_rate * (16 / width) ** 0.5)),
+        *("--model.width", str(width), "--model.num-blocks", str(blocks)),
+        *("--model.num-heads", str(heads), "--model.dropout", "0.0"),
+        *option_words(options.extra),
+        *("model.feedforward:feed-forward-config", "--model.feedforward.hidden", str(4 * width)),
+    )
     losses = [line["train/loss"] for line in read_metrics(str(run_dir)) if "train/loss" in line]
     return float(np.mean(losses[-max(int(options.last_part * len(losses)), 1) :]))
 

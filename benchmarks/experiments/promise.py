@@ -17,7 +17,7 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.setting.commands import evaluated_users, grail, option_words, pretrain_once
+from benchmarks.setting.commands import evaluated_users, grail, keep_words, option_words, pretrain_once
 from benchmarks.setting.paired import CHANGE_HEAD, change_cells, paired_change
 from benchmarks.setting.report import Table, draw_points, mean_cells, write_tables
 from cluster.errors import ConfigError
@@ -115,10 +115,11 @@ def _scaling(options: Options, run_dir: Path, larger: Sequence[str]) -> tuple[Li
     """Searches of a run with more and more candidates, and the plain beams of larger ones; measured once."""
     name = "beside" if larger else "own"
     kept = run_dir / f"search-scaling-{name}-{'-'.join(map(str, options.candidates))}.json"
+    numbers = ("--search.candidates", *map(str, options.candidates))
+    words = (*_common_words(options), "--search.prm", *numbers, *(("--beside", *larger) if larger else ()))
+    keep_words(kept.with_suffix(".words.json"), words)
     if not kept.exists():
-        numbers = ("--search.candidates", *map(str, options.candidates))
-        words = (*_common_words(options), "--search.prm", *numbers)
-        grail("evaluate", str(run_dir), *words, *(("--beside", *larger) if larger else ()))
+        grail("evaluate", str(run_dir), *words)
         shutil.copy(run_dir / "search_scaling.json", kept)
     lines = json.loads(kept.read_text())["searches"]
     beside = of_kind(lines, "beside")

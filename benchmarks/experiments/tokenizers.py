@@ -12,7 +12,7 @@ from pathlib import Path
 import tyro
 from matplotlib.figure import Figure
 
-from benchmarks.setting.commands import evaluated, grail, option_words
+from benchmarks.setting.commands import evaluated, grail, keep_words, option_words, pretrain_once
 from benchmarks.setting.report import Table, draw_intervals, write_tables
 
 METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
@@ -72,21 +72,20 @@ def main(arguments: list[str]) -> None:
 def _tokenized(options: Options, tokenizer: str, given: str) -> tuple[Path, dict]:
     """The folder of a table and its report."""
     folder = Path(options.out) / "ids" / f"{tokenizer.replace(', ', '-')}-{given}"
+    place = ("--data", options.data, "--out", str(folder), "--overwrite")
+    words = ("tokenize", *TOKENIZERS[tokenizer], *place, *options.input_words(given))
+    keep_words(folder / "command.json", words)
     if not (folder / "report.json").exists():
-        place = ("--data", options.data, "--out", str(folder), "--overwrite")
-        grail("tokenize", *TOKENIZERS[tokenizer], *place, *options.input_words(given))
+        grail(*words)
     return folder, json.loads((folder / "report.json").read_text())
 
 
 def _trained(options: Options, table: Path, seed: int) -> dict:
     run_dir = Path(options.out) / "runs" / f"{table.name}-{seed}"
+    place = ("--data.path", options.data, "--data.semantic-ids", str(table))
+    pretrain_once(run_dir, options.recipe, *place, "--seed", str(seed), *option_words(options.extra))
     kept = run_dir / "evaluation.json"
-    if not kept.exists():
-        extra = option_words(options.extra)
-        place = ("--data.path", options.data, "--data.semantic-ids", str(table), "--run-dir", str(run_dir))
-        grail("pretrain", options.recipe, *place, "--seed", str(seed), *extra)
-        evaluated(run_dir)
-    return json.loads(kept.read_text())
+    return json.loads(kept.read_text()) if kept.exists() else evaluated(run_dir)
 
 
 def _write(folder: Path, found: dict[tuple[str, str], tuple[dict, list[dict]]]) -> None:

@@ -3,12 +3,12 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import polars as pl
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, ConfigError
 
 NO_LIMIT = "100000"
 """Epochs."""
@@ -42,8 +42,27 @@ def folder_name(name: str) -> str:
     return name.lower().replace(", ", " ").replace(" + ", " ").replace(" ", "-")
 
 
+def keep_words(file: Path, words: Sequence[str]) -> None:
+    """Write down beside a result what it was asked with, so that it is not taken for the answer to something else.
+
+    Raises: ConfigError where it was asked with other words.
+    """
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(list(words)))
+    elif (before := json.loads(file.read_text())) != list(words):
+        raise ConfigError(
+            f"what lies in {file.parent} must be of the options at hand, {' '.join(words)}, and is of "
+            f"{' '.join(before)}; name another --out"
+        )
+
+
 def pretrain_once(run_dir: Path, recipe: str, *options: str) -> Path:
-    """Train a run unless it is finished; one that was broken off goes on."""
+    """Train a run unless it is finished; one that was broken off goes on.
+
+    Raises: ConfigError where the run directory holds a run with other options.
+    """
+    keep_words(run_dir / "command.json", [recipe, *options])
     status = run_dir / "status.json"
     if not status.exists() or json.loads(status.read_text())["state"] != "finished":
         grail("pretrain", recipe, "--run-dir", str(run_dir), *options)
@@ -51,8 +70,12 @@ def pretrain_once(run_dir: Path, recipe: str, *options: str) -> Path:
 
 
 def evaluated_users(run_dir: Path, name: str, *options: str) -> pl.DataFrame:
-    """Metrics by user, evaluated once; they are kept in the run directory under this name."""
+    """Metrics by user, evaluated once; they are kept in the run directory under this name.
+
+    Raises: ConfigError where they are there of other options.
+    """
     kept = run_dir / f"users-{name}.parquet"
+    keep_words(kept.with_suffix(".json"), options)
     if not kept.exists():
         grail("evaluate", str(run_dir), *options, "--per-user", str(kept))
     return pl.read_parquet(kept)
