@@ -113,7 +113,7 @@ class FilteringSearch(ConditionalSearch):
     """Takes the items that do not meet the condition out of a longer list of the model (post-filtering)."""
 
     def find(self, batch: SequenceBatch, *, k: int, rank_held_out: bool, filter_seen: bool) -> Found:
-        """A held-out item that is not in the longer list, or does not meet the condition, comes behind all items."""
+        """A held-out item that is not in the longer list, or does not meet the condition, has an infinite rank."""
         wide = min(self.config.filter_from * max(k, *self.config.cutoffs), self.num_items)
         found = self.search.find(batch, k=wide, rank_held_out=False, filter_seen=filter_seen)
         lists, wanted = found.items.cpu().numpy(), self.wanted(batch).numpy()
@@ -127,7 +127,7 @@ class FilteringSearch(ConditionalSearch):
         ranks = None
         if rank_held_out:
             hit = items == batch.held_out[:, None]
-            ranks = torch.where(hit.any(1), hit.int().argmax(1) + 1, self.num_items).float()
+            ranks = (hit.int().argmax(1) + 1).float().masked_fill(~hit.any(1), float("inf"))
         return Found(items=items[:, :k] if k else None, scores=scores[:, :k] if k else None, ranks=ranks)
 
     def score(self, batch: SequenceBatch, candidates: Tensor) -> Tensor:

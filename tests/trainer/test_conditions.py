@@ -118,7 +118,7 @@ def test_filtering_takes_items_that_do_not_meet_the_condition_out_of_a_longer_li
         kept = [item for item in row if item % 3 == 1 and item % 50]
         assert found.items[user].tolist() == (kept + [-1] * 6)[:6]
         target = int(batch.held_out[user])
-        assert found.ranks[user] == (kept.index(target) + 1 if target in kept else NUM_ITEMS)
+        assert found.ranks[user] == (kept.index(target) + 1 if target in kept else float("inf"))
     assert torch.equal(found.scores == float("-inf"), found.items < 0)
     assert search.score(batch, torch.tensor([[1, 3, -1]]).expand(9, -1))[:, 1:].max() == float("-inf")
 
