@@ -41,6 +41,11 @@ def run(arguments: list[str]) -> int:
                 "several --search.candidates are compared in one table without --baselines and --per-user; give one "
                 "number of candidates, or leave those out"
             )
+        if config.evaluation.condition != "none":
+            raise ConfigError(
+                "several --search.candidates are compared by the prefixes they find, which filtering does not tell; "
+                "give one number of candidates, or --evaluation.condition none"
+            )
         compare_candidates(config, checkpoint=options.checkpoint, split=options.split, beside=options.beside)
         return 0
     if options.beside:

@@ -1,5 +1,6 @@
 """A run over semantic IDs as a person would type it: it recommends, and refuses tables that are not its own."""
 
+import re
 import shutil
 
 import pytest
@@ -45,6 +46,16 @@ def test_only_items_of_an_allow_list_are_recommended(data, trained, tmp_path, ca
     assert f"must not exceed the {NUM_ITEMS} items of the catalogue" in capsys.readouterr().err
 
 
+def test_items_that_do_not_meet_a_condition_are_filtered(trained, capsys):
+    run_dir, _ = trained
+    line = ["recommend", str(run_dir), "--users", "2", "--condition", "title=Title 7"]
+    assert grail([*line, "--search.width", str(NUM_ITEMS), "--evaluation.no-filter-seen"]) == 0
+    shown = [row for row in capsys.readouterr().out.splitlines() if re.search(r"Title \d+ .*-\d", row)]
+    assert len(shown) == 2 and all("Title 7 " in row for row in shown), shown
+    assert grail(line) == 2
+    assert f"filtering looks at {NUM_ITEMS} items" in capsys.readouterr().err
+
+
 def test_a_model_refuses_another_table_when_it_resumes_and_when_it_is_evaluated(
     data, trained, tmp_path, capsys
 ):
@@ -75,6 +86,8 @@ def test_searches_are_compared_without_baselines_and_users(trained, tmp_path, ca
     line = ["evaluate", str(run_dir), "--search.prm", "--search.candidates", "50", "100"]
     assert grail([*line, "--per-user", str(tmp_path / "users.parquet")]) == 2
     assert "without --baselines and --per-user" in capsys.readouterr().err
+    assert grail([*line, "--evaluation.condition", "filter"]) == 2
+    assert "or --evaluation.condition none" in capsys.readouterr().err
     assert grail([*line[:3], "--beside", str(run_dir)]) == 2
     assert "table of several --search.candidates" in capsys.readouterr().err
     assert grail([*line, "--beside", str(tmp_path)]) == 1
