@@ -77,11 +77,8 @@ def evaluate(
     from launch.jobs import evaluate_job
     from trainer.evaluate import EvaluationResult, render
 
-    generates = getattr(config.model, "needs_semantic_ids", False)
-    if baselines and getattr(config.model, "has_own_objective", False) and not generates:
-        raise ConfigError(
-            "baselines rank all items, and this run's model scores given ones; leave --baselines out"
-        )
+    if baselines:
+        _check_baselines(config)
     step = find_step(config, checkpoint)
     start_console()
     kept = per_user and absolute(per_user)
@@ -129,6 +126,26 @@ def compare_candidates(
     Console().print(render_scaling(lines))
     picture = write_scaling(config.run_dir, lines)
     print(f"Written to {storage.path(SEARCH_SCALING)} and {picture}")
+
+
+def _check_baselines(config: PretrainConfig) -> None:
+    """Raises: ConfigError where baselines would not be ranked as the run is."""
+    generates = getattr(config.model, "needs_semantic_ids", False)
+    if getattr(config.model, "has_own_objective", False) and not generates:
+        raise ConfigError(
+            "baselines rank all items, and this run's model scores given ones; leave --baselines out"
+        )
+    narrowed = {
+        "evaluation.condition": config.evaluation.condition != "none",
+        "search.allow": bool(config.search.allow),
+        "search.deny": bool(config.search.deny),
+    }
+    given = [name for name, is_given in narrowed.items() if is_given]
+    if given:
+        raise ConfigError(
+            f"baselines rank all items, and {' and '.join(given)} would narrow the run's own search alone; leave "
+            "--baselines out, or evaluate without"
+        )
 
 
 def _baselines(config: PretrainConfig, split: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A run over semantic IDs as a person would type it: it recommends, and refuses tables that are not its own."""
 
+import json
 import re
 import shutil
 
@@ -54,6 +55,20 @@ def test_items_that_do_not_meet_a_condition_are_filtered(trained, capsys):
     assert len(shown) == 2 and all("Title 7 " in row for row in shown), shown
     assert grail(line) == 2
     assert f"filtering looks at {NUM_ITEMS} items" in capsys.readouterr().err
+
+
+def test_baselines_stand_beside_a_run_that_generates_unless_its_search_is_narrowed(trained, tmp_path, capsys):
+    run_dir, _ = trained
+    line = ["evaluate", str(run_dir), "--baselines", "--evaluation.bootstrap-resamples", "0"]
+    assert grail(line) == 0
+    assert "popularity" in capsys.readouterr().out
+    content = json.loads((run_dir / "evaluation.json").read_text())
+    assert "hrecall1@50" in content["metrics"] and "hrecall1@50" not in content["baselines"]["popularity"]
+    (tmp_path / "deny.txt").write_text("i1\n")
+    for narrowed in (["--search.deny", str(tmp_path / "deny.txt")], ["--evaluation.condition", "filter"]):
+        assert grail([*line, *narrowed]) == 2
+        error = capsys.readouterr().err
+        assert f"{narrowed[0][2:]} would narrow the run's own search alone" in error
 
 
 def test_a_model_refuses_another_table_when_it_resumes_and_when_it_is_evaluated(
