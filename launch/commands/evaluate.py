@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from cluster.configuration import ClusterConfig
@@ -79,9 +80,14 @@ def evaluate(
 
     if baselines:
         _check_baselines(config)
+    if per_user and _scores_given_items(config):
+        raise ConfigError(
+            "--per-user keeps how each user's held-out item is ranked, and this run's model scores given ones; "
+            "leave it out"
+        )
     step = find_step(config, checkpoint)
+    kept = per_user and _prepared(per_user)
     start_console()
-    kept = per_user and absolute(per_user)
     content = run_workers(
         *(evaluate_job, config, step, split, kept), config=config.cluster, run_dir=config.run_dir
     )
@@ -128,10 +134,30 @@ def compare_candidates(
     print(f"Written to {storage.path(SEARCH_SCALING)} and {picture}")
 
 
+def _scores_given_items(config: PretrainConfig) -> bool:
+    generates = getattr(config.model, "needs_semantic_ids", False)
+    return getattr(config.model, "has_own_objective", False) and not generates
+
+
+def _prepared(per_user: str) -> str:
+    """The file named from the root on, in a folder that is there.
+
+    Raises: ConfigError where no file can be written.
+    """
+    path = absolute(per_user)
+    refused = f"--per-user must be a file that can be written, got {per_user}"
+    if Path(path).is_dir():
+        raise ConfigError(f"{refused}, which is a folder; name a file in it")
+    try:
+        Storage(path.rpartition("/")[0]).make_directory()
+    except OSError as error:
+        raise ConfigError(f"{refused}: {error}; name a file elsewhere") from error
+    return path
+
+
 def _check_baselines(config: PretrainConfig) -> None:
     """Raises: ConfigError where baselines would not be ranked as the run is."""
-    generates = getattr(config.model, "needs_semantic_ids", False)
-    if getattr(config.model, "has_own_objective", False) and not generates:
+    if _scores_given_items(config):
         raise ConfigError(
             "baselines rank all items, and this run's model scores given ones; leave --baselines out"
         )
