@@ -101,9 +101,12 @@ def scaling_job(
 
 
 def _write_per_user(path: str, users: Any, metrics: Any) -> None:
+    """The file is there under its name only when whole: others take one that exists for finished."""
     import polars as pl
 
-    pl.DataFrame({"user_row": users, **metrics}).write_parquet(path)
+    folder, _, name = path.rpartition("/")
+    with Storage(folder).open_write(name) as file:
+        pl.DataFrame({"user_row": users, **metrics}).write_parquet(file)
 
 
 def show_job(

@@ -113,9 +113,10 @@ def local_file(path: str, option: str) -> str:
     return absolute(path)
 
 
-def absolute_lists(config: SearchConfig) -> SearchConfig:
-    """The same search with its files of items named from the root on."""
-    return dataclasses.replace(config, allow=absolute(config.allow), deny=absolute(config.deny))
+def absolute_search(config: SearchConfig) -> SearchConfig:
+    """The same search with its files of items and the run of its PRM named from the root on."""
+    named = {name: absolute(getattr(config, name)) for name in ("allow", "deny", "prm_run")}
+    return dataclasses.replace(config, **named)
 
 
 def absolute(path: str) -> str:

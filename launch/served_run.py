@@ -7,7 +7,7 @@ from typing import Any, Literal
 from cluster.errors import ConfigError
 from cluster.storage import Storage
 from launch.options import parse, split_name
-from launch.run_directory import CHECKPOINTS, absolute, absolute_lists, load_config, parse_checkpoint
+from launch.run_directory import CHECKPOINTS, absolute, absolute_search, load_config, parse_checkpoint
 from trainer.configuration import PretrainConfig
 
 SECTIONS = ("data", "evaluation", "search", "cluster")
@@ -88,5 +88,5 @@ def _override(config: PretrainConfig, section: str, given: Any) -> PretrainConfi
         values["path"] = absolute(values["path"])
     changed = dataclasses.replace(getattr(config, section), **values)
     if section == "search":
-        changed = absolute_lists(changed)
+        changed = absolute_search(changed)
     return dataclasses.replace(config, **{section: changed})

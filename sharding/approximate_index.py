@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cluster.errors import ConfigError
 from data_streams.jagged import Jagged
 from sharding.collectives import exchange_integers, gather_rows, own_rows
 from sharding.item_index import Found, ItemIndex, best_of_scores
@@ -20,6 +21,11 @@ class HnswIndex:
     """Answers as an `ItemIndex`, but may miss items; every method is a collective over all ranks."""
 
     def __init__(self, exact: ItemIndex):
+        """Raises: ConfigError for an index that is restricted to some of the items."""
+        if exact.closed is not None:
+            raise ConfigError(
+                "search.allow and search.deny need evaluation.index exact: a graph of neighbours cannot leave out items"
+            )
         import faiss
 
         self.num_items, self.process, self.device = exact.num_items, exact.process, exact.device

@@ -50,8 +50,8 @@ class Found:
     scores: Tensor | None = None
     """[B, k] fp32; -inf where there is no item."""
     ranks: Tensor | None = None
-    """[B] fp32 rank of the target, 1 for the best; half a place for every other item tied with it. Infinite where a
-    search that does not look at every item has not found it."""
+    """[B] fp32 rank of the target, 1 for the best; half a place for every other item tied with it. Infinite for one
+    that cannot be listed, and where a search that does not look at every item has not found it."""
     measures: Mapping[str, Tensor] = field(default_factory=dict)
     """[B] fp32 each: what else a search says of itself, to be averaged over users."""
 
@@ -74,6 +74,7 @@ class ItemIndex:
             _raise_not_finite("item vectors", sum(count for (count,) in bad), num_items)
         self.blocks = _in_blocks(vectors, self.block_rows)
         self.closed: Tensor | None = None
+        self.closed_blocks: Tensor | None = None
 
     @staticmethod
     def build(
@@ -98,11 +99,11 @@ class ItemIndex:
         return ItemIndex(torch.cat(parts), num_items=num_items, process=process)
 
     def restrict(self, items: Tensor) -> None:
-        """Find only these items from now on. Shapes: [n] int64 item rows."""
-        own = items[(items >= self.start) & (items < self.stop)] - self.start
-        closed = torch.ones(self.blocks.shape[:2], dtype=torch.bool, device=self.device)
-        closed.view(-1)[own.to(self.device)] = False
-        self.closed = closed
+        """Find only these items from now on; all others are closed. Shapes: [n] int64 item rows, equal on all ranks."""
+        # Of all items, not only this rank's: targets lie anywhere, and no rank need ask another about them.
+        self.closed = torch.ones(self.num_items, dtype=torch.bool, device=self.device)
+        self.closed[items.to(self.device)] = False
+        self.closed_blocks = _in_blocks(self.closed[self.start : self.stop, None], self.block_rows)[..., 0]
 
     def search(self, queries: Tensor, k: int, exclude: Jagged | None = None) -> tuple[Tensor, Tensor]:
         """The k best items of each query but for its `exclude` row; of equal scores the smaller item first.
@@ -114,6 +115,8 @@ class ItemIndex:
 
     def ranks(self, queries: Tensor, targets: Tensor, exclude: Jagged | None = None) -> Tensor:
         """1 + items scored above the target + half of the others tied with it; the target is never excluded.
+
+        Infinite for a target that `restrict` has closed: it is in no list, however long.
 
         Shapes: queries [B, D], targets [B] int64 -> [B] fp32.
         """
@@ -143,7 +146,10 @@ class ItemIndex:
         if targets is None:
             return Found(items=items, scores=scores)
         above = own_rows(sum_over_ranks(above, self.world_size), counts, self.rank)
-        return Found(items=items, scores=scores, ranks=(1 + above.double() / 2).float())
+        ranks = (1 + above.double() / 2).float()
+        if self.closed is not None:
+            ranks.masked_fill_(self.closed[targets], float("inf"))
+        return Found(items=items, scores=scores, ranks=ranks)
 
     def _scan(
         self, queries: Tensor, excluded: "_Cells", k: int, targets: Tensor | None
@@ -175,8 +181,8 @@ class ItemIndex:
         with torch.autocast(self.device.type, enabled=False):
             torch.mm(queries, self.blocks[block].T, out=scores)
         scores[:, self.stop - self.start - block * self.block_rows :] = float("-inf")
-        if self.closed is not None:
-            scores.masked_fill_(self.closed[block], float("-inf"))
+        if self.closed_blocks is not None:
+            scores.masked_fill_(self.closed_blocks[block], float("-inf"))
 
     def _pair_scores(self, queries: Tensor, vectors: Tensor) -> Tensor:
         """Score of each query with one vector, with the bits of a block. Shapes: 2 x [Q, D] -> [Q, 1]."""

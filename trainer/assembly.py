@@ -84,14 +84,15 @@ class Assembly:
                 config = replace(config, width=width, earlier_widths=(), candidates=(), depth_candidates=())
             codes = torch.from_numpy(self.semantic_ids.codes)
             parts |= {"reward": self._prefix_reward(prm), "recall_among": recall_among}
-            return GenerativeSearch.build(self.model, self.lookup(), codes, config=config, **parts)
-        search = RetrievalSearch.build(
-            self.model,
-            self.lookup(),
-            num_items=self.items.num_items,
-            approximate=self.config.evaluation.index == "hnsw",
-            **parts,
-        )
+            search = GenerativeSearch.build(self.model, self.lookup(), codes, config=config, **parts)
+        else:
+            search = RetrievalSearch.build(
+                self.model,
+                self.lookup(),
+                num_items=self.items.num_items,
+                approximate=self.config.evaluation.index == "hnsw",
+                **parts,
+            )
         conditions = self.conditions()
         return (
             search if conditions is None else conditional_search(search, conditions, self.config.evaluation)

@@ -38,6 +38,11 @@ def check(config: PretrainConfig) -> None:
             f"{type(config.model).__qualname__.split('.')[0]} learns whole pages and needs --data.pages (auto, "
             "recorded, gap or count); give it, or --model.target item"
         )
+    if getattr(config.model, "needs_semantic_ids", False) and config.evaluation.condition != "none":
+        raise ConfigError(
+            f"evaluation.condition {config.evaluation.condition} is for evaluation and serving where a model generates "
+            "items, since training validates with a narrow beam; leave it out, and give it to grail evaluate"
+        )
     if config.search.prm_run:
         raise ConfigError(
             "search.prm-run is for evaluation and serving, and training validates with the model alone; leave it out"

@@ -54,7 +54,7 @@ def load_conditions(config: PretrainConfig) -> ItemConditions | None:
 
 
 def conditional_search(
-    search: RetrievalSearch, conditions: ItemConditions, config: EvaluationConfig
+    search: Search, conditions: ItemConditions, config: EvaluationConfig
 ) -> "ConditionalSearch":
     """The search that `evaluation.condition` asks for."""
     form = AskingSearch if config.condition == "attention" else FilteringSearch
@@ -64,7 +64,7 @@ def conditional_search(
 class ConditionalSearch(Search):
     """Looks for items that meet one of the given conditions, or the narrowest one of the held-out item."""
 
-    def __init__(self, search: RetrievalSearch, conditions: ItemConditions, config: EvaluationConfig):
+    def __init__(self, search: Search, conditions: ItemConditions, config: EvaluationConfig):
         self.search, self.conditions, self.config = search, conditions, config
         self.num_items, self.process = search.num_items, search.process
         self.fixed = [conditions.find(name) for name in config.conditions]
@@ -90,6 +90,8 @@ class ConditionalSearch(Search):
 class AskingSearch(ConditionalSearch):
     """Asks the model under each condition, in one pass, and merges the lists by score."""
 
+    search: RetrievalSearch
+
     def find(self, batch: SequenceBatch, *, k: int, rank_held_out: bool, filter_seen: bool) -> Found:
         """A held-out item takes the best of its ranks under the conditions."""
         wanted = self.wanted(batch)
@@ -113,8 +115,11 @@ class FilteringSearch(ConditionalSearch):
     """Takes the items that do not meet the condition out of a longer list of the model (post-filtering)."""
 
     def find(self, batch: SequenceBatch, *, k: int, rank_held_out: bool, filter_seen: bool) -> Found:
-        """A held-out item that is not in the longer list, or does not meet the condition, comes behind all items."""
-        wide = min(self.config.filter_from * max(k, *self.config.cutoffs), self.num_items)
+        """A held-out item that is not in the longer list, or does not meet the condition, has an infinite rank.
+
+        Raises: ConfigError where the longer list is longer than a beam is wide.
+        """
+        wide = self._wide(k)
         found = self.search.find(batch, k=wide, rank_held_out=False, filter_seen=filter_seen)
         lists, wanted = found.items.cpu().numpy(), self.wanted(batch).numpy()
         kept = np.zeros(lists.shape, dtype=bool)
@@ -127,8 +132,25 @@ class FilteringSearch(ConditionalSearch):
         ranks = None
         if rank_held_out:
             hit = items == batch.held_out[:, None]
-            ranks = torch.where(hit.any(1), hit.int().argmax(1) + 1, self.num_items).float()
-        return Found(items=items[:, :k] if k else None, scores=scores[:, :k] if k else None, ranks=ranks)
+            ranks = (hit.int().argmax(1) + 1).float().masked_fill(~hit.any(1), float("inf"))
+        return Found(
+            items=items[:, :k] if k else None,
+            scores=scores[:, :k] if k else None,
+            ranks=ranks,
+            measures={name: values.cpu() for name, values in found.measures.items()},
+        )
+
+    def _wide(self, k: int) -> int:
+        """The length of the list that is filtered."""
+        longest = max(k, *self.config.cutoffs)
+        wide = min(self.config.filter_from * longest, self.num_items)
+        if wide > self.search.longest_list:
+            raise ConfigError(
+                f"filtering looks at {wide} items, evaluation.filter-from {self.config.filter_from} times the longest "
+                f"list of {longest}, and needs a search.width of as many, got {self.search.longest_list}; widen it, or "
+                "lower evaluation.filter-from"
+            )
+        return wide
 
     def score(self, batch: SequenceBatch, candidates: Tensor) -> Tensor:
         meets = np.zeros(candidates.shape, dtype=bool)

@@ -79,7 +79,7 @@ class EvaluationConfig:
     conditions: tuple[str, ...] = ()
     """The conditions; left out, the narrowest one that the held-out item meets, which only evaluation knows."""
     filter_from: int = 10
-    """Post-filtering looks at this many times the longest list."""
+    """Post-filtering looks at this many times the longest list; a search.width must be as wide."""
     index: Literal["exact", "hnsw"] = "exact"
     """How items are searched: all of them, or by a graph of neighbours (faiss HNSW), which may miss some."""
     bootstrap_resamples: int = 1000

@@ -147,7 +147,8 @@ def recommendation_table(user_ids: Tensor, items: Tensor, scores: Tensor) -> pa.
 def render(results: Mapping[str, EvaluationResult]) -> Table:
     """A table of the metrics, one column per evaluated system, saying whether seen items were filtered.
 
-    A single system is shown with its intervals; several stand side by side without.
+    A single system is shown with its intervals; several stand side by side without, and a metric of the first that
+    another does not have is an empty cell there.
     """
     first = next(iter(results.values()))
     seen = "seen items left out" if first.seen_filtered else "seen items not left out"
@@ -158,7 +159,8 @@ def render(results: Mapping[str, EvaluationResult]) -> Table:
     if len(results) == 1:
         table.add_column("95 % interval", justify="right")
     for metric in first.metrics:
-        cells = [f"{result.metrics[metric]:.4f}" for result in results.values()]
+        values = [result.metrics.get(metric) for result in results.values()]
+        cells = ["" if value is None else f"{value:.4f}" for value in values]
         if len(results) == 1:
             low, high = first.intervals.get(metric, (None, None))
             cells.append("" if low is None else f"{low:.4f} to {high:.4f}")

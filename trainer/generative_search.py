@@ -141,6 +141,10 @@ class GenerativeSearch(Search):
             **options,
         )
 
+    @property
+    def longest_list(self) -> int:
+        return self.config.width
+
     def find(self, batch: SequenceBatch, *, k: int, rank_held_out: bool, filter_seen: bool) -> Found:
         if k > self.config.width:
             raise ConfigError(

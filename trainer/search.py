@@ -26,6 +26,11 @@ class Search(ABC):
     num_items: int
     process: Process | None
 
+    @property
+    def longest_list(self) -> int:
+        """How many items of a user it can find at most."""
+        return self.num_items
+
     def met(self, lists: np.ndarray, held_out: np.ndarray) -> np.ndarray | None:
         """Which recommended items meet the condition they were searched under; None without conditions.
 

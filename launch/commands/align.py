@@ -22,6 +22,7 @@ from launch.run_directory import (
     ALIGNMENT,
     CONFIG,
     absolute,
+    absolute_search,
     has_checkpoint,
     load_config,
     prepare,
@@ -89,6 +90,7 @@ def parse_config(name: str, options: list[str]) -> "AlignConfig":
         data=dataclasses.replace(
             config.data, path=absolute(config.data.path), semantic_ids=absolute(config.data.semantic_ids)
         ),
+        search=absolute_search(config.search),
     )
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from cluster.configuration import ClusterConfig
@@ -41,6 +42,11 @@ def run(arguments: list[str]) -> int:
                 "several --search.candidates are compared in one table without --baselines and --per-user; give one "
                 "number of candidates, or leave those out"
             )
+        if config.evaluation.condition != "none":
+            raise ConfigError(
+                "several --search.candidates are compared by the prefixes they find, which filtering does not tell; "
+                "give one number of candidates, or --evaluation.condition none"
+            )
         compare_candidates(config, checkpoint=options.checkpoint, split=options.split, beside=options.beside)
         return 0
     if options.beside:
@@ -72,14 +78,16 @@ def evaluate(
     from launch.jobs import evaluate_job
     from trainer.evaluate import EvaluationResult, render
 
-    generates = getattr(config.model, "needs_semantic_ids", False)
-    if baselines and getattr(config.model, "has_own_objective", False) and not generates:
+    if baselines:
+        _check_baselines(config)
+    if per_user and _scores_given_items(config):
         raise ConfigError(
-            "baselines rank all items, and this run's model scores given ones; leave --baselines out"
+            "--per-user keeps how each user's held-out item is ranked, and this run's model scores given ones; "
+            "leave it out"
         )
     step = find_step(config, checkpoint)
+    kept = per_user and _prepared(per_user)
     start_console()
-    kept = per_user and absolute(per_user)
     content = run_workers(
         *(evaluate_job, config, step, split, kept), config=config.cluster, run_dir=config.run_dir
     )
@@ -124,6 +132,46 @@ def compare_candidates(
     Console().print(render_scaling(lines))
     picture = write_scaling(config.run_dir, lines)
     print(f"Written to {storage.path(SEARCH_SCALING)} and {picture}")
+
+
+def _scores_given_items(config: PretrainConfig) -> bool:
+    generates = getattr(config.model, "needs_semantic_ids", False)
+    return getattr(config.model, "has_own_objective", False) and not generates
+
+
+def _prepared(per_user: str) -> str:
+    """The file named from the root on, in a folder that is there.
+
+    Raises: ConfigError where no file can be written.
+    """
+    path = absolute(per_user)
+    refused = f"--per-user must be a file that can be written, got {per_user}"
+    if Path(path).is_dir():
+        raise ConfigError(f"{refused}, which is a folder; name a file in it")
+    try:
+        Storage(path.rpartition("/")[0]).make_directory()
+    except OSError as error:
+        raise ConfigError(f"{refused}: {error}; name a file elsewhere") from error
+    return path
+
+
+def _check_baselines(config: PretrainConfig) -> None:
+    """Raises: ConfigError where baselines would not be ranked as the run is."""
+    if _scores_given_items(config):
+        raise ConfigError(
+            "baselines rank all items, and this run's model scores given ones; leave --baselines out"
+        )
+    narrowed = {
+        "evaluation.condition": config.evaluation.condition != "none",
+        "search.allow": bool(config.search.allow),
+        "search.deny": bool(config.search.deny),
+    }
+    given = [name for name, is_given in narrowed.items() if is_given]
+    if given:
+        raise ConfigError(
+            f"baselines rank all items, and {' and '.join(given)} would narrow the run's own search alone; leave "
+            "--baselines out, or evaluate without"
+        )
 
 
 def _baselines(config: PretrainConfig, split: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from launch.progress import TrainingProgress, start_console
 from launch.run_directory import (
     CONFIG,
     absolute,
-    absolute_lists,
+    absolute_search,
     load_config,
     prepare,
     way_on,
@@ -58,7 +58,7 @@ def parse_config(name: str, options: list[str]) -> PretrainConfig:
             semantic_ids=absolute(config.data.semantic_ids),
             columns=_columns(config),
         ),
-        search=absolute_lists(config.search),
+        search=absolute_search(config.search),
     )
 
 

@@ -48,9 +48,11 @@ def test_names_choose_and_sections_set(start, tmp_path):
         "--objective ecpo --objective.clip 0.3 --advantage=binary --rewards hybrid,legality,python-function "
         "--rewards.hybrid.preference.run reward --rewards.hybrid.no-gate --rewards.legality.direct "
         "--rewards.legality.weight 0.1 --rewards.python-function.path a.b:c --align.group-size 8 "
+        "--search.deny deny.txt "
         "--align.stop-on entropy-collapse --rollout.workers 3 --reward.workers 2 --cluster.workers 4"
     )
     config = align.parse_config(start.run_dir, line.split())
+    assert config.search.deny == absolute("deny.txt")
     assert config.objective == Ecpo.Config(clip=0.3) and config.advantage == Binary.Config()
     hybrid, legality, function = config.rewards
     assert isinstance(hybrid.reward, Hybrid.Config) and not hybrid.reward.gate

@@ -1,10 +1,16 @@
 """A run over semantic IDs as a person would type it: it recommends, and refuses tables that are not its own."""
 
+import json
+import re
 import shutil
+from contextlib import nullcontext
+from typing import IO
 
+import polars as pl
 import pytest
 
 from launch.cli import run as grail
+from launch.jobs import _write_per_user
 from tests.tiny_run import NUM_ITEMS, build_tiny_data, save_semantic_ids
 
 TINY = (
@@ -45,6 +51,64 @@ def test_only_items_of_an_allow_list_are_recommended(data, trained, tmp_path, ca
     assert f"must not exceed the {NUM_ITEMS} items of the catalogue" in capsys.readouterr().err
 
 
+def test_items_that_do_not_meet_a_condition_are_filtered(trained, capsys):
+    run_dir, _ = trained
+    line = ["recommend", str(run_dir), "--users", "2", "--condition", "title=Title 7"]
+    assert grail([*line, "--search.width", str(NUM_ITEMS), "--evaluation.no-filter-seen"]) == 0
+    shown = [row for row in capsys.readouterr().out.splitlines() if re.search(r"Title \d+ .*-\d", row)]
+    assert len(shown) == 2 and all("Title 7 " in row for row in shown), shown
+    assert grail(line) == 2
+    assert f"filtering looks at {NUM_ITEMS} items" in capsys.readouterr().err
+
+
+def test_baselines_stand_beside_a_run_that_generates_unless_its_search_is_narrowed(trained, tmp_path, capsys):
+    run_dir, _ = trained
+    line = ["evaluate", str(run_dir), "--baselines", "--evaluation.bootstrap-resamples", "0"]
+    assert grail(line) == 0
+    assert "popularity" in capsys.readouterr().out
+    content = json.loads((run_dir / "evaluation.json").read_text())
+    assert "hrecall1@50" in content["metrics"] and "hrecall1@50" not in content["baselines"]["popularity"]
+    (tmp_path / "deny.txt").write_text("i1\n")
+    for narrowed in (["--search.deny", str(tmp_path / "deny.txt")], ["--evaluation.condition", "filter"]):
+        assert grail([*line, *narrowed]) == 2
+        error = capsys.readouterr().err
+        assert f"{narrowed[0][2:]} would narrow the run's own search alone" in error
+
+
+def test_metrics_by_user_are_written_whole_into_a_folder_that_is_made(trained, tmp_path, capsys, monkeypatch):
+    run_dir, _ = trained
+    line = ["evaluate", str(run_dir), "--evaluation.bootstrap-resamples", "0", "--per-user"]
+    assert grail([*line, str(tmp_path / "new" / "users.parquet")]) == 0
+    users = pl.read_parquet(tmp_path / "new" / "users.parquet")
+    content = json.loads((run_dir / "evaluation.json").read_text())
+    assert users["user_row"].to_list() == list(range(content["num_users"]))
+    assert users["mrr"].mean() == pytest.approx(content["metrics"]["mrr"])
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["users.parquet"]
+
+    def breaks_off(_: pl.DataFrame, file: str | IO[bytes]) -> None:
+        with open(file, "wb") if isinstance(file, str) else nullcontext(file) as opened:
+            opened.write(b"PAR1")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(pl.DataFrame, "write_parquet", breaks_off)
+    with pytest.raises(OSError, match="no space left"):
+        _write_per_user(str(tmp_path / "broken.parquet"), [1], {"mrr": [0.5]})
+    assert not list(tmp_path.glob("broken*"))
+
+
+def test_metrics_by_user_that_cannot_be_written_are_refused_before_any_user_is_ranked(
+    trained, tmp_path, capsys, monkeypatch
+):
+    run_dir, _ = trained
+    monkeypatch.setattr("launch.jobs.evaluate_job", None)
+    (tmp_path / "file").write_text("")
+    line = ["evaluate", str(run_dir), "--per-user"]
+    assert grail([*line, str(tmp_path)]) == 2
+    assert "which is a folder; name a file in it" in capsys.readouterr().err
+    assert grail([*line, str(tmp_path / "file" / "users.parquet")]) == 2
+    assert "--per-user must be a file that can be written" in capsys.readouterr().err
+
+
 def test_a_model_refuses_another_table_when_it_resumes_and_when_it_is_evaluated(
     data, trained, tmp_path, capsys
 ):
@@ -75,6 +139,8 @@ def test_searches_are_compared_without_baselines_and_users(trained, tmp_path, ca
     line = ["evaluate", str(run_dir), "--search.prm", "--search.candidates", "50", "100"]
     assert grail([*line, "--per-user", str(tmp_path / "users.parquet")]) == 2
     assert "without --baselines and --per-user" in capsys.readouterr().err
+    assert grail([*line, "--evaluation.condition", "filter"]) == 2
+    assert "or --evaluation.condition none" in capsys.readouterr().err
     assert grail([*line[:3], "--beside", str(run_dir)]) == 2
     assert "table of several --search.candidates" in capsys.readouterr().err
     assert grail([*line, "--beside", str(tmp_path)]) == 1

@@ -5,6 +5,7 @@ import pytest
 
 from cluster.errors import CheckpointError, ConfigError
 from launch.cli import run as grail
+from launch.commands.evaluate import EvaluateOptions
 from launch.commands.pretrain import parse_config
 from launch.commands.recommend import _require_rows
 from launch.plots import points, write_curves
@@ -17,6 +18,7 @@ from launch.run_directory import (
     way_on,
     write_document,
 )
+from launch.served_run import parse_served
 from models.objectives.full_softmax import FullSoftmax
 from trainer.checks import check
 from trainer.configuration import LogConfig, PretrainConfig
@@ -46,6 +48,15 @@ def test_the_options_scripts_rely_on_are_there(tmp_path):
     assert (config.data.on_bad_shard, config.log.wandb) == ("skip", "offline")
     assert config.cluster.address == "10.0.0.1:6379"
     assert (config.data.path, config.run_dir, config.init_from) == tuple(map(absolute, ("d", "r", "x")))
+
+
+def test_what_a_search_reads_is_named_from_the_root_on(tmp_path):
+    options = "--search.prm --search.prm-run prm --search.allow a.txt --search.deny d.txt".split()
+    trained = parse_config("sasrec", options)
+    prepare(parse_config("sasrec", ["--run-dir", str(tmp_path)]))
+    served, _ = parse_served("evaluate", [str(tmp_path), *options], EvaluateOptions)
+    for search in (trained.search, served.search):
+        assert (search.prm_run, search.allow, search.deny) == tuple(map(absolute, ("prm", "a.txt", "d.txt")))
 
 
 def test_another_objective_takes_the_place_of_the_recipe_s_with_options_of_its_own():

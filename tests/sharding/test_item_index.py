@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cluster.errors import DivergenceError
+from cluster.errors import ConfigError, DivergenceError
 from cluster.process import Process
 from data_streams.jagged import Jagged
 from models.recommender import Retriever
@@ -15,10 +15,12 @@ from sharding import item_index
 from sharding.approximate_index import HnswIndex
 from sharding.item_index import ItemIndex, best_of_scores, evaluating, rank_in_scores
 from tests.process_group import run_on_processes
+from trainer.metrics import ndcg_at, recall_at
 
 NUM_ITEMS, DIM, NUM_USERS = 5003, 24, 37
 DEVICE = torch.device("cpu")
 INFINITY = float("inf")
+OPEN_ITEMS = torch.arange(7, NUM_ITEMS, 50)
 
 
 def jagged(rows: list[list[int]]) -> Jagged:
@@ -67,7 +69,12 @@ def search_everything(process: Process | None) -> dict[str, Tensor]:
     own_queries, own_targets = queries[first:last], targets[first:last]
     items, scores = index.search(own_queries, 20, own_seen)
     unfiltered, _ = index.search(own_queries, 20)
+    restricted = build_index(process)
+    restricted.restrict(OPEN_ITEMS)
     return {
+        "open": restricted.search(own_queries, len(OPEN_ITEMS), own_seen)[0],
+        "ranks of open targets": restricted.ranks(own_queries, OPEN_ITEMS[first:last], own_seen),
+        "ranks among open items": restricted.ranks(own_queries, own_targets, own_seen),
         "items": items,
         "scores": scores,
         "unfiltered": unfiltered,
@@ -154,6 +161,27 @@ def test_seen_items_are_not_counted_but_a_seen_target_still_is_one():
     seen = jagged([[0], [0, 2], [], [2, 2, 3]])
     ranks = index.ranks(torch.ones(4, 1), torch.tensor([2, 2, 2, 2]), seen)
     assert ranks.tolist() == [1.5, 1.5, 2.5, 2.0]
+
+
+def test_a_closed_target_is_behind_any_list_and_an_open_one_is_ranked_among_the_open(alone):
+    _, targets, _ = make_users()
+    is_open = torch.isin(targets, OPEN_ITEMS)
+    assert is_open.any() and not is_open.all()
+    ranks = alone["ranks among open items"]
+    assert torch.equal(ranks == INFINITY, ~is_open)
+    assert ranks[is_open].max() <= len(OPEN_ITEMS)
+    assert alone["ranks of open targets"].max() <= len(OPEN_ITEMS)
+    assert set(alone["open"].unique().tolist()) <= {*OPEN_ITEMS.tolist(), -1}
+
+
+def test_a_restricted_index_is_exact_by_hand():
+    index = one_dimensional([3.0, 1.0, 2.0, 2.0, 0.0])
+    index.restrict(torch.tensor([1, 3, 4]))
+    ranks = index.ranks(torch.ones(4, 1), torch.tensor([0, 1, 2, 3]))
+    assert ranks.tolist() == [INFINITY, 2.0, INFINITY, 1.0]
+    assert (recall_at(ranks.numpy(), 5).tolist(), ndcg_at(ranks.numpy(), 5)[0]) == ([0, 1, 0, 1], 0)
+    with pytest.raises(ConfigError, match=r"need evaluation.index exact"):
+        HnswIndex(index)
 
 
 def test_a_graph_of_all_neighbours_ranks_as_the_exact_index_does():

@@ -10,9 +10,11 @@ import torch
 
 from cluster.errors import ConfigError, DataError
 from cluster.process import Process
+from data_streams.configuration import DataConfig
 from data_streams.item_conditions import ItemConditions
 from models.climber_pilot import ClimberPilot
 from models.objectives.sampled_softmax import SampledSoftmax
+from models.tiger import Tiger
 from tests.process_group import run_on_processes
 from tests.trainer.test_evaluate import (
     CPU,
@@ -23,8 +25,11 @@ from tests.trainer.test_evaluate import (
     make_batch,
     make_items,
 )
+from tests.trainer.test_generative_search import search_of as generative_search
+from tests.trainer.test_generative_search import users as generated_users
+from trainer.checks import check
 from trainer.conditions import conditional_search, load_conditions
-from trainer.configuration import EvaluationConfig, PretrainConfig
+from trainer.configuration import EvaluationConfig, PretrainConfig, SearchConfig
 from trainer.evaluate import evaluate
 from trainer.search import RetrievalSearch, Search
 
@@ -118,9 +123,37 @@ def test_filtering_takes_items_that_do_not_meet_the_condition_out_of_a_longer_li
         kept = [item for item in row if item % 3 == 1 and item % 50]
         assert found.items[user].tolist() == (kept + [-1] * 6)[:6]
         target = int(batch.held_out[user])
-        assert found.ranks[user] == (kept.index(target) + 1 if target in kept else NUM_ITEMS)
+        assert found.ranks[user] == (kept.index(target) + 1 if target in kept else float("inf"))
     assert torch.equal(found.scores == float("-inf"), found.items < 0)
     assert search.score(batch, torch.tensor([[1, 3, -1]]).expand(9, -1))[:, 1:].max() == float("-inf")
+
+
+def test_what_a_model_generates_is_filtered_where_its_beam_is_wide_enough():
+    batch, kinds = generated_users(), ItemConditions.of("kind", pl.Series(["even", "odd"] * 50))
+    config = replace(CONFIG, condition="filter", conditions=("odd",))
+    filtered = conditional_search(generative_search(SearchConfig(width=40, space="free")), kinds, config)
+    found = filtered.find(batch, k=6, rank_held_out=True, filter_seen=True)
+    longer, _ = filtered.search.recommend(batch, 40)
+    for user, row in enumerate(longer.tolist()):
+        kept = [item for item in row if item >= 0 and item % 2]
+        assert found.items[user].tolist() == (kept + [-1] * 6)[:6]
+        target = int(batch.held_out[user])
+        assert found.ranks[user] == (kept.index(target) + 1 if target in kept else float("inf"))
+    assert found.measures.keys() == {"hallucination_rate"}
+    assert filtered.met(found.items.numpy(), batch.held_out.numpy())[(found.items >= 0).numpy()].all()
+    narrow = conditional_search(generative_search(SearchConfig(width=39)), kinds, config)
+    with pytest.raises(ConfigError, match=r"looks at 40 items.* longest list of 10, .*search.width.* got 39"):
+        narrow.recommend(batch, 6)
+
+
+def test_a_model_that_generates_is_not_trained_under_conditions():
+    config = PretrainConfig(
+        model=Tiger.Config(),
+        data=DataConfig(semantic_ids="ids"),
+        evaluation=replace(CONFIG, condition="filter"),
+    )
+    with pytest.raises(ConfigError, match=r"condition filter is for evaluation and serving .* leave it out"):
+        check(config)
 
 
 def run_all(process: Process | None) -> dict:

@@ -241,6 +241,15 @@ def test_the_printed_table_says_whether_seen_items_were_left_out():
         assert f"{result.metrics['mrr']:.4f}" in printed({"sasrec": result, "popularity": result})
 
 
+def test_a_metric_that_another_system_lacks_is_an_empty_cell():
+    first = EvaluationResult(
+        split="test", num_users=1, seen_filtered=True, metrics={"mrr": 0.5, "hrecall1@50": 0.25}
+    )
+    rows = printed({"tiger": first, "popularity": dataclasses.replace(first, metrics={"mrr": 0.125})})
+    cells = [[cell.strip() for cell in row.split("│")[1:-1]] for row in rows.splitlines() if "│" in row]
+    assert cells == [["mrr", "0.5000", "0.1250"], ["hrecall1@50", "0.2500", ""]]
+
+
 def printed(results: dict[str, EvaluationResult]) -> str:
     console = Console(file=io.StringIO(), width=100)
     console.print(render(results))

@@ -177,6 +177,8 @@ def test_what_needs_a_search_is_refused_for_a_reward_model(tmp_path):
     config = PretrainConfig(model=RewardSim.Config(), run_dir=str(tmp_path))
     with pytest.raises(ConfigError, match="leave --baselines out"):
         evaluate(config, baselines=True)
+    with pytest.raises(ConfigError, match="--per-user keeps how each user's held-out item is ranked"):
+        evaluate(config, per_user=str(tmp_path / "users.parquet"))
     model = RewardSim.Config().build(num_items=3, actions=("click", "exposure"))
     assembly = Assembly(
         config=config,
