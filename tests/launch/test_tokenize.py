@@ -125,6 +125,30 @@ def test_a_table_is_not_overwritten_unless_asked_for(folder, command):
     assert load(folder, "r", "old").fingerprint != first.fingerprint
 
 
+def test_a_table_that_was_to_be_replaced_stays_where_the_input_is_unusable(folder, command):
+    command(f"tokenize random-codes --data old/shards --out kept {SMALL}")
+    before = {path.name: path.read_bytes() for path in (folder / "kept").iterdir()}
+    into = "--out kept --overwrite"
+    for line, message in (
+        ("random-codes --data old/shards --embeddings.file absent.npy", "must be an existing .npy file"),
+        ("random-codes --data old/shards --embeddings.file new/vectors.npy", "for each of the 80 items"),
+        ("add kept --data new/shards --embeddings.file new/vectors.npy", "and file were given"),
+        ("add kept --data new/shards --embeddings.from-run absent", "and run were given"),
+        ("import --sids absent.parquet --data old/shards", "cannot be read"),
+    ):
+        assert message in command(f"tokenize {line} {into}", code=1)
+        assert {path.name: path.read_bytes() for path in (folder / "kept").iterdir()} == before
+
+
+def test_vectors_of_a_run_that_cannot_be_joined_leave_the_older_file(tmp_path):
+    out = tmp_path / "run_embeddings.npy"
+    _join([VECTORS[:2], VECTORS[2:5]], str(out))
+    before = out.read_bytes()
+    with pytest.raises(ValueError, match="broadcast"):
+        _join([VECTORS[:2], VECTORS[2:5, :3]], str(out))
+    assert out.read_bytes() == before and list(tmp_path.iterdir()) == [out]
+
+
 def test_inputs_are_fused_and_the_fusion_is_kept_for_new_items(folder, command):
     np.save(folder / "wide.npy", np.tile(VECTORS[:80][::-1], 3))
     command(
