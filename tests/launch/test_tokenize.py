@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from cluster.errors import DataError
 from cluster.reporter import Reporter
+from cluster.storage import Storage
 from data_streams.build import BuildConfig, build
 from data_streams.item_table import ItemTable
 from data_streams.semantic_ids import SemanticIdTable
@@ -173,6 +174,8 @@ def test_published_ids_are_imported_and_shown_beside_others(folder, command):
     command(f"tokenize random-codes --data old/shards --out beside {SMALL}")
     printed = command("tokenize report published beside --out both.png")
     assert table.fingerprint in printed and "beside" in printed and (folder / "both.png").exists()
+    command("tokenize report published beside --out memory://pictures/both.png")
+    assert Storage("memory://pictures").read("both.png")[1:4] == b"PNG"
     message = command("tokenize add published --data new/shards --out y", 1)
     assert "an imported table has none" in message
 
