@@ -204,19 +204,28 @@ def _write(
     """Put a table that is ready in the place of an older one, and show its report."""
     from data_streams.semantic_id_report import PLOT_NAME
     from data_streams.semantic_ids import HEADER_NAME
-    from models.tokenizers.tokenizer import save_tokenizer
 
     storage = Storage(options.out)
     # Without its header the old table is none, should this stop half way.
     storage.delete(HEADER_NAME)
-    if tokenizer is not None:
-        save_tokenizer(tokenizer, storage)
+    _save_tokenizer(tokenizer, storage)
     _save_fusion(fusion, storage)
     table.save(storage)
     report.save(storage)
     show_reports([report], storage, PLOT_NAME)
     print(f"{table.num_items:,} items in {options.out}, fingerprint {table.fingerprint}")
     return report
+
+
+def _save_tokenizer(tokenizer: Any, storage: Storage) -> None:
+    from models.tokenizers.tokenizer import CONFIG_NAME, STATE_NAME, save_tokenizer
+
+    if tokenizer is None:
+        # That of a table which was here before would encode new items by other codes.
+        for name in (CONFIG_NAME, STATE_NAME):
+            storage.delete(name)
+    else:
+        save_tokenizer(tokenizer, storage)
 
 
 def _save_fusion(fusion: Any, storage: Storage) -> None:

@@ -176,8 +176,10 @@ def test_published_ids_are_imported_and_shown_beside_others(folder, command):
     assert table.fingerprint in printed and "beside" in printed and (folder / "both.png").exists()
     command("tokenize report published beside --out memory://pictures/both.png")
     assert Storage("memory://pictures").read("both.png")[1:4] == b"PNG"
-    message = command("tokenize add published --data new/shards --out y", 1)
-    assert "an imported table has none" in message
+    command("tokenize import --sids sids.parquet --data old/shards --out beside --overwrite")
+    for imported in ("published", "beside"):
+        message = command(f"tokenize add {imported} --data new/shards --out y", 1)
+        assert "an imported table has none" in message
 
 
 def test_names_and_help_are_those_of_the_folder(command):
