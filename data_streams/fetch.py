@@ -75,13 +75,14 @@ def _fetch_file(
         raise DataError(_cannot(origin, file, target, partial, error)) from error
     digests = _digests(partial)
     if expected is not None and digests[DIGESTS[len(expected)]] != expected:
-        partial.unlink()
+        _drop(partial)
         raise DataError(
             f"{file.address} must have the {DIGESTS[len(expected)]} {expected} that {file.checksum_address} "
             f"publishes, but what came has {digests[DIGESTS[len(expected)]]} and was deleted; fetch it again"
         )
     _unpack(partial, file.name)
     os.replace(partial, target)
+    _drop(partial)
     checked = None if expected is None else f"{DIGESTS[len(expected)]} of {file.checksum_address}"
     _say(file.name, digests["sha256"], checked)
     return Fetched(
@@ -148,10 +149,10 @@ def _download(
 def _download_once(
     session: requests.Session, address: str, partial: Path, progress: Progress, bar: TaskID
 ) -> bool:
-    """Append to the partial file -> whether it is complete."""
+    """Append to the partial file -> whether it is complete. It begins anew where the owner has changed the file."""
     have = partial.stat().st_size if partial.exists() else 0
     # Compression on the way would make ranges and lengths those of other bytes.
-    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
+    headers = {"Accept-Encoding": "identity", **(_rest(partial, have) if have else {})}
     with session.get(address, headers=headers, stream=True, timeout=TIMEOUT_S) as answer:
         if answer.status_code == requests.codes.requested_range_not_satisfiable:
             return _is_complete(answer, have, partial)
@@ -159,10 +160,11 @@ def _download_once(
         resumed = answer.status_code == requests.codes.partial_content and _first_byte(answer) == have
         if not resumed:
             have = 0
+            _begin(partial, answer)
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length is not None else None
         progress.update(bar, total=total, completed=have)
-        with partial.open("ab" if resumed else "wb") as file:
+        with partial.open("ab") as file:
             for block in answer.iter_content(BLOCK_BYTES):
                 file.write(block)
                 progress.update(bar, advance=len(block))
@@ -174,8 +176,35 @@ def _is_complete(answer: requests.Response, have: int, partial: Path) -> bool:
     total = answer.headers.get("Content-Range", "").rpartition("/")[2]
     if total.isdigit() and int(total) == have:
         return True
-    partial.unlink()
+    _drop(partial)
     return False
+
+
+def _rest(partial: Path, have: int) -> dict[str, str]:
+    """The headers that ask for what is behind the part, as long as the file is the one that the part is of."""
+    version = _version_file(partial)
+    unchanged = {"If-Range": version.read_text()} if version.exists() else {}
+    return {"Range": f"bytes={have}-", **unchanged}
+
+
+def _begin(partial: Path, answer: requests.Response) -> None:
+    """An empty part, and beside it which version of the file it is going to be of, where the server says that."""
+    # In this order: a part may never lie beside the version of another one.
+    _drop(partial)
+    etag = answer.headers.get("ETag", "")
+    # Two files of one weak tag (W/"...") may differ in bytes, so it does not go into If-Range.
+    version = etag if etag.startswith('"') else answer.headers.get("Last-Modified")
+    if version:
+        _version_file(partial).write_text(version)
+
+
+def _drop(partial: Path) -> None:
+    for path in (partial, _version_file(partial)):
+        path.unlink(missing_ok=True)
+
+
+def _version_file(partial: Path) -> Path:
+    return partial.with_name(f"{partial.name}.version")
 
 
 def _first_byte(answer: requests.Response) -> int | None:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from rich.console import Console, Group
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from cluster.errors import DataError
 from cluster.storage import Storage
@@ -47,7 +48,7 @@ class Report:
     """Where the picture lies."""
 
     def render(self) -> Group:
-        """Tables for the terminal."""
+        """Tables for the terminal; whatever comes from data is shown as it is, brackets and colons included."""
         return Group(self._overview(), self._users_table())
 
     def _overview(self) -> Table:
@@ -72,7 +73,7 @@ class Report:
             ("left out by the build", _counters(manifest)),
             ("picture", self.plot),
         ):
-            table.add_row(name, value)
+            table.add_row(name, Text(value))
         return table
 
     def _users_table(self) -> Table:
@@ -80,7 +81,7 @@ class Report:
         table.add_column("user")
         table.add_column("events")
         for user, titles in self.samples:
-            table.add_row(user, "\n".join(titles))
+            table.add_row(Text(user), Text("\n".join(titles)))
         return table
 
     def _time_range(self) -> str:

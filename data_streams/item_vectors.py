@@ -3,6 +3,7 @@
 Shapes: N items, D_i width of input i, W_i the width it is reduced to.
 """
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,14 +17,20 @@ BLOCK_ROWS = 65_536
 def read_matrix(path: str, num_items: int) -> np.ndarray:
     """A .npy matrix with a vector per item, mapped into memory, not read. Shapes: [N, D].
 
-    Raises: DataError when it is missing, of another number of items or not of real numbers.
+    Raises: DataError when it is missing, no array, of another number of items or not of real numbers.
     """
     try:
         matrix = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise DataError(f"item vectors must be an existing .npy file, and {path} is none") from error
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} is not a plain NumPy array ({error}); write it with numpy.save") from error
+    if not isinstance(matrix, np.ndarray):
+        matrix.close()
+        raise DataError(
+            f"item vectors must be the .npy file of one matrix, and {path} is an archive of several (.npz); write "
+            "the one that is meant with numpy.save"
+        )
     require_shape(matrix, num_items, path)
     return matrix
 

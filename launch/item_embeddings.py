@@ -182,15 +182,21 @@ def item_vectors_job(
 
 
 def _join(matrices: list[Any], out: str) -> None:
+    """Write the rows of all of them to the .npy file `out`, which is there entirely or as it was."""
     import numpy as np
 
     rows, width = sum(len(matrix) for matrix in matrices), matrices[0].shape[1]
-    joined = np.lib.format.open_memmap(out, mode="w+", dtype=np.float32, shape=(rows, width))
-    start = 0
-    for matrix in matrices:
-        joined[start : start + len(matrix)] = matrix
-        start += len(matrix)
-    joined.flush()
+    temporary = f"{out}.{os.getpid()}.tmp"
+    try:
+        joined = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(rows, width))
+        start = 0
+        for matrix in matrices:
+            joined[start : start + len(matrix)] = matrix
+            start += len(matrix)
+        joined.flush()
+        os.replace(temporary, out)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
 def _require_run_of(run_dir: str, items: "ItemTable", data: str) -> None:

@@ -61,8 +61,7 @@ def evaluate_job(
 
     assembly = _load(process, config, step)
     if isinstance(assembly.model, Ranker):
-        result = evaluate_answers(assembly, config, split=split)
-        return dataclasses.replace(result, step=step).to_json()
+        return evaluate_answers(assembly, config, split=split, step=step).to_json()
     users, truth = assembly.users(split), load_truth(config.data.path, split)
     result = evaluate(
         _search(assembly),

@@ -77,7 +77,7 @@ def load_config(path: str) -> PretrainConfig:
     Raises: CheckpointError if there is no run; ConfigError if its configuration cannot be used.
     """
     is_file = path.endswith((".yaml", ".yml"))
-    folder, name = str(Path(path).parent) if is_file else path, Path(path).name if is_file else CONFIG
+    folder, name = folder_and_name(path) if is_file else (path, CONFIG)
     storage = Storage(folder)
     if not storage.exists(name):
         raise CheckpointError(
@@ -101,6 +101,15 @@ def parse_checkpoint(text: str) -> str | int:
     if not re.fullmatch(r"\d+", text):
         raise ConfigError(f"--checkpoint must be latest, best or the number of a step, got '{text}'")
     return int(text)
+
+
+def folder_and_name(path: str) -> tuple[str, str]:
+    """Where a file lies and what it is called; a pathlib.Path would take a slash out of an address.
+
+    Example: "s3://bucket/run/config.yaml" -> ("s3://bucket/run/", "config.yaml").
+    """
+    name = path.rpartition("/")[2]
+    return path.removesuffix(name) or ".", name
 
 
 def local_file(path: str, option: str) -> str:

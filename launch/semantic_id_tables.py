@@ -57,11 +57,11 @@ def make_table(tokenizer_config: Any, options: TokenizeOptions) -> "SemanticIdRe
     from data_streams.item_table import ItemTable
     from data_streams.semantic_ids import SemanticIdTable
     from models.tokenizers.collisions import tell_apart
-    from models.tokenizers.tokenizer import describe, save_tokenizer
+    from models.tokenizers.tokenizer import describe
 
     if options.extra_codes is not None and (options.collisions != EXTRA_CODE or options.extra_codes < 1):
         raise ConfigError("--extra-codes belongs to --collisions extra-code and must be at least 1")
-    storage = _open_out(options)
+    _open_out(options)
     items = ItemTable.load(options.data)
     inputs = load_inputs(options.embeddings, items, data=options.data, out=options.out)
     tokenizer = tokenizer_config.build(dim=inputs.vectors.shape[1])
@@ -79,10 +79,8 @@ def make_table(tokenizer_config: Any, options: TokenizeOptions) -> "SemanticIdRe
         code_sizes=code_sizes,
         tokenizer={**describe(tokenizer), "inputs": inputs.kinds, "collisions": options.collisions},
     )
-    save_tokenizer(tokenizer, storage)
-    _save_fusion(inputs.fusion, storage)
-    table.save(storage)
-    return _report(table, tokenizer, inputs.vectors, items, options)
+    report = _measured(table, tokenizer, inputs.vectors, items, options)
+    return _write(table, tokenizer, inputs.fusion, report, options)
 
 
 def extend_table(old: str, options: TableOptions, embeddings: EmbeddingSources) -> "SemanticIdReport":
@@ -96,11 +94,11 @@ def extend_table(old: str, options: TableOptions, embeddings: EmbeddingSources) 
     from data_streams.item_vectors import FusedVectors
     from data_streams.semantic_ids import SemanticIdTable
     from models.tokenizers.collisions import codes_of_new_items
-    from models.tokenizers.tokenizer import load_tokenizer, save_tokenizer
+    from models.tokenizers.tokenizer import load_tokenizer
 
     before = Storage(old)
     table, tokenizer, fusion = SemanticIdTable.load(before), load_tokenizer(before), _load_fusion(before)
-    storage = _open_out(options)
+    _open_out(options)
     if embeddings.kinds != table.tokenizer["inputs"]:
         raise DataError(
             f"{old} was made from {', '.join(table.tokenizer['inputs'])} embeddings, and "
@@ -126,10 +124,8 @@ def extend_table(old: str, options: TableOptions, embeddings: EmbeddingSources) 
         )
     larger = table.extended(items.item_ids, new_codes)
     logger.info("%d items keep their codes, %d are new", table.num_items, len(rows))
-    save_tokenizer(tokenizer, storage)
-    _save_fusion(fusion, storage)
-    larger.save(storage)
-    return _report(larger, tokenizer, vectors, items, options)
+    report = _measured(larger, tokenizer, vectors, items, options)
+    return _write(larger, tokenizer, fusion, report, options)
 
 
 def import_table(
@@ -139,11 +135,10 @@ def import_table(
     from data_streams.item_table import ItemTable
     from data_streams.published_ids import read_published
 
-    storage = _open_out(options)
+    _open_out(options)
     items = ItemTable.load(options.data)
     table = read_published(sids, items.item_ids, column=column, code_sizes=code_sizes)
-    table.save(storage)
-    return _report(table, None, None, items, options)
+    return _write(table, None, None, _measured(table, None, None, items, options), options)
 
 
 def show_reports(reports: Sequence["SemanticIdReport"], picture: Storage | None, name: str) -> None:
@@ -168,26 +163,23 @@ class _Rows:
         return self.vectors[self.rows[chosen]]
 
 
-def _open_out(options: TableOptions) -> Storage:
+def _open_out(options: TableOptions) -> None:
+    """Nothing of an older table is touched yet: what is read next may turn out unusable."""
     from data_streams.semantic_ids import HEADER_NAME
 
     storage = Storage(options.out)
-    if storage.exists(HEADER_NAME):
-        if not options.overwrite:
-            raise ConfigError(
-                f"--out must be a folder without semantic IDs, and {options.out} has some; name another one, or "
-                "add --overwrite"
-            )
-        # Without its header the old table is none, should this stop half way.
-        storage.delete(HEADER_NAME)
+    if storage.exists(HEADER_NAME) and not options.overwrite:
+        raise ConfigError(
+            f"--out must be a folder without semantic IDs, and {options.out} has some; name another one, or "
+            "add --overwrite"
+        )
     storage.make_directory()
-    return storage
 
 
-def _report(
+def _measured(
     table: "SemanticIdTable", tokenizer: Any, vectors: Any, items: "ItemTable", options: TableOptions
 ) -> "SemanticIdReport":
-    from data_streams.semantic_id_report import PLOT_NAME, category_codes, measure
+    from data_streams.semantic_id_report import category_codes, measure
 
     error = None
     if tokenizer is not None:
@@ -197,18 +189,43 @@ def _report(
     categories = None
     if items.categories is not None:
         categories = category_codes(items.categories, options.category_level)
-    report = measure(
+    return measure(
         table,
         name=Path(options.out.rstrip("/")).name,
         extra_level=table.tokenizer.get("collisions") == EXTRA_CODE,
         categories=categories,
         reconstruction_error=error,
     )
+
+
+def _write(
+    table: "SemanticIdTable", tokenizer: Any, fusion: Any, report: "SemanticIdReport", options: TableOptions
+) -> "SemanticIdReport":
+    """Put a table that is ready in the place of an older one, and show its report."""
+    from data_streams.semantic_id_report import PLOT_NAME
+    from data_streams.semantic_ids import HEADER_NAME
+
     storage = Storage(options.out)
+    # Without its header the old table is none, should this stop half way.
+    storage.delete(HEADER_NAME)
+    _save_tokenizer(tokenizer, storage)
+    _save_fusion(fusion, storage)
+    table.save(storage)
     report.save(storage)
     show_reports([report], storage, PLOT_NAME)
     print(f"{table.num_items:,} items in {options.out}, fingerprint {table.fingerprint}")
     return report
+
+
+def _save_tokenizer(tokenizer: Any, storage: Storage) -> None:
+    from models.tokenizers.tokenizer import CONFIG_NAME, STATE_NAME, save_tokenizer
+
+    if tokenizer is None:
+        # That of a table which was here before would encode new items by other codes.
+        for name in (CONFIG_NAME, STATE_NAME):
+            storage.delete(name)
+    else:
+        save_tokenizer(tokenizer, storage)
 
 
 def _save_fusion(fusion: Any, storage: Storage) -> None:

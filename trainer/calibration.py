@@ -1,8 +1,9 @@
 """Platt scaling: log-odds of a ranking model, stretched and shifted until they are probabilities of held-out data."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,30 +28,53 @@ class Calibration:
         """Shapes: [..., A] -> [..., A]."""
         return (logits * torch.tensor(self.scales) + torch.tensor(self.shifts)).sigmoid()
 
-    def save(self, run_dir: str, actions: Sequence[str]) -> None:
+    def save(self, run_dir: str, actions: Sequence[str], *, step: int, data_path: str) -> None:
+        """Keep it in the run directory, as that of the weights and the data it was fitted with."""
         rows = zip(actions, self.scales, self.shifts, strict=True)
-        document = {action: {"scale": scale, "shift": shift} for action, scale, shift in rows}
+        document = {
+            "step": step,
+            "data": data_path,
+            "actions": {action: {"scale": scale, "shift": shift} for action, scale, shift in rows},
+        }
         Storage(run_dir).write(CALIBRATION, json.dumps(document, indent=1).encode())
 
     @staticmethod
-    def load(run_dir: str, actions: Sequence[str]) -> "Calibration":
-        """Raises: DataError where the run was not calibrated, or for other actions."""
+    def load(run_dir: str, actions: Sequence[str], *, step: int, data_path: str) -> "Calibration":
+        """The calibration of a step's weights.
+
+        Raises: DataError where the run was not calibrated, or for another step, other data or other actions.
+        """
         storage = Storage(run_dir)
+        again = f"run `grail evaluate {run_dir} --checkpoint {step}`"
         try:
             document = json.loads(storage.read(CALIBRATION))
         except FileNotFoundError as error:
             raise DataError(
                 f"the ranking model of {run_dir} must be calibrated before its scores are used, and there is no "
-                f"{CALIBRATION}; run `grail evaluate {run_dir}`"
+                f"{CALIBRATION}; {again}"
             ) from error
+        # Files that name no step, as they once were, hold the actions alone.
+        if isinstance(document.get("step"), int):
+            _require_fitted_with(document, storage.path(CALIBRATION), step, data_path, again)
+            document = document["actions"]
         if list(document) != list(actions):
             raise DataError(
                 f"{storage.path(CALIBRATION)} must be about the actions {', '.join(actions)}, and is about "
-                f"{', '.join(document)}; run `grail evaluate {run_dir}` again"
+                f"{', '.join(document)}; {again} again"
             )
         return Calibration(
             scales=tuple(entry["scale"] for entry in document.values()),
             shifts=tuple(entry["shift"] for entry in document.values()),
+        )
+
+
+def _require_fitted_with(
+    document: Mapping[str, Any], path: str, step: int, data_path: str, again: str
+) -> None:
+    if (document["step"], document["data"]) != (step, data_path):
+        raise DataError(
+            f"{path} must be fitted with the weights of step {step} on {data_path}, and is of step "
+            f"{document['step']} on {document['data']}, which was evaluated last; {again} again"
         )
 
 

@@ -42,8 +42,12 @@ def answer_metrics(assembly: Assembly, data: DataConfig) -> dict[str, float]:
     return broadcast_json(metrics, assembly.process)
 
 
-def evaluate_answers(assembly: Assembly, config: PretrainConfig, *, split: str) -> EvaluationResult:
+def evaluate_answers(
+    assembly: Assembly, config: PretrainConfig, *, split: str, step: int
+) -> EvaluationResult:
     """Calibrate on the validation exposures, keep that in the run directory, and measure it on a split's.
+
+    `step` is that of the weights; rewards read a calibration with no others.
 
     A collective call, whose result is the same on every rank.
     """
@@ -53,12 +57,13 @@ def evaluate_answers(assembly: Assembly, config: PretrainConfig, *, split: str) 
     if fitted is not None:
         actions = assembly.model.actions
         calibration = fit_calibration(fitted.logits, fitted.labels)
-        calibration.save(config.run_dir, actions)
+        calibration.save(config.run_dir, actions, step=step, data_path=config.data.path)
         outcome = {
             "num_users": len(np.unique(measured.users)),
             "metrics": _metrics(measured, actions, _calibrated(calibration, measured.logits)),
         }
-    return EvaluationResult(split=split, seen_filtered=False, **broadcast_json(outcome, assembly.process))
+    found = broadcast_json(outcome, assembly.process)
+    return EvaluationResult(split=split, seen_filtered=False, step=step, **found)
 
 
 def _calibrated(calibration: Calibration, logits: np.ndarray) -> np.ndarray:

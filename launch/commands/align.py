@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import CheckpointError, ClusterError, ConfigError
@@ -23,6 +22,7 @@ from launch.run_directory import (
     CONFIG,
     absolute,
     absolute_search,
+    folder_and_name,
     has_checkpoint,
     load_config,
     prepare,
@@ -116,7 +116,8 @@ def _default(name: str) -> "AlignConfig":
 def _saved(path: str) -> "AlignConfig":
     from rl.configuration import AlignConfig
 
-    storage, name = Storage(str(Path(path).parent)), Path(path).name
+    folder, name = folder_and_name(path)
+    storage = Storage(folder)
     if not storage.exists(name):
         raise CheckpointError(
             f"{path} must be the {ALIGN} of an alignment, and there is none; look at the path"

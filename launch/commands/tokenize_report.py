@@ -1,11 +1,11 @@
 """Compare semantic ID tables, one column each: grail tokenize report DIR DIR ... [--out FILE.png]"""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from cluster.storage import Storage
 from launch.options import parse
+from launch.run_directory import folder_and_name
 from launch.semantic_id_tables import show_reports
 
 
@@ -23,6 +23,6 @@ def run(arguments: list[str]) -> int:
 
     options = parse(Options, arguments, program="grail tokenize report")
     reports = [SemanticIdReport.load(Storage(path)) for path in options.tables]
-    path = Path(options.out) if options.out else None
-    show_reports(reports, Storage(path.parent) if path else None, path.name if path else "")
+    folder, name = folder_and_name(options.out) if options.out else (None, "")
+    show_reports(reports, Storage(folder) if folder else None, name)
     return 0

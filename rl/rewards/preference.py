@@ -44,7 +44,10 @@ class Preference(RewardFunction):
             config = setting.runs[self.run]
             frozen = load_frozen(config, self.checkpoint, setting.device)
             check_run(frozen, ItemTable.load(setting.data_path), setting.data_path)
-            return Preference(self, frozen, Calibration.load(config.run_dir, frozen.model.actions))
+            calibration = Calibration.load(
+                config.run_dir, frozen.model.actions, step=frozen.step, data_path=config.data.path
+            )
+            return Preference(self, frozen, calibration)
 
     def __init__(self, config: Config, frozen: FrozenRun, calibration: Calibration):
         actions = frozen.model.actions

@@ -27,6 +27,8 @@ class Site:
     hang_up_after: int | None = None
     """Bytes after which the connection of the next request is cut."""
     ranges: bool = True
+    version: dict[str, str] = field(default_factory=dict)
+    """ETag or Last-Modified of all files."""
     asked: list[tuple[str, str | None]] = field(default_factory=list)
 
 
@@ -42,7 +44,8 @@ def site(monkeypatch):
             if content is None:
                 self.send_error(404)
                 return
-            start = int(re.match(r"bytes=(\d+)-", asked)[1]) if asked and site.ranges else 0
+            unchanged = self.headers.get("If-Range", "") in ("", *site.version.values())
+            start = int(re.match(r"bytes=(\d+)-", asked)[1]) if asked and site.ranges and unchanged else 0
             if start and start >= len(content):
                 self.send_response(416)
                 self.send_header("Content-Range", f"bytes */{len(content)}")
@@ -51,6 +54,8 @@ def site(monkeypatch):
                 return
             self.send_response(206 if start else 200)
             self.send_header("Content-Length", str(len(content) - start))
+            for name, value in site.version.items():
+                self.send_header(name, value)
             if start:
                 self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
             self.end_headers()
@@ -108,6 +113,46 @@ def test_an_earlier_part_is_continued_or_begun_anew_where_the_server_knows_no_ra
         fetch(origin_of(site), folder)
         assert (folder / "set.zip").read_bytes() == CONTENT
         assert site.asked[-1] == ("/set.zip", "bytes=777-")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"ETag": '"a"'}, {"ETag": '"b"'}),
+        (
+            {"ETag": 'W/"a"', "Last-Modified": "Mon, 05 Jan 2026 10:00:00 GMT"},
+            {"ETag": 'W/"a"', "Last-Modified": "Tue, 06 Jan 2026 10:00:00 GMT"},
+        ),
+    ],
+)
+@pytest.mark.parametrize("changes", [True, False])
+def test_a_part_is_only_continued_while_its_owner_has_not_changed_the_file(
+    site, tmp_path, monkeypatch, first, second, changes
+):
+    site.files, site.version, site.hang_up_after = {"/set.zip": CONTENT}, first, 1_000_000
+    with monkeypatch.context() as once:
+        once.setattr(fetch_module, "ATTEMPTS", 1)
+        with pytest.raises(DataError, match="the same command goes on from there"):
+            fetch(origin_of(site), tmp_path)
+    expected = CONTENT
+    if changes:
+        expected = CONTENT[::-1]
+        site.files, site.version = {"/set.zip": expected}, second
+    (fetched,) = fetch(origin_of(site), tmp_path)
+    assert (tmp_path / "set.zip").read_bytes() == expected
+    assert fetched.sha256 == hashlib.sha256(expected).hexdigest()
+    assert len(site.asked) == 2 and site.asked[1][1].startswith("bytes=")
+    assert {path.name for path in tmp_path.iterdir()} == {"set.zip", "fetched.json"}
+
+
+def test_a_file_that_changes_between_two_attempts_begins_anew(site, tmp_path, monkeypatch):
+    def change(_):
+        site.files, site.version = {"/set.zip": CONTENT[::-1]}, {"ETag": '"b"'}
+
+    site.files, site.version, site.hang_up_after = {"/set.zip": CONTENT}, {"ETag": '"a"'}, 1_000_000
+    monkeypatch.setattr(fetch_module.time, "sleep", change)
+    fetch(origin_of(site), tmp_path)
+    assert (tmp_path / "set.zip").read_bytes() == CONTENT[::-1]
 
 
 def test_a_part_that_is_all_is_only_checked_and_one_that_is_too_long_is_dropped(site, tmp_path):

@@ -60,6 +60,25 @@ def test_the_report_is_printed_with_titles_and_plotted(data_set):
     assert len(picture) > 10_000
 
 
+def test_names_with_brackets_are_shown_as_they_are(tmp_path):
+    marked = {"Kettle": "Kettle [/b] [red]", "Pan": "Pan [2-pack]", "Mug": "Mug :heart:"}
+    events = EVENTS.with_columns(
+        action=pl.col("action").replace("cart", "[/cart]"),
+        user_id=pl.format("[/{}]", "user_id"),
+    )
+    events.write_parquet(tmp_path / "events.parquet")
+    ITEMS.with_columns(title=pl.col("title").replace(marked)).write_parquet(tmp_path / "items.parquet")
+    source = EventsSource.Config(
+        events=(str(tmp_path / "events.parquet"),), items=str(tmp_path / "items.parquet")
+    )
+    build(source, BuildConfig(out=str(tmp_path / "data")))
+    console = Console(file=io.StringIO(), width=120)
+    console.print(inspect(str(tmp_path / "data")).render())
+    text = console.file.getvalue()
+    for shown in ("Kettle [/b] [red]", "Pan [2-pack]", "Mug :heart:", "[/cart] 2", "[/7]"):
+        assert shown in text
+
+
 def test_a_damaged_shard_is_noticed(data_set):
     record = Manifest.load(Storage(data_set)).chunks[0]
     path = data_set / record.shard

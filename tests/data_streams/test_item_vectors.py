@@ -26,8 +26,21 @@ def test_a_matrix_is_mapped_and_must_fit_the_catalogue(tmp_path):
     np.save(path, np.array([None] * 200), allow_pickle=True)
     with pytest.raises(DataError, match="is not a plain NumPy array"):
         read_matrix(path, 200)
-    with pytest.raises(DataError, match=r"must be an existing .npy file"):
-        read_matrix(str(tmp_path / "absent.npy"), 200)
+    for absent in (tmp_path / "absent.npy", tmp_path):
+        with pytest.raises(DataError, match=r"must be an existing .npy file"):
+            read_matrix(str(absent), 200)
+
+
+def test_an_archive_of_matrices_is_refused(tmp_path):
+    path = tmp_path / "m.npz"
+    np.savez(path, vectors=NARROW)
+    with pytest.raises(
+        DataError, match=r"the \.npy file of one matrix, and .*m\.npz is an archive of several"
+    ):
+        read_matrix(str(path), 200)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError, match="is not a plain NumPy array"):
+        read_matrix(str(path), 200)
 
 
 def test_whitened_axes_are_uncorrelated_and_every_input_weighs_alike():

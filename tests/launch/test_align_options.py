@@ -9,7 +9,7 @@ from cluster.errors import CheckpointError, ConfigError
 from launch import cli
 from launch.commands import align
 from launch.config_document import to_document, to_yaml
-from launch.run_directory import absolute
+from launch.run_directory import ALIGN, absolute, way_on, write_document
 from models.decoder_only import DecoderOnly
 from rl.advantages.binary import Binary
 from rl.objectives.ecpo import Ecpo
@@ -65,6 +65,14 @@ def test_names_choose_and_sections_set(start, tmp_path):
     (tmp_path / "align.yaml").write_text(to_yaml(to_document(config)))
     again = align.parse_config(str(tmp_path / "align.yaml"), ["--align.temperature", "1.5"])
     assert again == dataclasses.replace(config, align=dataclasses.replace(config.align, temperature=1.5))
+
+
+def test_an_alignment_at_an_address_goes_on_with_the_command_that_is_printed(start):
+    config = align.parse_config(start.run_dir, ["--run-dir", "memory://bucket/aligned"])
+    write_document(config.run_dir, ALIGN, to_document(config))
+    command = way_on(config.run_dir, ALIGN, to_document(config)).split()
+    assert command[-3:] == ["grail", "align", "memory://bucket/aligned/align.yaml"]
+    assert align.parse_config(command[-1], []) == config
 
 
 def test_help_names_what_can_be_chosen_and_errors_say_what_is_missing(capsys, start, tmp_path):

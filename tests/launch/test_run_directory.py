@@ -12,6 +12,7 @@ from launch.plots import points, write_curves
 from launch.run_directory import (
     CONFIG,
     absolute,
+    folder_and_name,
     load_config,
     parse_checkpoint,
     prepare,
@@ -88,6 +89,27 @@ def test_a_run_with_checkpoints_keeps_its_configuration_until_it_goes_on(tmp_pat
     write_document(str(tmp_path), CONFIG, document)
     assert way_on(str(tmp_path), CONFIG, document) == f"Go on with: grail pretrain {tmp_path}/config.yaml"
     assert load_config(str(tmp_path)) == longer
+
+
+def test_a_run_at_an_address_goes_on_with_the_command_that_is_printed():
+    config = parse_config("sasrec", ["--run-dir", "memory://bucket/runs/a"])
+    document = prepare(config)
+    command = way_on(config.run_dir, CONFIG, document).split()
+    assert command[-3:] == ["grail", "pretrain", "memory://bucket/runs/a/config.yaml"]
+    assert parse_config(command[-1], []) == config
+    with pytest.raises(
+        CheckpointError, match=r"memory://bucket/runs/b\.yaml must be a file, and there is none"
+    ):
+        load_config("memory://bucket/runs/b.yaml")
+
+
+def test_a_path_is_split_where_its_name_begins(tmp_path, monkeypatch):
+    assert folder_and_name("s3://bucket/run/config.yaml") == ("s3://bucket/run/", "config.yaml")
+    assert folder_and_name("memory://config.yaml") == ("memory://", "config.yaml")
+    assert folder_and_name("/config.yaml") == ("/", "config.yaml")
+    prepare(parse_config("sasrec", ["--run-dir", str(tmp_path)]))
+    monkeypatch.chdir(tmp_path)
+    assert load_config("config.yaml").run_dir == load_config("./config.yaml").run_dir == str(tmp_path)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

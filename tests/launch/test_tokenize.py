@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from cluster.errors import DataError
 from cluster.reporter import Reporter
+from cluster.storage import Storage
 from data_streams.build import BuildConfig, build
 from data_streams.item_table import ItemTable
 from data_streams.semantic_ids import SemanticIdTable
@@ -125,6 +126,30 @@ def test_a_table_is_not_overwritten_unless_asked_for(folder, command):
     assert load(folder, "r", "old").fingerprint != first.fingerprint
 
 
+def test_a_table_that_was_to_be_replaced_stays_where_the_input_is_unusable(folder, command):
+    command(f"tokenize random-codes --data old/shards --out kept {SMALL}")
+    before = {path.name: path.read_bytes() for path in (folder / "kept").iterdir()}
+    into = "--out kept --overwrite"
+    for line, message in (
+        ("random-codes --data old/shards --embeddings.file absent.npy", "must be an existing .npy file"),
+        ("random-codes --data old/shards --embeddings.file new/vectors.npy", "for each of the 80 items"),
+        ("add kept --data new/shards --embeddings.file new/vectors.npy", "and file were given"),
+        ("add kept --data new/shards --embeddings.from-run absent", "and run were given"),
+        ("import --sids absent.parquet --data old/shards", "cannot be read"),
+    ):
+        assert message in command(f"tokenize {line} {into}", code=1)
+        assert {path.name: path.read_bytes() for path in (folder / "kept").iterdir()} == before
+
+
+def test_vectors_of_a_run_that_cannot_be_joined_leave_the_older_file(tmp_path):
+    out = tmp_path / "run_embeddings.npy"
+    _join([VECTORS[:2], VECTORS[2:5]], str(out))
+    before = out.read_bytes()
+    with pytest.raises(ValueError, match="broadcast"):
+        _join([VECTORS[:2], VECTORS[2:5, :3]], str(out))
+    assert out.read_bytes() == before and list(tmp_path.iterdir()) == [out]
+
+
 def test_inputs_are_fused_and_the_fusion_is_kept_for_new_items(folder, command):
     np.save(folder / "wide.npy", np.tile(VECTORS[:80][::-1], 3))
     command(
@@ -149,8 +174,12 @@ def test_published_ids_are_imported_and_shown_beside_others(folder, command):
     command(f"tokenize random-codes --data old/shards --out beside {SMALL}")
     printed = command("tokenize report published beside --out both.png")
     assert table.fingerprint in printed and "beside" in printed and (folder / "both.png").exists()
-    message = command("tokenize add published --data new/shards --out y", 1)
-    assert "an imported table has none" in message
+    command("tokenize report published beside --out memory://pictures/both.png")
+    assert Storage("memory://pictures").read("both.png")[1:4] == b"PNG"
+    command("tokenize import --sids sids.parquet --data old/shards --out beside --overwrite")
+    for imported in ("published", "beside"):
+        message = command(f"tokenize add {imported} --data new/shards --out y", 1)
+        assert "an imported table has none" in message
 
 
 def test_names_and_help_are_those_of_the_folder(command):

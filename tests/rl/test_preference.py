@@ -20,6 +20,7 @@ from tests.rl.groups import group
 from tests.tiny_run import build_tiny_data
 from tests.trainer.test_ranking import tiny_reward_run, train_and_evaluate
 from trainer.calibration import Calibration
+from trainer.frozen import load_frozen
 
 
 @pytest.fixture(scope="module")
@@ -131,10 +132,18 @@ def test_process_rewards_are_the_scores_of_every_prefix(config):
     assert first.values.tolist() == [[30, 31], [32, 35]] and second.values.tolist() == [[1, 2], [3, 6]]
 
 
-def test_calibration_is_asked_for_where_it_is_missing(config, setting, tmp_path):
-    saved = Calibration.load(config.run_dir, ("click", "cart", "purchase"))
+def test_calibration_is_asked_for_where_it_is_missing_or_of_another_checkpoint(config, setting, tmp_path):
+    actions, step = ("click", "cart", "purchase"), load_frozen(config).step
+    saved = Calibration.load(config.run_dir, actions, step=step, data_path=config.data.path)
     assert len(saved.scales) == 3
     moved = replace(config, run_dir=str(tmp_path))
     (tmp_path / "checkpoints").symlink_to(f"{config.run_dir}/checkpoints")
     with pytest.raises(DataError, match="must be calibrated"):
         Preference.Config(run="r").build(replace(setting, runs={"r": moved}))
+    saved.save(str(tmp_path), actions, step=step + 1, data_path=config.data.path)
+    with pytest.raises(
+        DataError, match=f"must be fitted with the weights of step {step} .* --checkpoint {step}`"
+    ):
+        Preference.Config(run="r").build(replace(setting, runs={"r": moved}))
+    saved.save(str(tmp_path), actions, step=step, data_path=config.data.path)
+    Preference.Config(run="r").build(replace(setting, runs={"r": moved}))

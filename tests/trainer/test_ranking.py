@@ -72,13 +72,31 @@ def test_platt_scaling_finds_the_scale_and_shift_of_the_truth():
 
 
 def test_a_calibration_belongs_to_its_run_and_actions(tmp_path):
-    with pytest.raises(DataError, match="run `grail evaluate"):
-        Calibration.load(str(tmp_path), ("click",))
+    place = {"step": 7, "data_path": "shards"}
+    with pytest.raises(DataError, match=r"run `grail evaluate .* --checkpoint 7`"):
+        Calibration.load(str(tmp_path), ("click",), **place)
     saved = Calibration(scales=(1.5,), shifts=(-0.5,))
-    saved.save(str(tmp_path), ("click",))
-    assert Calibration.load(str(tmp_path), ("click",)) == saved
+    saved.save(str(tmp_path), ("click",), **place)
+    assert Calibration.load(str(tmp_path), ("click",), **place) == saved
     with pytest.raises(DataError, match="must be about the actions cart"):
-        Calibration.load(str(tmp_path), ("cart",))
+        Calibration.load(str(tmp_path), ("cart",), **place)
+
+
+def test_a_calibration_of_other_weights_or_data_is_refused(tmp_path):
+    Calibration(scales=(1.5,), shifts=(-0.5,)).save(str(tmp_path), ("click",), step=4, data_path="shards")
+    message = (
+        "the weights of step 7 on shards, and is of step 4 on shards.* evaluate .* --checkpoint 7` again"
+    )
+    with pytest.raises(DataError, match=message):
+        Calibration.load(str(tmp_path), ("click",), step=7, data_path="shards")
+    with pytest.raises(DataError, match="of step 4 on others, and is of step 4 on shards"):
+        Calibration.load(str(tmp_path), ("click",), step=4, data_path="others")
+
+
+def test_a_calibration_written_without_a_step_is_still_read(tmp_path):
+    (tmp_path / "calibration.json").write_text('{"click": {"scale": 1.5, "shift": -0.5}}')
+    found = Calibration.load(str(tmp_path), ("click",), step=7, data_path="shards")
+    assert found == Calibration(scales=(1.5,), shifts=(-0.5,))
 
 
 def tiny_reward_run(folder: Path, *, epochs: int = 2) -> PretrainConfig:
@@ -124,8 +142,9 @@ def train_and_evaluate(process, config):
 
     result = pretrain(process, config, {}, Reporter(process.rank))
     assembly = assemble(config, process)
-    load_weights(CheckpointReader(Storage(f"{config.run_dir}/checkpoints"), "best"), assembly)
-    return result, evaluate_answers(assembly, config, split="test").to_json()
+    reader = CheckpointReader(Storage(f"{config.run_dir}/checkpoints"), "best")
+    load_weights(reader, assembly)
+    return result, evaluate_answers(assembly, config, split="test", step=reader.step).to_json()
 
 
 def test_a_reward_model_is_trained_evaluated_and_frozen(tmp_path):
