@@ -158,6 +158,10 @@ def _download_once(
             return _is_complete(answer, have, partial)
         answer.raise_for_status()
         resumed = answer.status_code == requests.codes.partial_content and _first_byte(answer) == have
+        if resumed and _version(answer) not in (None, _kept_version(partial)):
+            # Some servers do not know If-Range, and of a part from elsewhere nobody knows the version.
+            _drop(partial)
+            return False
         if not resumed:
             have = 0
             _begin(partial, answer)
@@ -182,20 +186,29 @@ def _is_complete(answer: requests.Response, have: int, partial: Path) -> bool:
 
 def _rest(partial: Path, have: int) -> dict[str, str]:
     """The headers that ask for what is behind the part, as long as the file is the one that the part is of."""
-    version = _version_file(partial)
-    unchanged = {"If-Range": version.read_text()} if version.exists() else {}
-    return {"Range": f"bytes={have}-", **unchanged}
+    version = _kept_version(partial)
+    return {"Range": f"bytes={have}-", **({"If-Range": version} if version else {})}
 
 
 def _begin(partial: Path, answer: requests.Response) -> None:
-    """An empty part, and beside it which version of the file it is going to be of, where the server says that."""
+    """Nothing of a part is left, and which version of the file the next one is of stands beside it."""
     # In this order: a part may never lie beside the version of another one.
     _drop(partial)
-    etag = answer.headers.get("ETag", "")
-    # Two files of one weak tag (W/"...") may differ in bytes, so it does not go into If-Range.
-    version = etag if etag.startswith('"') else answer.headers.get("Last-Modified")
+    version = _version(answer)
     if version:
         _version_file(partial).write_text(version)
+
+
+def _version(answer: requests.Response) -> str | None:
+    """What tells two files of one address apart, where the server says it."""
+    etag = answer.headers.get("ETag", "")
+    # Two files of one weak tag (W/"...") may differ in bytes, so it does not go into If-Range.
+    return etag if etag.startswith('"') else answer.headers.get("Last-Modified")
+
+
+def _kept_version(partial: Path) -> str | None:
+    path = _version_file(partial)
+    return path.read_text() if path.exists() else None
 
 
 def _drop(partial: Path) -> None:

@@ -155,6 +155,14 @@ def test_a_file_that_changes_between_two_attempts_begins_anew(site, tmp_path, mo
     assert (tmp_path / "set.zip").read_bytes() == CONTENT[::-1]
 
 
+def test_a_part_of_an_unknown_version_is_not_continued_where_the_server_names_one(site, tmp_path):
+    site.files, site.version = {"/set.zip": CONTENT}, {"ETag": '"a"'}
+    (tmp_path / "set.zip.part").write_bytes(b"other" * 100)
+    fetch(origin_of(site), tmp_path)
+    assert (tmp_path / "set.zip").read_bytes() == CONTENT
+    assert [asked for _, asked in site.asked] == ["bytes=500-", None]
+
+
 def test_a_part_that_is_all_is_only_checked_and_one_that_is_too_long_is_dropped(site, tmp_path):
     site.files = {"/set.zip": CONTENT}
     for name, part in (("all", CONTENT), ("long", CONTENT + b"more")):
