@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from cluster.configuration import ClusterConfig
 from cluster.errors import ClusterError, PoolGoneError
@@ -26,10 +26,9 @@ GONE = "the member has died with it"
 
 _ITEM_DEATHS = 3
 _SHORTEST_WAIT_S = 0.05
-_ANSWER_S = 5.0
-"""For what a dead member has answered; it is there with the news of the death."""
+_ANSWER_S = 1.0
 _PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
-"""Before a member is started again that died before it had begun an item; doubled each time."""
+"""Before a member is started again that died without an item; doubled each time."""
 
 
 class _Member:
@@ -43,8 +42,8 @@ class _Member:
         self.work_on = build(*arguments)
         return os.getpid()
 
-    def begin(self) -> None:
-        """Answered before an item is worked on: who dies without it was dead already."""
+    def answer(self) -> None:
+        """Says that the member lives."""
 
     def work(self, item: Any) -> Any:
         return self.work_on(item)
@@ -59,9 +58,9 @@ class _Slot:
     pid: int | None = None
     """Process of the member once it is ready."""
     failed_starts: int = 0
-    """Members that died before they had begun an item, since one was ready."""
+    """Members that died without an item, since one was ready."""
     restart_at: float | None = None
-    """When the next member is started, where the last one died before it had begun an item."""
+    """When the next member is started, where the last one died without an item."""
 
 
 @dataclass(kw_only=True)
@@ -74,8 +73,6 @@ class _Work:
     """Members that have died with it."""
     due: float = math.inf
     """When the member that has it is ended."""
-    begun: Any = None
-    """Answer of the member that has it to `begin`."""
 
 
 class Pool:
@@ -237,9 +234,22 @@ class Pool:
 
     def _hand_out(self) -> None:
         while self._idle and self._queue:
-            slot, work = self._idle.pop(), self._queue.popleft()
-            work.due, work.begun = time.monotonic() + self.item_timeout_s, slot.actor.begin.remote()
-            self._busy[slot.actor.work.remote(work.item)] = (slot, work)
+            slot = self._idle.pop()
+            # What is for one member only goes to it, or is GONE with it.
+            if not self._queue[0].repeats or self._lives(slot):
+                work = self._queue.popleft()
+                work.due = time.monotonic() + self.item_timeout_s
+                self._busy[slot.actor.work.remote(work.item)] = (slot, work)
+
+    def _lives(self, slot: _Slot) -> bool:
+        """Members may have died while they had nothing to do, and no item is to blame for that."""
+        answer = slot.actor.answer.remote()
+        try:
+            # One that does not answer in time hangs, and has an item's time for that.
+            return not ray.wait([answer], timeout=_ANSWER_S)[0] or ray.get(answer) is None
+        except RayActorError as error:
+            self._bury(slot, None, error)
+            return False
 
     def _end_overdue(self) -> None:
         now = time.monotonic()
@@ -287,30 +297,33 @@ class Pool:
         self.deaths += 1
         cause, is_ready = death_cause(error), slot.pid is not None
         slot.pid = slot.actor = None
-        begun = work is not None and _has_answered(work.begun)
-        at = f"died with item {work.ticket}" if begun else "died while it started or waited for work"
-        logger.warning("member %d of the %s %s: %s; replacing it", slot.index, self.name, at, cause)
-        if work is not None:
-            work.deaths += begun
+        at = "while it started" if not is_ready else "idle" if work is None else f"with item {work.ticket}"
+        logger.warning("member %d of the %s died %s: %s; replacing it", slot.index, self.name, at, cause)
+        if is_ready:
             self._deaths_in_a_row += 1
             self._check_deaths(work, cause, error)
-        if begun:
-            self._start(slot)
-        else:
+        if work is None:
             pause_s = min(_PAUSE_S * 2**slot.failed_starts, _LONGEST_PAUSE_S)
             slot.failed_starts, slot.restart_at = slot.failed_starts + 1, time.monotonic() + pause_s
-        if work is not None and work.repeats:
-            self._queue.appendleft(work)
+        else:
+            if work.repeats:
+                self._queue.appendleft(work)
+            self._start(slot)
         if is_ready and not self.pids:
             self._gone_since, self._has_said = time.monotonic(), False
 
-    def _check_deaths(self, work: _Work, cause: str, error: RayActorError) -> None:
+    def _check_deaths(self, work: _Work | None, cause: str, error: RayActorError) -> None:
+        """Count the death of a member that was ready."""
+        with_item = ""
+        if work is not None:
+            work.deaths += 1
+            with_item = f", {work.deaths} of them with item {work.ticket}"
         # All members may die at once while they wait for work, and are met one by one.
         most = max(self.max_deaths, len(self.slots))
-        if work.deaths >= _ITEM_DEATHS or self._deaths_in_a_row > most:
+        if self._deaths_in_a_row > most or (work is not None and work.deaths >= _ITEM_DEATHS):
             raise ClusterError(
-                f"{self.name} members must outlive their items, and {self.deaths} have died, {work.deaths} of them "
-                f"with item {work.ticket}: {cause}; look at that item and at the memory of the machines"
+                f"{self.name} members must outlive their items, and {self.deaths} have died{with_item}: {cause}; look "
+                "at the item and at the memory of the machines"
             ) from error
 
     def _has_come_back(self) -> None:
@@ -342,14 +355,6 @@ class Pool:
                 f"{self._limit_s:.0f} s; nothing is lost: look at the machines and the log above, then start the "
                 "same command again to go on"
             )
-
-
-def _has_answered(reference: Any) -> bool:
-    try:
-        ray.get(reference, timeout=_ANSWER_S)
-    except (RayActorError, GetTimeoutError):
-        return False
-    return True
 
 
 _NOTHING = object()

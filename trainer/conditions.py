@@ -155,8 +155,9 @@ class FilteringSearch(ConditionalSearch):
     def score(self, batch: SequenceBatch, candidates: Tensor) -> Tensor:
         meets = np.zeros(candidates.shape, dtype=bool)
         for column in self.wanted(batch).numpy().T:
-            meets |= self.conditions.met(candidates.numpy(), column)
-        return self.search.score(batch, candidates).masked_fill(~torch.from_numpy(meets), float("-inf"))
+            meets |= self.conditions.met(candidates.cpu().numpy(), column)
+        scores = self.search.score(batch, candidates)
+        return scores.masked_fill(~torch.from_numpy(meets).to(scores.device), float("-inf"))
 
 
 def _merge(items: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
