@@ -41,7 +41,7 @@ class HnswIndex:
     def find(
         self, queries: Tensor, exclude: Jagged | None = None, *, k: int = 0, targets: Tensor | None = None
     ) -> Found:
-        """As `ItemIndex.find`; a target that was not found comes behind all items."""
+        """As `ItemIndex.find`; a target that was not found has an infinite rank."""
         longest = 0 if exclude is None else exclude.max_length
         sizes = exchange_integers([queries.shape[0], longest], self.process)
         counts, wide = [size[0] for size in sizes], max(k, SEARCH_BREADTH) + max(size[1] for size in sizes)
@@ -62,7 +62,7 @@ class HnswIndex:
         own = found.gather(1, is_target.to(torch.int64).argmax(1, keepdim=True))
         others = scores.masked_fill(is_target, float("-inf"))
         ranks = 1 + (others > own).sum(1) + (others == own).sum(1) / 2
-        return torch.where(is_target.any(1), ranks, self.num_items).float()
+        return ranks.masked_fill(~is_target.any(1), float("inf")).float()
 
     def _search_own(self, queries: np.ndarray, wide: int) -> tuple[Tensor, Tensor]:
         """Shapes: [Q, D] -> items and scores [Q, wide]; -1 and -inf where the graph found fewer."""

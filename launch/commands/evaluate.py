@@ -80,11 +80,8 @@ def evaluate(
 
     if baselines:
         _check_baselines(config)
-    if per_user and _scores_given_items(config):
-        raise ConfigError(
-            "--per-user keeps how each user's held-out item is ranked, and this run's model scores given ones; "
-            "leave it out"
-        )
+    if _scores_given_items(config):
+        _check_given_items(config, per_user)
     step = find_step(config, checkpoint)
     kept = per_user and _prepared(per_user)
     start_console()
@@ -139,6 +136,30 @@ def _scores_given_items(config: PretrainConfig) -> bool:
     return getattr(config.model, "has_own_objective", False) and not generates
 
 
+def _check_given_items(config: PretrainConfig, per_user: str) -> None:
+    """Raises: ConfigError for options that only say something of a ranking of all items."""
+    if per_user:
+        raise ConfigError(
+            "--per-user keeps how each user's held-out item is ranked, and this run's model scores given ones; "
+            "leave it out"
+        )
+    if narrowing := _narrowing(config):
+        raise ConfigError(
+            f"{' and '.join(narrowing)} would narrow a search of all items, and this run's model scores given ones; "
+            "leave them out"
+        )
+
+
+def _narrowing(config: PretrainConfig) -> list[str]:
+    """Options that are given and narrow what is searched."""
+    given = {
+        "evaluation.condition": config.evaluation.condition != "none",
+        "search.allow": bool(config.search.allow),
+        "search.deny": bool(config.search.deny),
+    }
+    return [name for name, is_given in given.items() if is_given]
+
+
 def _prepared(per_user: str) -> str:
     """The file named from the root on, in a folder that is there.
 
@@ -161,15 +182,9 @@ def _check_baselines(config: PretrainConfig) -> None:
         raise ConfigError(
             "baselines rank all items, and this run's model scores given ones; leave --baselines out"
         )
-    narrowed = {
-        "evaluation.condition": config.evaluation.condition != "none",
-        "search.allow": bool(config.search.allow),
-        "search.deny": bool(config.search.deny),
-    }
-    given = [name for name, is_given in narrowed.items() if is_given]
-    if given:
+    if narrowing := _narrowing(config):
         raise ConfigError(
-            f"baselines rank all items, and {' and '.join(given)} would narrow the run's own search alone; leave "
+            f"baselines rank all items, and {' and '.join(narrowing)} would narrow the run's own search alone; leave "
             "--baselines out, or evaluate without"
         )
 
