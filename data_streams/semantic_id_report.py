@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
+from rich.markup import escape
 from rich.table import Table
 
 from cluster.errors import DataError
@@ -135,7 +136,7 @@ def render(reports: Sequence[SemanticIdReport]) -> Table:
     table = Table(title="semantic IDs")
     table.add_column("")
     for report in reports:
-        table.add_column(f"{report.name}\n[dim]{report.fingerprint}", justify="right")
+        table.add_column(f"{escape(report.name)}\n[dim]{report.fingerprint}", justify="right")
     for label, cells in _lines(reports).items():
         table.add_row(label, *cells)
     return table

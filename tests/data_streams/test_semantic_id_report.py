@@ -61,13 +61,13 @@ def test_the_first_place_that_tells_items_apart_is_the_category():
 
 def test_reports_are_saved_printed_and_drawn_side_by_side(tmp_path):
     first = measure(table(), name="one", categories=np.array([0, 0, 1, 1, 1, 0]), reconstruction_error=0.25)
-    second = measure(table(CODES[:, :1].copy(), (2,)), name="two")
+    second = measure(table(CODES[:, :1].copy(), (2,)), name="two[/2]")
     first.save(Storage(tmp_path))
     assert SemanticIdReport.load(Storage(tmp_path)) == first
     console = Console(width=120, record=True, file=open(tmp_path / "printed", "w"))
     console.print(render([first, second]))
     printed = console.export_text()
-    for text in ("one", "two", "83.33%", "0.2500", "NOT MET", "met", "2 x 4", first.fingerprint):
+    for text in ("one", "two[/2]", "83.33%", "0.2500", "NOT MET", "met", "2 x 4", first.fingerprint):
         assert text in printed
     assert plot([first, second]).startswith(b"\x89PNG")
 
