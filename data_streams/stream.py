@@ -49,7 +49,7 @@ class TrainStream:
                 f"cannot feed {world_size} workers; raise data.num_streams to {world_size} or more"
             )
         storage, self.manifest = open_data(config)
-        self._config, self._seed, self._is_alone = config, seed, world_size == 1
+        self._config, self._seed = config, seed
         self._streams = range(rank, config.num_streams, world_size)
         self._reading = EventReading(self.manifest, config, "train")
         self._history_share = history_share(self.manifest, config)
@@ -71,8 +71,7 @@ class TrainStream:
         A batch can be empty, when long users have used up the budget of its step. `position` is the merged
         position of all ranks after the last step that counts, taken at this or another world size.
 
-        Raises: ConfigError when the position was taken with other options or data; where there is no other rank,
-        as `check_epoch` at the end of a whole epoch.
+        Raises: ConfigError when the position was taken with other options or data.
         """
         streams = self._open_streams(epoch, position)
         step = position["step"] if position else 0
@@ -85,8 +84,6 @@ class TrainStream:
             num_pages += 0 if batch.pages is None else batch.pages.num_pages
             yield batch
         self.epoch_totals = self._totals(num_users, num_pages)
-        if self._is_alone and position is None:
-            self.check_epoch(self.epoch_totals)
 
     def check_epoch(self, totals: Mapping[str, int]) -> None:
         """Whether there was anything to learn from: `totals` are the `epoch_totals` of all ranks, added up.

@@ -231,8 +231,9 @@ def test_an_epoch_in_which_every_chunk_is_bad_is_an_error_even_when_skipping(dat
     for record in manifest.chunks:
         (path / record.shard).unlink(missing_ok=True)
     stream = TrainStream(config(path, on_bad_shard="skip"), seed=0, rank=0, world_size=1)
+    assert not list(stream.batches(0))
     with pytest.raises(DataError, match=r"all chunks with training users are bad in .*copy the shards again"):
-        list(stream.batches(0))
+        stream.check_epoch(stream.epoch_totals)
 
 
 def test_evaluation_skips_and_counts_too(data):

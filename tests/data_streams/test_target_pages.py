@@ -39,7 +39,9 @@ def config(path, **options) -> DataConfig:
 
 def training(path, **options) -> list:
     stream = TrainStream(config(path, **options), seed=0, rank=0, world_size=1)
-    return list(stream.batches(0))
+    batches = list(stream.batches(0))
+    stream.check_epoch(stream.epoch_totals)
+    return batches
 
 
 def evaluation(path, split, **options) -> list:
