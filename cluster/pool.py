@@ -300,8 +300,7 @@ class Pool:
         at = "while it started" if not is_ready else "idle" if work is None else f"with item {work.ticket}"
         logger.warning("member %d of the %s died %s: %s; replacing it", slot.index, self.name, at, cause)
         if is_ready:
-            self._deaths_in_a_row += 1
-            self._check_deaths(work, cause, error)
+            self._count_death(work, cause, error)
         if work is None:
             pause_s = min(_PAUSE_S * 2**slot.failed_starts, _LONGEST_PAUSE_S)
             slot.failed_starts, slot.restart_at = slot.failed_starts + 1, time.monotonic() + pause_s
@@ -312,8 +311,9 @@ class Pool:
         if is_ready and not self.pids:
             self._gone_since, self._has_said = time.monotonic(), False
 
-    def _check_deaths(self, work: _Work | None, cause: str, error: RayActorError) -> None:
-        """Count the death of a member that was ready."""
+    def _count_death(self, work: _Work | None, cause: str, error: RayActorError) -> None:
+        """Of a member that was ready. Raises: ClusterError where that is one too many."""
+        self._deaths_in_a_row += 1
         with_item = ""
         if work is not None:
             work.deaths += 1

@@ -169,3 +169,16 @@ def _flush_directory(path: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def renamed_at_end(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside the local file `path` that takes its name once it is complete, for what writes to a path
+    and not to `Storage.open_write`."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

