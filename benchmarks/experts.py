@@ -24,6 +24,7 @@ BENCHMARK = Benchmark(
     bars=(
         Bar(key="ratio", at_least=1.5),
         Bar(key="ratio_to_dropless", at_least=1.5),
+        Bar(key="slower_than_dense_in_fp32", at_most=1.2),
         Bar(key="slower_than_dense", at_most=1.2),
         Bar(key="bytes_over_minimum", at_most=1.01),
     ),
@@ -43,26 +44,33 @@ def measure(process: Process, request: Request) -> dict[str, Any]:
     """The headline is the case in which we gain least over DeepSpeed; `cases` has all of them and all settings."""
     start_deepspeed()
     torch.manual_seed(0)
-    cases = {
-        f"{tokens} tokens, top-{top_k}": _case(process, tokens, top_k, ROUNDS[request.scale])
+    own = resolve_precision("auto", process.device)
+    every = {
+        f"{tokens} tokens, top-{top_k}, ep {size}, {_name(precision)}": case
         for tokens, top_k in product(TOKENS[request.scale], (1, 2))
+        # In fp32 DeepSpeed's layer was measured when the bars were set; the other is what we train in here.
+        for precision in dict.fromkeys((torch.float32, own))
+        for size, case in _cases(process, tokens, top_k, precision, ROUNDS[request.scale]).items()
     }
-    every = {f"{name}, ep {size}": case[size] for name, case in cases.items() for size in SIZES}
     worst = min(every.values(), key=lambda case: case["ratio"])
+    in_fp32 = [case for name, case in every.items() if name.endswith(_name(torch.float32))]
     return {
         **{key: worst[key] for key in ("ours", "peer", "ratio", "cpu_seconds", "rounds_s")},
         "ratio_to_dropless": min(case["ratio_to_setting"]["dropless"] for case in every.values()),
         "slower_than_dense": max(case["slower_than_dense"] for case in every.values()),
+        "slower_than_dense_in_fp32": max(case["slower_than_dense"] for case in in_fp32),
         "bytes_over_minimum": max(case["bytes_over_minimum"] for case in every.values()),
-        "our_precision": _name(resolve_precision("auto", process.device)),
+        "our_precision": _name(own),
         "cases": every,
     }
 
 
-def _case(process: Process, tokens: int, top_k: int, rounds: int) -> dict[int, dict[str, Any]]:
+def _cases(
+    process: Process, tokens: int, top_k: int, precision: torch.dtype, rounds: int
+) -> dict[int, dict[str, Any]]:
+    """Of each number of parts that the experts are cut into."""
     generator = torch.Generator().manual_seed(process.rank)
     batches = [torch.randn(tokens, WIDTH, generator=generator) for _ in range(PASSES * (rounds + 1))]
-    precision = resolve_precision("auto", process.device)
     layers = {size: _our_layer(top_k, size, process) for size in SIZES}
     sides: dict[str, nn.Module] = {f"ours {size}": layer for size, layer in layers.items()}
     sides["dense"] = FeedForward(WIDTH, HIDDEN * top_k)

@@ -27,8 +27,6 @@ class ItemSequenceConfig:
     """Size of item vectors and of the residual stream."""
     num_blocks: int = 2
     """Blocks on top of each other."""
-    num_heads: int = 2
-    """Attention heads per block."""
     dropout: float = 0.2
     """Dropout on the input and on what blocks add."""
     init_scale: float = 0.02
@@ -39,6 +37,9 @@ class ItemSequenceConfig:
 
 class ItemSequenceModel(Retriever):
     """Embeds the items of a user, lets `encode_events` mix them, and hands all states to the objective."""
+
+    has_positions = True
+    """Whether an event's place in its history, the oldest first, has a vector of its own."""
 
     def __init__(
         self,
@@ -53,7 +54,8 @@ class ItemSequenceModel(Retriever):
         self.config, self.num_items, self.max_length = config, num_items, max_length
         self.uses_item_features = config.item_features
         self.objective = objective
-        self.positions = nn.Embedding(max_length, config.width)
+        if self.has_positions:
+            self.positions = nn.Embedding(max_length, config.width)
         self.input_dropout = Dropout(config.dropout)
         if config.item_features:
             self.feature_projection = Linear(item_feature_dim, config.width, bias=False)
@@ -89,8 +91,11 @@ class ItemSequenceModel(Retriever):
 
     def embed_events(self, history: LookedUp, batch: SequenceBatch) -> Tensor:
         """What `encode_events` begins with. Shapes: [T, D]."""
-        scaled = self._embed(history) * self.config.width**0.5
-        return self.input_dropout(scaled + self.positions(batch.items.places()))
+        return self.input_dropout(self.scaled_items(history) + self.positions(batch.items.places()))
+
+    def scaled_items(self, history: LookedUp) -> Tensor:
+        """Items as the network reads them. Shapes: [T, D]."""
+        return self._embed(history) * self.config.width**0.5
 
     def query_ids(self, batch: SequenceBatch) -> Ids:
         return {"history": batch.items.values}

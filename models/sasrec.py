@@ -2,7 +2,8 @@
 
 Source: Kang and McAuley, Self-Attentive Sequential Recommendation (2018), with the softmax objectives that later
 work found to be decisive. Deviations: keys and values are normalised like the queries (plain pre-norm), their
-projections have no bias (that of the keys would have no effect), and no padding exists.
+projections have no bias (that of the keys would have no effect), no padding exists, and positions count from the oldest
+event, where left-padded inputs give the newest one always the same.
 """
 
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from models.layers.linear import Linear
 class SASRec(ItemSequenceModel):
     @dataclass(frozen=True, kw_only=True)
     class Config(ItemSequenceConfig):
+        num_heads: int = 2
+        """Attention heads per block."""
         feedforward_width: int | None = None
         """Hidden size of the feed-forward part; None takes the width, as the paper does."""
 

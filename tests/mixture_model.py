@@ -18,6 +18,7 @@ from trainer.expert_balance import mixtures
 class MixtureModel(ItemSequenceModel):
     @dataclass(frozen=True, kw_only=True)
     class Config(ItemSequenceConfig):
+        num_heads: int = 2
         feedforwards: tuple[FeedForwardConfig | MixtureConfig, ...] = (
             FeedForwardConfig(hidden=24),
             MixtureConfig(num_experts=4, hidden=24, num_shared=1, auxiliary_weight=0.1, z_weight=0.01),

@@ -13,6 +13,7 @@ from cluster.process import Process
 from data_streams.batch import CLICKED, EXPOSED, ORDERED, Pages, SequenceBatch
 from data_streams.jagged import Jagged
 from models.climber_pilot import ClimberPilot
+from models.gru4rec import GRU4Rec
 from models.hstu import HSTU, TIME
 from models.objectives.full_softmax import FullSoftmax
 from models.objectives.gbce import GeneralisedBinaryCrossEntropy
@@ -33,7 +34,8 @@ from trainer.step_input import StepInput, prepare_step, split_users
 
 MODELS = {
     "sasrec": SASRec.Config,
-    "hstu": HSTU.Config,
+    "hstu": partial(HSTU.Config, num_heads=2),
+    "gru4rec": GRU4Rec.Config,
     "pilot": partial(ClimberPilot.Config, time_window_s=30_000.0),
     "conditioned-pilot": partial(ClimberPilot.Config, time_window_s=30_000.0, condition_column="group"),
     "mixture": MixtureModel.Config,
@@ -89,7 +91,6 @@ def make_model(case: Case) -> Recommender:
     config = MODELS[case.model](
         width=16,
         num_blocks=2,
-        num_heads=2,
         dropout=case.dropout,
         init_scale=0.1,
         item_features=case.item_features,

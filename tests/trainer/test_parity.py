@@ -40,9 +40,9 @@ def test_sharded_training_equals_the_unsharded_reference(objective, world_size):
     assert_same_training(case, world_size, against=case)
 
 
-@pytest.mark.parametrize("zero_stage", [1, 3])
-def test_hstu_on_two_ranks_equals_the_unsharded_reference(zero_stage):
-    case = Case(model="hstu", objective="full", zero_stage=zero_stage)
+@pytest.mark.parametrize(("model", "zero_stage"), [("hstu", 1), ("hstu", 3), ("gru4rec", 3)])
+def test_other_retrieval_models_on_two_ranks_equal_the_unsharded_reference(model, zero_stage):
+    case = Case(model=model, objective="full", zero_stage=zero_stage)
     assert_same_training(case, 2, against=case)
 
 
