@@ -126,13 +126,15 @@ class ClimberPilot(ItemSequenceModel):
 
     def forward(self, rows: Rows, batch: SequenceBatch, context: StepContext) -> LossSum:
         layout, visible = bucket_layout(batch.items), batch.features[VISIBLE]
-        in_backbone = visible if self.config.mask_backbone else batch.items.places() + 1
+        upto = batch.items.places() + 1
+        in_backbone = visible if self.config.mask_backbone else upto
         hidden = self._backbone(self.embed_events(rows["history"], batch), layout, in_backbone)
         states = []
         for number, branch in enumerate(self.branches):
             slots = batch.supervision[slots_name(number)]
             back = number if self.condition_table is not None else 0
-            state = self._branch(branch, hidden, batch, layout, (visible - back).clamp(min=0))
+            seen = torch.minimum(visible, (upto - back).clamp(min=0))
+            state = self._branch(branch, hidden, batch, layout, seen)
             states.append(state[batch.items.offsets[slots.row_index()] + slots.values])
         targets = torch.cat([targets.values for targets in self._targets(batch)])
         vectors = {name: self.item_vectors(rows[name]) for name in self.objective.features}

@@ -14,6 +14,7 @@ from torch import Tensor
 from cluster.errors import ConfigError
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
+from models.predicted_events import PREDICTED
 
 KEPT = "lifelong"
 """In `SequenceBatch.supervision`: whether each event of a user stands for a cluster."""
@@ -51,21 +52,30 @@ class LifelongConfig:
 def with_lifelong(batch: SequenceBatch, config: LifelongConfig, code_vectors: np.ndarray) -> SequenceBatch:
     """Says which events the queries read; always the first one, so that there is one for every target. Host side.
 
-    What is chosen depends on the whole history in the batch: exact where the newest event alone is predicted.
+    Clustered are the events that a user's earliest target knows of; what follows them is read event by event, since
+    no target may depend on events after it.
 
     Shapes: code_vectors [N, d] of all items.
     """
     items = batch.items
+    rows, places = items.row_index().numpy(), items.places().numpy()
     kept = np.ones(items.values.shape[0], dtype=bool)
     if config.cluster_events and items.max_length > config.cluster_events:
-        vectors = code_vectors[items.values.numpy()]
-        kept = representatives(vectors, items.row_index().numpy(), config.cluster_events)
-    rows, places = items.row_index().numpy(), items.places().numpy()
+        early = places <= _first_predicted(batch)[rows]
+        vectors = code_vectors[items.values.numpy()[early]]
+        kept[early] = representatives(vectors, rows[early], config.cluster_events)
     upto = np.cumsum(kept)
     last = upto[np.maximum(items.offsets[1:].numpy() - 1, 0)] if len(kept) else upto
     kept &= last[rows] - upto < config.max_events
     kept |= places == 0
     return replace(batch, supervision={**batch.supervision, KEPT: items.with_values(torch.from_numpy(kept))})
+
+
+def _first_predicted(batch: SequenceBatch) -> np.ndarray:
+    """The last place that a user's earliest target knows of, or -1 for users without any. Shapes: [B]."""
+    predicted = batch.supervision[PREDICTED]
+    offsets, values = predicted.offsets.numpy(), predicted.values.numpy()
+    return np.append(values, -1)[np.where(np.diff(offsets) > 0, offsets[:-1], len(values))]
 
 
 def lifelong_span(span: tuple[Tensor, Tensor], kept: Jagged, never: int) -> tuple[Tensor, Tensor]:

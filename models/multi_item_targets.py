@@ -42,7 +42,8 @@ def multi_item_batch(
     """Say what each event may see and what each branch learns at which events.
 
     Branch k (from 0) learns the item k places after the next one. With `same_target` all branches learn the next item,
-    branch k from a sequence that ends k events earlier. Targets without any event to see are left out.
+    branch k from a sequence that ends k events earlier, in which the window hides what it hides of the whole one. Targets
+    without any event to see are left out.
     """
     lengths = batch.items.lengths.numpy()
     places = batch.items.places().numpy()
@@ -52,7 +53,7 @@ def multi_item_batch(
     supervision = {}
     for branch in range(num_branches):
         ahead, back = (0, branch) if same_target else (branch, 0)
-        learnt = np.flatnonzero((visible > back) & (left > ahead))
+        learnt = np.flatnonzero((np.minimum(visible, places + 1 - back) > 0) & (left > ahead))
         counts = torch.from_numpy(np.bincount(users[learnt], minlength=len(lengths)))
         slots = Jagged.from_lengths(torch.from_numpy(places[learnt]), counts)
         supervision[slots_name(branch)] = slots

@@ -293,6 +293,23 @@ def test_the_branches_under_conditions_learn_the_next_item_from_shorter_sequence
     assert batch.features[OFFERED].equal(torch.from_numpy(conditions()[batch.items.values.numpy()]).long())
 
 
+def test_a_window_hides_from_a_shorter_sequence_only_what_lies_in_it():
+    """S_{n-k+1} under the time mask of its target: events that both take away are not taken away twice."""
+    model = pilot(condition_column="categories", time_window_s=900.0, num_branches=2).eval()
+    users = make_users((6,))
+    times = torch.tensor([0, 1000, 2000, 3000, 4000, 4100, 4200])
+    users.features[TIME], users.target_features[TIME] = times[:-1], times[1:]
+    batch = model.training_batch(users, CONTEXT)
+    seen = []
+    model._branch = lambda branch, hidden, batch, layout, visible: seen.append(visible.tolist()) or hidden
+    model(rows_of(model.ids(batch, CONTEXT)), batch, CONTEXT)
+    assert seen == [[1, 2, 3, 4, 4, 4], [0, 1, 2, 3, 4, 4]]
+    assert [batch.supervision[slots_name(branch)].values.tolist() for branch in range(2)] == [
+        [0, 1, 2, 3, 4, 5],
+        [1, 2, 3, 4, 5],
+    ]
+
+
 def test_the_drawn_conditions_do_not_depend_on_the_users_beside():
     model, users = pilot(condition_column="categories"), make_users()
     together = model.training_batch(users, CONTEXT).features[WANTED]

@@ -13,6 +13,7 @@ from models.lifelong_history import (
     representatives,
     with_lifelong,
 )
+from models.predicted_events import with_newest
 from tests.training_cases import make_batch
 
 
@@ -49,7 +50,7 @@ def test_items_whose_codes_begin_alike_are_near():
 def test_the_first_event_and_the_latest_ones_are_kept():
     batch = make_batch([torch.arange(9), torch.arange(4)])
     config = LifelongConfig(num_queries=2, max_events=3)
-    chosen = with_lifelong(batch, config, np.zeros((97, 2), dtype=np.float32))
+    chosen = with_lifelong(with_newest(batch, 1), config, np.zeros((97, 2), dtype=np.float32))
     kept = chosen.supervision[KEPT]
     assert torch.nonzero(kept.values)[:, 0].tolist() == [0, 5, 6, 7, 8, 9, 10]
     since, _ = lifelong_span((batch.items.places() + 1, batch.items.places()), kept, never=99)
@@ -57,12 +58,28 @@ def test_the_first_event_and_the_latest_ones_are_kept():
 
 
 def test_only_long_histories_are_clustered():
-    batch = make_batch([torch.zeros(9, dtype=torch.int64), torch.arange(4)])
+    batch = with_newest(make_batch([torch.zeros(9, dtype=torch.int64), torch.arange(4)]), 1)
     vectors = np.arange(97, dtype=np.float32)[:, None]
     many = with_lifelong(batch, LifelongConfig(num_queries=2, cluster_events=8), vectors)
     few = with_lifelong(batch, LifelongConfig(num_queries=2, cluster_events=4), vectors)
     assert many.supervision[KEPT].values.all()
     assert torch.nonzero(few.supervision[KEPT].values)[:, 0].tolist() == [0, 8, 9]
+
+
+def test_no_target_depends_on_events_after_it():
+    config, vectors = LifelongConfig(num_queries=2, cluster_events=4), np.random.default_rng(0)
+    vectors = vectors.normal(size=(97, 3)).astype(np.float32)
+    users = [torch.arange(30), torch.arange(40, 46), torch.zeros(1, dtype=torch.int64)]
+    changed = [torch.cat((users[0][:27], torch.tensor([90, 91, 92]))), *users[1:]]
+    kept = [
+        with_lifelong(with_newest(make_batch(these), 4), config, vectors).supervision[KEPT].values
+        for these in (users, changed)
+    ]
+    # Of 29 events the last four are predicted from: all but the first 26 are read as they are.
+    assert torch.equal(*kept)
+    assert not kept[0][:26].all() and kept[0][26:29].all()
+    alone = with_lifelong(with_newest(make_batch([users[0][:27]]), 1), config, vectors)
+    assert torch.equal(kept[0][:26], alone.supervision[KEPT].values)
 
 
 @pytest.mark.parametrize(
