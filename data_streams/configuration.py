@@ -37,5 +37,7 @@ class DataConfig:
     """Most items of a page; the least chosen ones are cut off."""
     page_ordered: tuple[str, ...] = ("purchase", "order")
     """Actions that stand above a click in the order of a page's items."""
+    page_disliked: tuple[str, ...] = ("hate", "dislike")
+    """Actions that leave an item of a page what it was without them: shown, and not chosen."""
     columns: tuple[str, ...] = ()
     """Event columns a model needs beside the item, such as timestamp_s or action."""

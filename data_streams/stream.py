@@ -26,7 +26,15 @@ from data_streams.user_block import ITEM, UserBlock, collate
 
 log = logging.getLogger(__name__)
 
-PAGE_OPTIONS = ("pages", "page_gap_s", "page_events", "page_items", "page_ordered", "history_exposures")
+PAGE_OPTIONS = (
+    "pages",
+    "page_gap_s",
+    "page_events",
+    "page_items",
+    "page_ordered",
+    "page_disliked",
+    "history_exposures",
+)
 PAGE_COUNTERS = ("pages", "pages_without_target", "pages_without_history")
 ORDER_OPTIONS = ("max_length", "tokens_per_step", "num_streams", "shuffle_chunks")
 

@@ -266,7 +266,7 @@ def _entries(
 
 
 def _strength(action: str, config: DataConfig) -> int:
-    if action == "exposure":
+    if action == "exposure" or action in config.page_disliked:
         return EXPOSED
     return ORDERED if action in config.page_ordered else CLICKED
 

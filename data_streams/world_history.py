@@ -141,7 +141,7 @@ class _Crowd:
         clicks &= ~over
         shown = ~known & ~same.any(-1) & ~over
         self._record(rows, items, clicks, shown, same, log_odds, look)
-        self._remember(rows, clicks, upto)
+        self._remember(rows, clicks)
         found = (clicks & (self.catalogue.cluster[items] == state.focus[:, None])).any(1)
         self._turn(rows, found, draws[:, : 8 + STYLE_DIM])
         self._finish(rows)
@@ -221,7 +221,7 @@ class _Crowd:
         slot = (self.num_clicks[rows][:, None] + np.cumsum(clicks, axis=1) - 1)[clicks]
         self.clicked[rows[clicked_row], slot] = items[clicks]
 
-    def _remember(self, rows: np.ndarray, clicks: np.ndarray, upto: np.ndarray) -> None:
+    def _remember(self, rows: np.ndarray, clicks: np.ndarray) -> None:
         """Keep the state under which the last click and the last but one were made."""
         before = self.num_clicks[rows]
         self.num_clicks[rows] = before + clicks.sum(1)

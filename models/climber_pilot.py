@@ -10,7 +10,9 @@ items meet a condition, such as a category. The backbone does not know the condi
 Source: Climber-Pilot (2026), arXiv 2602.13581. RECONSTRUCTED: the state read for a target is that of the last event
 older than its window, since the residual stream carries an event's item where attention hides it; where nothing of the
 history meets the condition, the whole history is seen; the learned condition is a key and value of its own. Deviations:
-blocks are SASRec's, with absolute positions beside the attention bias; an item's vector has no category embedding
+blocks are SASRec's, with absolute positions beside the attention bias; the recipes train with sampled softmax over
+cosines and uniform negatives, where the paper has inner products and in-batch negatives (`--objective in-batch-softmax
+--objective.no-normalised --objective.temperature 1 --objective.no-log-q`); an item's vector has no category embedding
 beside its row (`item_features` can add one from text); targets that nothing visible precedes are left out of the loss.
 """
 

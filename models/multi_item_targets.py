@@ -42,8 +42,8 @@ def multi_item_batch(
     """Say what each event may see and what each branch learns at which events.
 
     Branch k (from 0) learns the item k places after the next one. With `same_target` all branches learn the next item,
-    branch k from a sequence that ends k events earlier, in which the window hides what it hides of the whole one. Targets
-    without any event to see are left out.
+    branch k from a sequence that ends k events earlier, in which the window hides what it hides of the whole one.
+    Targets without any event to see are left out.
     """
     lengths = batch.items.lengths.numpy()
     places = batch.items.places().numpy()

@@ -1,8 +1,10 @@
 """TIGER: an encoder reads the codes of the history, a decoder writes those of the next item.
 
 Source: TIGER (arXiv 2305.05065): user token by hashing, 4 + 4 blocks, all prefixes of a user as training samples.
-RECONSTRUCTED: learned positions instead of T5's relative biases, GELU, scores over the codes of a level alone instead
-of the joint vocabulary.
+RECONSTRUCTED: all prefixes; learned positions by item instead of T5's relative biases, LayerNorm and biases, GELU,
+attention over the root of the head size, scores over the codes of a level alone instead of the joint vocabulary; AdamW
+with a cosine instead of an inverse square root. Prefixes are those of the newest `max_length` events: of a longer
+history the older targets are left out, and the first ones kept see less before them.
 """
 
 from dataclasses import dataclass, replace

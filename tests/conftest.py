@@ -1,4 +1,4 @@
-"""What all tests share: a quiet, single-threaded, offline environment and checked tensor shapes."""
+"""What all tests share: a quiet, single-threaded, offline environment and checked types of arguments."""
 
 import os
 from pathlib import Path
@@ -12,10 +12,11 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-from jaxtyping import install_import_hook
+from beartype import BeartypeConf
+from beartype.claw import beartype_packages
 
-# Annotated shapes and types are checked in this process's tests only; training pays nothing for them.
-install_import_hook(["models", "sharding", "trainer"], "beartype.beartype")
+# In this process's tests only; training pays nothing for it.
+beartype_packages(("models", "sharding", "trainer"), conf=BeartypeConf())
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -25,8 +25,7 @@ from cluster.retries import retried
 from cluster.storage import Storage
 from sharding.state import Piece
 from trainer.checkpoint_commit import SaveTarget, commit, remove_leftovers, remove_old_steps
-from trainer.checkpoint_layout import DTYPES, Block, committed_steps, count_rows
-from trainer.checkpoint_pointers import BEST, write_pointer
+from trainer.checkpoint_layout import DTYPES, Block, count_rows
 
 BLOCK_BYTES = 32 << 20
 
@@ -129,18 +128,6 @@ class Checkpointer:
         """Wait for the last save and give the staging memory back."""
         self.wait()
         self._buffers.clear()
-
-    def mark_best(self, step: int) -> None:
-        """Make BEST name a step that was saved; it is kept from then on."""
-        self.wait()
-        if self._rank != 0:
-            return
-        steps = committed_steps(self._storage)
-        if step not in steps:
-            raise CheckpointError(
-                f"step {step} has no complete checkpoint to mark as best; there are {steps}."
-            )
-        write_pointer(self._storage, BEST, step)
 
     def _stage(self, pieces: list[Piece]) -> list[Piece]:
         """Copy into host buffers that stay from save to save: fresh memory costs several copies."""

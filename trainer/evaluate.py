@@ -255,7 +255,7 @@ def _rank_metrics(ranks: np.ndarray, cutoffs: tuple[int, ...]) -> dict[str, np.n
 
 
 def _list_metrics(lists: np.ndarray, cutoffs: tuple[int, ...], items: ItemTable) -> dict[str, np.ndarray]:
-    """Novelty, and diversity where items have embeddings or else categories."""
+    """Novelty, and diversity by the cosine of the items' embeddings or else of their categories, 0 and 1 each."""
     per_user = {f"novelty@{k}": novelty_at(lists, k, items.train_counts) for k in cutoffs}
     if items.embeddings is not None:
         # Only the recommended items' vectors are read: the matrix may be far larger than memory.

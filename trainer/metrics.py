@@ -41,7 +41,8 @@ def coverage_at(lists: np.ndarray, k: int, num_items: int) -> float:
 def novelty_at(lists: np.ndarray, k: int, train_counts: np.ndarray) -> np.ndarray:
     """Mean of -log2 of the items' share of all training events; an item without any counts as one event.
 
-    Units: bits; an item twice as rare adds one. Shapes: lists [U, K], train_counts [N] -> [U].
+    The usual novelty takes the share of users instead, which is larger by the events of a user. Empty slots count for
+    nothing. Units: bits; an item twice as rare adds one. Shapes: lists [U, K], train_counts [N] -> [U].
     """
     counts = np.maximum(train_counts, 1)
     information = -np.log2(counts / max(train_counts.sum(), 1))

@@ -1,6 +1,8 @@
 """HSTU-large in the published shape for MovieLens-1M, eight layers of two heads, for an accelerator.
 
-The width is 52 instead of the published 50, since rows of tables have a multiple of 4 numbers.
+The width is 52 instead of the published 50, since rows of tables have a multiple of 4 numbers. As in `hstu-ml-1m`,
+events have no times (`--model.time-bias` where they do), all items are scored instead of 128 negatives, and the table
+has a rate of its own; the rates fall with a cosine instead of being constant.
 """
 
 from data_streams.configuration import DataConfig

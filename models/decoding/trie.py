@@ -87,11 +87,6 @@ class PrefixTrie:
         """The last code of nodes of this depth. Shapes: [...] -> [...] int64."""
         return self.prefixes[depth][nodes] % self.code_sizes[depth - 1]
 
-    def child_mask(self, depth: int, nodes: Tensor) -> Tensor:
-        """Which codes may follow nodes of this depth; node -1 has none. Shapes: [...] -> [..., K] bool."""
-        children, exists = self.children(depth, nodes.clamp(min=0))
-        return self.code_mask(depth + 1, children, exists & (nodes[..., None] >= 0))
-
     def code_mask(self, depth: int, nodes: Tensor, chosen: Tensor) -> Tensor:
         """The last codes of the chosen among nodes of this depth. Shapes: [..., M], [..., M] bool -> [..., K] bool."""
         size = self.code_sizes[depth - 1]

@@ -1,7 +1,8 @@
 """Binary cross-entropy: the target against 1, each negative against 0.
 
 Source: Kang and McAuley, Self-Attentive Sequential Recommendation (2018). Deviation: the step's positions share their
-negatives, whose weights add up to the one negative per position of the paper.
+negatives, which may be items of the user and whose weights add up to the one negative per position of the paper; the
+loss is a mean over target and negatives, half of the paper's sum.
 """
 
 from dataclasses import dataclass

@@ -30,7 +30,8 @@ class GeneralisedBinaryCrossEntropy(PairwiseObjective):
         num_negatives: int = 256
         """Items drawn per step and shared by all its positions."""
         calibration: float = 0.75
-        """t of the paper: 0 is plain binary cross-entropy, 1 gives calibrated probabilities."""
+        """t of the paper: from scores of 0, 0 is plain binary cross-entropy and 1 gives calibrated probabilities;
+        `balanced` moves the scores by a constant, which changes no ranking."""
         balanced: bool = True
         """Let scores begin at ln(beta / k); the paper lets them begin at 0."""
 

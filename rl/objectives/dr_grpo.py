@@ -1,8 +1,8 @@
 """Dr. GRPO: clipped ratios divided by one constant length; meant for advantages that are not divided by a spread.
 
 Source: Liu et al., Understanding R1-Zero-Like Training (2025), in the notation of classic.md 9.3. All items have the
-same number of codes, so what differs from GRPO is the advantage (choose `--advantage group --advantage.divide-by-std
-False`), and that the constant may be chosen.
+same number of codes, so what differs from GRPO is the advantage (choose `--advantage group
+--advantage.no-divide-by-std`), and that the constant may be chosen.
 """
 
 from dataclasses import dataclass

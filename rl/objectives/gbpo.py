@@ -1,8 +1,9 @@
-"""GBPO: no sample is clipped away, and no gradient exceeds that of binary cross-entropy.
+"""GBPO: no sample is clipped away (but for ratios below e^-10), and no gradient exceeds that of binary cross-entropy.
 
 Source: OneRec-V2 (2025; industrial.md 4.3): the denominator is max(pi_old, sg(pi)) for advantages at or above 0 and
 max(pi_old, 1 - sg(pi)) below. So a ratio is at most 1, or at most pi / (1 - pi). RECONSTRUCTED: per code, averaged over
-the codes; the likelihood of positives stands for the supervised loss it is trained with.
+the codes; the likelihood of positives stands for the supervised loss it is trained with, with alpha 0.1. The report's
+samples are logged exposures; here they are completions that were drawn.
 """
 
 from dataclasses import dataclass

@@ -3,7 +3,9 @@
 Source: the duration-aware reward of OneRec-V2 (2025; industrial.md 4.3): items fall into buckets floor(log_b(duration +
 eps)), q is the percentile of the play time among the user's own history in that bucket, and an explicit dislike
 counts -1. RECONSTRUCTED: b = 2, eps = 1 s, and a bucket in which the user has no history gives no opinion. Only
-completions that the user was really shown have feedback; the others are left open. Belongs to binary advantages.
+completions that the user was really shown have feedback; the others are left open, so that a quantile over a batch is
+one over lucky hits, where the report trains on all logged exposures. The user's own history is what the run reads of
+it: clicks alone, unless `--data.history-exposures` adds what was only shown. Belongs to binary advantages.
 """
 
 from collections.abc import Sequence

@@ -13,6 +13,6 @@ def test_both_tries_allow_the_same_codes():
     ours, peer = PrefixTrie.build(codes, SIZES), build_nested_trie(codes.tolist())
     for depth in range(3):
         nodes = torch.arange(ours.num_nodes(depth))
-        masks = ours.child_mask(depth, nodes)
+        masks = ours.code_mask(depth + 1, *ours.children(depth, nodes))
         for mask, prefix in zip(masks, ours.paths(depth, nodes).tolist(), strict=True):
             assert mask.nonzero()[:, 0].tolist() == sorted(allowed_codes(peer, prefix))

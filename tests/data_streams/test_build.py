@@ -1,7 +1,6 @@
 """From tables to shards: order, splits, policies, and a build that leaves all or nothing."""
 
 import hashlib
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -12,8 +11,6 @@ from cluster.storage import Storage
 from data_streams.build import BuildConfig, build
 from data_streams.shards import Manifest, read_chunk
 from data_streams.sources.events import EventsSource
-
-SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
 
 
 def random_events(seed, num_users=40, num_items=15, num_events=400):
@@ -314,9 +311,8 @@ def test_a_data_set_can_be_built_into_an_object_store(tmp_path):
     ]
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the shared data sets are not here")
-def test_beauty_is_built_as_it_was_published(tmp_path):
-    folder = SHARED / "amazon2014_beauty"
+def test_beauty_is_built_as_it_was_published(shared_data, tmp_path):
+    folder = shared_data / "amazon2014_beauty"
     config = EventsSource.Config(
         events=(str(folder / "interactions.parquet"),),
         items=str(folder / "items.parquet"),

@@ -95,6 +95,9 @@ def test_new_tokens_begin_like_those_of_the_vocabulary(folder):
     model = make_model(folder)
     vectors = model.codes.vectors.weight
     assert not any("embed_tokens" in name for name, _ in model.named_parameters())
+    with torch.no_grad():
+        model.decoder.vocabulary_mean += 5.0
+    model.decoder.initialise_like_vocabulary(model.codes.vectors)
     torch.testing.assert_close(vectors.mean(0), model.decoder.vocabulary_mean, atol=0.3, rtol=0)
     assert vectors.std(0).mean().item() == pytest.approx(model.decoder.vocabulary_spread, rel=0.3)
 

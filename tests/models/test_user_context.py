@@ -79,9 +79,9 @@ def test_rotated_vectors_know_their_distance_alone():
     at = lambda vector, place: rotate(vector, torch.tensor([place]))  # noqa: E731
     near, far = ((at(query, first) * at(key, second)).sum() for first, second in ((5, 3), (105, 103)))
     torch.testing.assert_close(near, far)
-    torch.testing.assert_close(
-        at(torch.tensor([[[1.0, 0.0]]]), 1)[0, 0], torch.tensor([0.5403, 0.8415]), rtol=1e-4, atol=1e-4
-    )
+    turned = at(torch.tensor([[[1.0, 0.0, 1.0, 0.0]]]), 1)[0, 0]
+    expected = torch.tensor([0.5403, 0.8415, 0.99995, 0.0099998])
+    torch.testing.assert_close(turned, expected, rtol=1e-4, atol=1e-6)
     assert torch.equal(at(query, 0), query)
 
 

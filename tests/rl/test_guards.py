@@ -24,8 +24,8 @@ def observe(watched, **numbers):
     ("numbers", "held_out", "expected"),
     [
         ({}, 0.10, []),
-        ({"reward": 0.9}, 0.095, []),
-        ({"reward": 0.9}, 0.08, ["reward-hacking"]),
+        ({"reward": 0.9}, 0.091, []),
+        ({"reward": 0.9}, 0.089, ["reward-hacking"]),
         ({"reward": 0.4}, 0.08, []),
         ({"entropy": 2.0}, 0.10, ["entropy-collapse"]),
         ({"hallucination": 0.06}, 0.10, []),

@@ -174,18 +174,10 @@ def test_the_last_and_the_best_checkpoints_are_kept(storage):
         job.save(step, filled(step), best=step == 2)
     assert (committed_steps(storage), latest_step(storage), best_step(storage)) == ([2, 5, 6], 6, 2)
     assert_equal_states(load(storage, "best"), filled(2))
-    job.ranks[0].mark_best(5)
-    job.save(7, filled(7))
-    assert (committed_steps(storage), best_step(storage)) == ([5, 6, 7], 5)
-    names = {"BEST", "LATEST", "step-00000005", "step-00000006", "step-00000007"}
+    job.save(7, filled(7), best=True)
+    assert (committed_steps(storage), best_step(storage)) == ([6, 7], 7)
+    names = {"BEST", "LATEST", "step-00000006", "step-00000007"}
     assert set(storage.list()) == names, "nothing else may be left"
-
-
-def test_only_a_saved_step_can_be_marked_as_best(tmp_path):
-    job = Job(Storage(tmp_path))
-    job.save(1, filled(1))
-    with pytest.raises(CheckpointError, match=r"step 3 has no complete checkpoint .* there are \[1\]"):
-        job.ranks[0].mark_best(3)
 
 
 def test_without_a_best_checkpoint_the_latest_stands_in(tmp_path, caplog):

@@ -36,13 +36,12 @@ def test_children_continue_their_node(trie, depth):
     prefixes = sorted({path[:depth] for path in PATHS})
     nodes = torch.arange(len(prefixes))
     children, exists = trie.children(depth, nodes)
-    mask = trie.child_mask(depth, nodes)
+    mask = trie.code_mask(depth + 1, children, exists)
     for node, prefix in enumerate(prefixes):
         expected = sorted({path[depth] for path in PATHS if path[:depth] == prefix})
         assert trie.codes(depth + 1, children[node][exists[node]]).tolist() == expected
         assert mask[node].nonzero()[:, 0].tolist() == expected
     assert trie.max_children[depth] == mask.sum(-1).max()
-    assert not trie.child_mask(depth, torch.tensor([[-1]])).any()
 
 
 def test_items_below_a_node_lie_side_by_side_and_in_row_order_within_a_path(trie):
