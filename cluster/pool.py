@@ -59,6 +59,8 @@ class _Slot:
     """Process of the member once it is ready."""
     failed_starts: int = 0
     """Members that died without an item, since one was ready."""
+    start_due: float = math.inf
+    """When the member must be ready, while it starts."""
     restart_at: float | None = None
     """When the next member is started, where the last one died without an item."""
 
@@ -173,13 +175,18 @@ class Pool:
                 break
         return found
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every member is ready."""
+        return len(self.pids) == len(self.slots)
+
     def wait_for_all(self, timeout_s: float) -> None:
         """Return once every member is ready, or the time is up. Nothing may be pending.
 
         Raises: what `build` does; PoolGoneError if there is no member for too long.
         """
         until = time.monotonic() + timeout_s
-        while len(self.pids) < len(self.slots) and time.monotonic() < until:
+        while not self.is_complete and time.monotonic() < until:
             self._advance(until - time.monotonic())
             if self._failed:
                 raise self._failed.pop()
@@ -212,7 +219,7 @@ class Pool:
             self.placement.remove()
 
     def _start(self, slot: _Slot) -> None:
-        slot.pid = slot.restart_at = None
+        slot.pid, slot.restart_at, slot.start_due = None, None, time.monotonic() + self._limit_s
         slot.actor = self.placement.actor(_Member, slot.index, (root(), fingerprint()))
         self._busy[slot.actor.start.remote(self.build, self.arguments)] = (slot, None)
 
@@ -233,20 +240,31 @@ class Pool:
         return results, ready
 
     def _hand_out(self) -> None:
-        while self._idle and self._queue:
-            slot = self._idle.pop()
+        silent: list[_Slot] = []
+        while self._queue and (self._idle or silent):
+            # One that hangs has an item's time for that, where nobody else is there.
+            answers, slot = (True, self._idle.pop()) if self._idle else (None, silent.pop())
             # What is for one member only goes to it, or is GONE with it.
-            if not self._queue[0].repeats or self._lives(slot):
-                work = self._queue.popleft()
-                work.due = time.monotonic() + self.item_timeout_s
-                self._busy[slot.actor.work.remote(work.item)] = (slot, work)
+            if answers and self._queue[0].repeats:
+                answers = self._answers(slot)
+                if answers is None:
+                    silent.append(slot)
+                if not answers:
+                    continue
+            work = self._queue.popleft()
+            work.due = time.monotonic() + self.item_timeout_s
+            self._busy[slot.actor.work.remote(work.item)] = (slot, work)
+        self._idle[:0] = silent
 
-    def _lives(self, slot: _Slot) -> bool:
-        """Members may have died while they had nothing to do, and no item is to blame for that."""
+    def _answers(self, slot: _Slot) -> bool | None:
+        """Members may have died while they had nothing to do, and no item is to blame for that. None where one says
+        nothing."""
         answer = slot.actor.answer.remote()
         try:
-            # One that does not answer in time hangs, and has an item's time for that.
-            return not ray.wait([answer], timeout=_ANSWER_S)[0] or ray.get(answer) is None
+            if not ray.wait([answer], timeout=_ANSWER_S)[0]:
+                return None
+            ray.get(answer)
+            return True
         except RayActorError as error:
             self._bury(slot, None, error)
             return False
@@ -254,6 +272,13 @@ class Pool:
     def _end_overdue(self) -> None:
         now = time.monotonic()
         for slot, work in self._busy.values():
+            if work is None and now >= slot.start_due:
+                logger.warning(
+                    "member %d of the %s has not been ready for %.0f s; it hangs, and is replaced",
+                    *(slot.index, self.name, self._limit_s),
+                )
+                slot.start_due = math.inf
+                ray.kill(slot.actor)
             if work is not None and now >= work.due:
                 logger.warning(
                     "member %d of the %s has had item %d for %.0f s; it hangs, and is replaced",
@@ -296,6 +321,8 @@ class Pool:
         """Put the work of a dead member back in front of the queue, and replace the member."""
         self.deaths += 1
         cause, is_ready = death_cause(error), slot.pid is not None
+        # One that is only out of reach would keep its place.
+        ray.kill(slot.actor)
         slot.pid = slot.actor = None
         at = "while it started" if not is_ready else "idle" if work is None else f"with item {work.ticket}"
         logger.warning("member %d of the %s died %s: %s; replacing it", slot.index, self.name, at, cause)
@@ -319,7 +346,7 @@ class Pool:
             work.deaths += 1
             with_item = f", {work.deaths} of them with item {work.ticket}"
         # All members may die at once while they wait for work, and are met one by one.
-        most = max(self.max_deaths, len(self.slots))
+        most = self.max_deaths + len(self.slots)
         if self._deaths_in_a_row > most or (work is not None and work.deaths >= _ITEM_DEATHS):
             raise ClusterError(
                 f"{self.name} members must outlive their items, and {self.deaths} have died{with_item}: {cause}; look "
@@ -335,7 +362,7 @@ class Pool:
     def _time_to_act(self) -> float:
         """Seconds until something is due even if no member answers."""
         now, due = time.monotonic(), [slot.restart_at for slot in self.slots if slot.restart_at is not None]
-        due += [work.due for _, work in self._busy.values() if work is not None]
+        due += [slot.start_due if work is None else work.due for slot, work in self._busy.values()]
         if self._gone_since is not None:
             due.append(self._gone_since + self._limit_s)
         return max(min(due) - now, _SHORTEST_WAIT_S) if due else math.inf

@@ -6,9 +6,9 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +25,20 @@ class Event:
     values: Mapping[str, Any] = field(default_factory=dict)
     """started: pid, host, restarts, workers; begun: the step learning goes on from; progress: the numbers reported;
     saved: step of a checkpoint; stopping: the signal that asked for it; log: level, name, message."""
+
+
+class Listener(Protocol):
+    def on_event(self, event: Event) -> None: ...
+
+
+def to_all(*listeners: Listener) -> Callable[[Event], None]:
+    """What tells each event to all of them, in this order."""
+
+    def on_event(event: Event) -> None:
+        for listener in listeners:
+            listener.on_event(event)
+
+    return on_event
 
 
 @dataclass(frozen=True, kw_only=True)

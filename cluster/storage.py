@@ -179,6 +179,9 @@ def renamed_at_end(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        with open(temporary, "rb+") as written:
+            os.fsync(written.fileno())
         os.replace(temporary, path)
+        _flush_directory(str(path.parent))
     finally:
         temporary.unlink(missing_ok=True)

@@ -35,23 +35,28 @@ class Watchdog:
         self._seconds.extend(pulse.steps_s)
         self._last[rank], self._heard_at[rank] = pulse, time.monotonic()
 
-    def late(self) -> str | None:
-        """What to say, once for each step that takes ten times the median; None while all is well."""
+    def waiting_s(self) -> float:
+        """How long the slowest worker has been in its step; 0 where none is in one."""
         now = time.monotonic()
         # A worker that is halted tells nothing new.
-        waiting = [
+        waiting = (
             pulse.waiting_s + now - self._heard_at[rank]
             for rank, pulse in self._last.items()
             if pulse.waiting_s is not None
-        ]
-        if not waiting or len(self._seconds) < _FEWEST_STEPS or self._said_for == self.step:
+        )
+        return max(waiting, default=0.0)
+
+    def late(self) -> str | None:
+        """What to say, once for each step that takes ten times the median; None while all is well."""
+        waiting_s = self.waiting_s()
+        if not waiting_s or len(self._seconds) < _FEWEST_STEPS or self._said_for == self.step:
             return None
         usual_s = median(self._seconds)
-        if max(waiting) < max(TIMES_MEDIAN * usual_s, _LEAST_S):
+        if waiting_s < max(TIMES_MEDIAN * usual_s, _LEAST_S):
             return None
         self._said_for = self.step
         return (
-            f"step {self.step + 1} has taken {max(waiting):.1f} s so far, and the median is {usual_s:.3f} s; "
+            f"step {self.step + 1} has taken {waiting_s:.1f} s so far, and the median is {usual_s:.3f} s; "
             "what every rank is doing:"
         )
 

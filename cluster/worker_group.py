@@ -32,6 +32,9 @@ from cluster.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.2
+_TIMEOUTS_TO_STOP, _TIMEOUTS_OF_STEP = 2, 6
+"""Times `cluster.collective_timeout_s` until a gang that saves and ends, and one in the middle of a step, is taken for
+hanging: a step may wait for several rollout workers in turn."""
 _DEATH_GRACE_S = 5.0
 _LOOK_FOR_ROOM_S = 3.0
 _STACKS_S = 3.0
@@ -149,6 +152,7 @@ class _Gang:
         self._failures: dict[int, Event] = {}
         self._failed_at = math.inf
         self._told = self._may_grow = False
+        self._told_at = math.inf
         self._looked_at = time.monotonic()
 
     @property
@@ -196,12 +200,13 @@ class _Gang:
             if self.stop.error is not None:
                 raise self.stop.error
             if (self.stop.requested or self.makes_room) and not self._told:
-                self._told = True
+                self._told, self._told_at = True, time.monotonic()
                 for actor in self.actors:
                     actor.request_stop.remote()
             if self._failures:
                 self._judge_failures()
             self._look_for_room()
+            self._judge_silence()
             if (late := self.watchdog.late()) is not None:
                 logger.warning("%s\n%s", late, self._stacks())
             time.sleep(_POLL_S)
@@ -243,6 +248,14 @@ class _Gang:
                 self.stop.request()
             self.makes_room |= event.kind == "saved" and self._may_grow
             self.on_event(event)
+
+    def _judge_silence(self) -> None:
+        """Workers that all hang, such as on a file system that does not answer, sit in no collective that times out."""
+        limit, since_told = self.config.collective_timeout_s, time.monotonic() - self._told_at
+        if since_told > _TIMEOUTS_TO_STOP * limit:
+            raise _Fault(COLLECTIVE, f"the workers were told to stop {since_told:.0f} s ago and go on")
+        if (waiting_s := self.watchdog.waiting_s()) > _TIMEOUTS_OF_STEP * limit:
+            raise _Fault(COLLECTIVE, f"a step has taken {waiting_s:.0f} s, and nothing in it gave up")
 
     def _judge_failures(self) -> None:
         """A collective fails where another rank died or failed, which may show a moment later: that one counts."""

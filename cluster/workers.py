@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cluster.configuration import ClusterConfig
-from cluster.errors import ConfigError
+from cluster.errors import ClusterError, ConfigError
 from cluster.reporter import Event, Reporter, StopSignal
 
 
@@ -21,19 +21,26 @@ def run_workers(
 ) -> Any:
     """Call `function(process, *arguments, reporter)` on every worker and return rank 0's result; see `run_gang`.
 
-    Raises: ConfigError for several workers in one process, and what `run_gang` or the function raises.
+    Raises: ConfigError for several workers in one process; ClusterError where workers were told to stop and `stop` is
+    not there to learn of it; what `run_gang` or the function raises.
     """
     if not config.in_process:
         from cluster.worker_group import run_gang
 
-        return run_gang(
+        signal = stop or StopSignal()
+        result = run_gang(
             *(function, *arguments),
             config=config,
             run_dir=run_dir,
             on_event=on_event,
-            stop=stop,
+            stop=signal,
             worlds=worlds,
         )
+        if stop is None and signal.requested:
+            raise ClusterError(
+                "workers must be left to finish, and one was told to stop by a signal; give the same command again"
+            )
+        return result
     if config.workers != 1:
         raise ConfigError(
             f"--cluster.in-process has one worker, and cluster.workers is {config.workers}; give --cluster.workers 1, "

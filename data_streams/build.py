@@ -54,12 +54,10 @@ def build(source_config: SourceConfig, config: BuildConfig) -> Manifest:
     finally:
         home.delete(staged)
     logger.info(
-        "%s holds %d users, %d items and %d events in %d chunks",
+        "%s holds %s users, %s items and %s events in %s chunks",
         config.out,
-        manifest.num_users,
-        manifest.num_items,
-        manifest.num_events,
-        len(manifest.chunks),
+        *(f"{number:,}" for number in (manifest.num_users, manifest.num_items, manifest.num_events)),
+        f"{len(manifest.chunks):,}",
     )
     return manifest
 

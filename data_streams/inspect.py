@@ -65,7 +65,7 @@ class Report:
             ("items without events", f"{int((self.item_counts == 0).sum()):,}"),
             ("actions", ", ".join(f"{name} {count:,}" for name, count in self.action_counts.most_common())),
             ("times", self._time_range()),
-            ("split", ", ".join(f"{value}" for value in manifest.split.values() if value is not None)),
+            ("split", _split(manifest)),
             ("held out", f"{self.num_validation:,} users for validation, {self.num_test:,} for test"),
             ("columns", ", ".join(f"{name} {dtype}" for name, dtype in manifest.columns.items())),
             ("item embeddings", _embedding(manifest)),
@@ -215,6 +215,15 @@ def _quantiles(values: np.ndarray) -> str:
     levels = np.quantile(values, QUANTILES).tolist()
     words = [f"{int(100 * share)} %: {level:,.0f}" for share, level in zip(QUANTILES, levels, strict=True)]
     return f"mean {values.mean():,.1f}; {', '.join(words)}"
+
+
+def _split(manifest: Manifest) -> str:
+    words = {name.replace("_", " "): value for name, value in manifest.split.items() if value is not None}
+    name = words.pop("name", "none")
+    shown = (
+        f"{key}: {', '.join(value) if isinstance(value, list) else value}" for key, value in words.items()
+    )
+    return "; ".join([str(name), *shown])
 
 
 def _embedding(manifest: Manifest) -> str:

@@ -54,10 +54,17 @@ class ItemTable:
         return ItemTable(
             item_ids=ids,
             titles=titles.cast(pl.String).zip_with(titles.is_not_null(), ids.cast(pl.String)),
-            categories=frame["categories"] if "categories" in frame.columns else None,
+            categories=_categories(frame),
             train_counts=frame["train_count"].cast(pl.Int64).to_numpy(),
             embeddings=_read_embeddings(storage, manifest),
         )
+
+
+def _categories(frame: pl.DataFrame) -> pl.Series | None:
+    """None where no item has any: the build writes the column for every source."""
+    if "categories" not in frame.columns or not frame["categories"].list.len().sum():
+        return None
+    return frame["categories"]
 
 
 def catalogue_fingerprint(item_ids: pl.Series) -> str:
@@ -78,6 +85,12 @@ def read_item_column(path: str, name: str) -> pl.Series:
     if name not in frame.columns:
         raise ConfigError(f"the items of {path} have no column '{name}'{suggestion(name, frame.columns)}")
     return frame[name]
+
+
+def item_columns(path: str) -> list[str]:
+    """Names of the columns of the item table. Raises: DataError as `ItemTable.load`."""
+    storage = Storage(path)
+    return _read_items(storage, Manifest.load(storage)).columns
 
 
 def _read_items(storage: Storage, manifest: Manifest) -> pl.DataFrame:

@@ -121,6 +121,8 @@ def _hash_ids(ids: pl.Series) -> pl.Series:
     """A 64-bit hash of each id that is the same on every machine and for every version of the libraries."""
     if ids.dtype.is_integer():
         return pl.Series(mix_bits(ids.to_numpy().astype(np.uint64) + STEP), dtype=pl.UInt64)
+    if ids.is_empty():
+        return pl.Series([], dtype=pl.UInt64)
     distinct = ids.unique()
     hashes = [int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) for text in distinct]
     return ids.replace_strict(distinct, pl.Series(hashes, dtype=pl.UInt64), return_dtype=pl.UInt64)

@@ -63,6 +63,9 @@ class TrainStream:
         self._history_share = history_share(self.manifest, config)
         self._reader = ChunkReader(storage, self.manifest, config, self._reading)
         self._order = _order_of(self.manifest, config, seed)
+        if self._reading.drops_events:
+            # Users are dealt by it, and it may change where the same events are built again.
+            self._order["the share of history events"] = round(self._history_share, 9)
         self.epoch_totals: dict[str, int] = {}
         """What this rank met in the last epoch that `batches` came to the end of; `check_epoch` reads it."""
         if not self.steps_per_epoch():
@@ -162,11 +165,12 @@ class TrainStream:
         return {"epoch": epoch, "step": step, "streams": states, "order": self._order}
 
     def _check_position(self, epoch: int, position: Position) -> None:
-        """The order of users follows from these options, so a position means nothing under others."""
+        """The order of users follows from these options, so a position means nothing under others. One that an older
+        version did not know yet is passed over."""
         given = position["order"]
-        changed = [name for name in self._order if given.get(name) != self._order[name]]
+        changed = [name for name in self._order if name in given and given[name] != self._order[name]]
         if changed:
-            differences = (f"{name} was {given.get(name)}, is {self._order[name]}" for name in changed)
+            differences = (f"{name} was {given[name]}, is {self._order[name]}" for name in changed)
             raise ConfigError(
                 "training cannot go on in the middle of an epoch with another order of users: "
                 f"{'; '.join(differences)}; put the options back, or start again with --resume never"

@@ -99,9 +99,8 @@ def _matrix(kind: str, options: EmbeddingSources, items: "ItemTable", data: str,
     if kind == "file":
         return read_matrix(options.file, items.num_items)
     if kind == "text":
-        return embed_texts(
-            item_texts(read_item_frame(data)), f"{out}/{TEXT_VECTORS}", model=options.text_model
-        )
+        path = local_file(f"{out}/{TEXT_VECTORS}", "--out")
+        return embed_texts(item_texts(read_item_frame(data)), path, model=options.text_model)
     if kind == "run":
         path = write_run_vectors(options.from_run, options.checkpoint, items, data, f"{out}/{RUN_VECTORS}")
         return read_matrix(path, items.num_items)

@@ -72,7 +72,7 @@ def evaluate_job(
         split=split,
         seed=config.seed,
         utilities=truth and truth.utilities,
-        keep=per_user and partial(_write_per_user, per_user),
+        keep=per_user and partial(_write_per_user, per_user, config.data.path),
     )
     return dataclasses.replace(result, step=step).to_json()
 
@@ -99,13 +99,15 @@ def scaling_job(
     return compare_searches(assembly, prm=_prm(assembly), split=split) + others
 
 
-def _write_per_user(path: str, users: Any, metrics: Any) -> None:
+def _write_per_user(path: str, data_path: str, users: Any, metrics: Any) -> None:
     """The file is there under its name only when whole: others take one that exists for finished."""
     import polars as pl
 
+    ids = user_ids(data_path)
+    known = {"user_id": users if ids is None else ids[users]}
     folder, name = folder_and_name(path)
     with Storage(folder).open_write(name) as file:
-        pl.DataFrame({"user_row": users, **metrics}).write_parquet(file)
+        pl.DataFrame({"user_row": users, **known, **metrics}).write_parquet(file)
 
 
 def show_job(

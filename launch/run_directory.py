@@ -19,10 +19,12 @@ lease.json         there while a job works on the run
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import CheckpointError, ConfigError
+from cluster.errors import CheckpointError, ConfigError, GrailError
+from cluster.reporter import Event
 from cluster.storage import Storage
 from launch.config_document import from_document, from_yaml, to_document, to_yaml
 from trainer.configuration import CHECKPOINTS, PretrainConfig, SearchConfig
@@ -63,12 +65,30 @@ def write_document(run_dir: str, name: str, document: dict[str, Any]) -> None:
     Storage(run_dir).write(name, to_yaml(document).encode())
 
 
+class KeptDocuments:
+    """Writes configurations once the run is known to fit them, and goes on; starts of its workers after that do not
+    touch them."""
+
+    def __init__(self, run_dir: str, documents: Mapping[str, dict[str, Any]]):
+        self._run_dir, self._documents = run_dir, dict(documents)
+
+    def on_event(self, event: Event) -> None:
+        if event.kind == "begun":
+            while self._documents:
+                write_document(self._run_dir, *self._documents.popitem())
+
+
 def way_on(run_dir: str, name: str, document: dict[str, Any]) -> str:
     """How a stopped run goes on, such as: grail pretrain RUN_DIR/config.yaml."""
-    storage = Storage(run_dir)
-    if storage.exists(name) and from_yaml(storage.read(name).decode(), storage.path(name)) == document:
-        return f"Go on with: grail {'align' if name == ALIGN else 'pretrain'} {run_dir}/{name}"
-    return "Go on with the same command again."
+    storage, again = Storage(run_dir), "Go on with the same command again."
+    try:
+        is_same = from_yaml(storage.read(name).decode(), storage.path(name)) == document
+    except (GrailError, OSError):
+        # Not there, edited just now, or out of reach: a run that was stopped in order says so all the same.
+        return again
+    return (
+        f"Go on with: grail {'align' if name == ALIGN else 'pretrain'} {run_dir}/{name}" if is_same else again
+    )
 
 
 def load_config(path: str) -> PretrainConfig:

@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from cluster.errors import CheckpointError, ConfigError
 from cluster.lease import LEASE_NAME, lives_here, read_lease
 from cluster.reporter import Event
 from cluster.storage import Storage
@@ -70,13 +71,15 @@ class StatusKeeper:
     def __init__(self, run_dir: str, recipe: str, prometheus_file: str | None = None):
         self._storage, self._prometheus_file, self._run_dir = Storage(run_dir), prometheus_file, run_dir
         self.status = Status(recipe=recipe)
+        self._before, self._has_begun = self.status, False
         self._places: dict[int, str] = {}
         self._written_at = 0.0
 
     def __enter__(self) -> "StatusKeeper":
         # A run that goes on keeps its numbers until there are newer ones; read now that the lease is held.
+        self._before = read_status(self._storage)
         self.status = replace(
-            read_status(self._storage),
+            self._before,
             state="running",
             recipe=self.status.recipe,
             error="",
@@ -86,14 +89,22 @@ class StatusKeeper:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        if error is not None:
+        if (
+            isinstance(error, ConfigError | CheckpointError)
+            and not self._has_begun
+            and self._before.updated_at_s
+        ):
+            # Refused before anything was done: what the run is has not changed.
+            self.status = self._before
+            self._write()
+        elif error is not None:
             self.end("failed", error)
         elif self.status.state == "running":
             self.end("stopped")
 
     def end(self, state: str, error: BaseException | None = None) -> None:
         self.status.state = state
-        self.status.error = str(error).partition("\n")[0] if error is not None else ""
+        self.status.error = _first_lines(error) if error is not None else ""
         self._write()
 
     def on_event(self, event: Event) -> None:
@@ -101,8 +112,11 @@ class StatusKeeper:
         if event.kind == "progress" and event.rank == 0:
             for name in ("step", "total_steps", "epoch", "epochs", "loss", "tokens_per_s", "step_s"):
                 setattr(status, name, values[name])
+        elif event.kind == "begun":
+            self._has_begun = True
         elif event.kind == "saved":
             status.checkpoint_step, status.checkpoint_at_s = values["step"], time.time()
+            status.step = max(status.step or 0, values["step"])
         elif event.kind == "started":
             if event.rank == 0:  # the first of a gang that is told of
                 self._places.clear()
@@ -120,6 +134,12 @@ class StatusKeeper:
                 _replace(self._prometheus_file, prometheus_text(self.status, self._run_dir))
         except OSError as error:
             logger.warning("the status of the run could not be written: %s", error)
+
+
+def _first_lines(error: BaseException) -> str:
+    """The first line, and the second where the first only announces it."""
+    first, _, rest = str(error).partition("\n")
+    return f"{first} {rest.partition(chr(10))[0].strip()}" if first.endswith(":") and rest else first
 
 
 def prometheus_text(status: Status, run_dir: str) -> str:

@@ -22,6 +22,10 @@ class DataOptions:
     on_bad_shard: Literal["fail", "skip"] = "fail"
     """What a damaged or missing chunk does: end the run with its name, or be counted and logged."""
 
+    def __post_init__(self) -> None:
+        if self.feedback_lag_s < 0:
+            raise ConfigError(f"data.feedback-lag-s must be at least 0, got {self.feedback_lag_s}")
+
 
 def parse_served(command: str, arguments: list[str], form: type) -> tuple[PretrainConfig, Any]:
     """The configuration of the run named first, with its sections overridden, and the command's own options.
@@ -54,6 +58,14 @@ def find_step(config: PretrainConfig, checkpoint: str) -> int:
 
     chosen = parse_checkpoint(checkpoint)
     return CheckpointReader(Storage(f"{config.run_dir}/{CHECKPOINTS}"), chosen).step
+
+
+def checkpoint_name(config: PretrainConfig, checkpoint: str) -> str:
+    """What is served under that name: where nothing was validated, the latest stands in for the best."""
+    from trainer.checkpoint_pointers import BEST, read_pointer
+
+    has_best = read_pointer(Storage(f"{config.run_dir}/{CHECKPOINTS}"), BEST) is not None
+    return "latest" if checkpoint == "best" and not has_best else checkpoint
 
 
 def asked_alike(config: PretrainConfig, other: PretrainConfig) -> PretrainConfig:

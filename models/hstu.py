@@ -109,13 +109,14 @@ class Block(nn.Module):
     def forward(self, hidden: Tensor, layout: BucketLayout, times: Sequence[Tensor] | None) -> Tensor:
         """Shapes: hidden [T, D] -> [T, D]."""
         normalised = _norm(hidden)
+        by_distance, by_time = self.pair_bias()
         packed = F.silu(self.projection(normalised)).unflatten(-1, (self.num_heads, -1))
         attended = pointwise_attention(
             packed,
             self.attention_dim,
             layout,
             max_length=self.max_length,
-            bias=self.pair_bias(),
+            bias=PairBias(by_distance=by_distance, by_time=by_time),
             times=times,
         )
         gated = F.silu(self.gate(normalised)) * _norm(attended.flatten(1))
@@ -123,7 +124,10 @@ class Block(nn.Module):
 
 
 class PairBiases(nn.Module):
-    """The learnt biases of one layer; a module of its own, so that ZeRO-3 gathers them while it is called."""
+    """The learnt biases of one layer; a module of its own, so that ZeRO-3 gathers them while it is called.
+
+    It returns a plain tuple, by distance and by time, since ZeRO-3 does not look into other objects.
+    """
 
     def __init__(self, config: HSTU.Config, max_length: int):
         super().__init__()
@@ -131,9 +135,9 @@ class PairBiases(nn.Module):
         self.by_distance = _weights(max_length, scale) if config.position_bias else None
         self.by_time = _weights(NUM_TIME_BUCKETS, scale) if config.time_bias else None
 
-    def forward(self) -> PairBias:
+    def forward(self) -> tuple[Tensor | None, Tensor | None]:
         copy = lambda weights: None if weights is None else weights.clone()  # noqa: E731
-        return PairBias(by_distance=copy(self.by_distance), by_time=copy(self.by_time))
+        return copy(self.by_distance), copy(self.by_time)
 
 
 def _weights(size: int, scale: float) -> nn.Parameter:

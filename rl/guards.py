@@ -1,6 +1,7 @@
 """Signs that a policy learns to please its reward instead of its users; each is a warning that may end the run."""
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -39,6 +40,8 @@ class Guards:
     def observe(self, **numbers: float) -> None:
         """Take in a step's reward, entropy and hallucination rate."""
         for name, value in numbers.items():
+            if not math.isfinite(value):
+                continue  # a running mean would never be a number again
             self.first.setdefault(name, value)
             self.now[name] = MEMORY * self.now.get(name, value) + (1 - MEMORY) * value
 

@@ -1,4 +1,4 @@
-"""The frozen policy that alignment started from, spread over the learners like the policy itself."""
+"""The frozen policy that alignment started from: tables spread over the learners, dense weights whole on each."""
 
 import torch
 

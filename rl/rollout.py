@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from cluster.configuration import ClusterConfig
-from cluster.errors import PoolGoneError
+from cluster.errors import DivergenceError, PoolGoneError
 from cluster.placement import Placement
 from cluster.pool import Pool
 from cluster.process import Process
@@ -40,6 +40,8 @@ from trainer.step_input import split_users
 logger = logging.getLogger(__name__)
 
 NAME = "rollout pool"
+
+_MOST_NOT_FINITE = 3
 
 
 class Rollouts(ABC):
@@ -135,8 +137,12 @@ class PooledRollouts(Rollouts):
         config: RolloutConfig,
         cluster: ClusterConfig,
         placement: Placement | None = None,
+        stop_requested: Callable[[], bool] = lambda: False,
     ):
+        """`stop_requested` ends the wait for completions, whose step is then given up."""
         super().__init__(assembly, engine, drawing)
+        self._config, self._stop_requested = config, stop_requested
+        self._num_not_finite = 0
         self._parts = math.ceil(config.workers / self.process.world_size)
         self._heartbeat = Heartbeat(self.process, cluster)
         self._pool: Pool | None = None
@@ -161,7 +167,12 @@ class PooledRollouts(Rollouts):
             )
         if self._pool is not None and config.weights == "broadcast":
             nccl = self.process.device.type == "cuda" and config.gpus_per_worker > 0
-            self._sender = WeightSender(self._pool, nccl=nccl, start_timeout_s=cluster.start_timeout_s)
+            self._sender = WeightSender(
+                self._pool,
+                nccl=nccl,
+                start_timeout_s=cluster.start_timeout_s,
+                on_wait=self._heartbeat.beat_if_due,
+            )
 
     def settle(self) -> None:
         """Before a broadcast all completions come in, since every worker takes part in it."""
@@ -180,6 +191,8 @@ class PooledRollouts(Rollouts):
         elif self._pool is not None:
             self._share()
             self._weights = None  # the store holds them now
+        if self._config.weights == "broadcast":
+            self._heartbeat.end()
 
     def _broadcast(self) -> None:
         if self._pool.pending:
@@ -205,6 +218,8 @@ class PooledRollouts(Rollouts):
             return None
         wanted = {ticket for tickets in begun for ticket in tickets}
         while not wanted <= self._done.keys():
+            if self._stop_requested():
+                return None
             self._poll()
         return [join_completions([self._done.pop(ticket) for ticket in tickets]) for tickets in begun]
 
@@ -234,6 +249,9 @@ class PooledRollouts(Rollouts):
         if drawn is None:
             self._submit(part, asked, is_refused=True)
             return
+        if not np.isfinite(drawn.log_probs).all():
+            self._redraw_not_finite(part, asked)
+            return
         if age(drawn.policy_version, self.version) is not None:
             self._done[asked] = drawn
             return
@@ -241,6 +259,16 @@ class PooledRollouts(Rollouts):
             "completions of %d prompts are by policy %d, which was lost; they are dropped and drawn again by %d",
             *(part.prompts.num_users, drawn.policy_version, self.version),
         )
+        self._submit(part, asked)
+
+    def _redraw_not_finite(self, part: PromptPart, asked: int) -> None:
+        self._num_not_finite += 1
+        if self._num_not_finite > _MOST_NOT_FINITE:
+            raise DivergenceError(
+                f"log-probabilities of completions must be finite, and those of {self._num_not_finite} parts of "
+                "prompts were not; lower train.learning-rate, or look at the machines of the rollout workers"
+            )
+        logger.warning("completions have log-probabilities that are not finite; they are drawn again")
         self._submit(part, asked)
 
 

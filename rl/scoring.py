@@ -4,7 +4,7 @@ Rank 0 drives the reward pool; the others wait for their share, however long its
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -42,7 +42,10 @@ class Scorer:
         process: Process,
         watch: Stopwatch,
         heartbeat: Heartbeat,
+        stop_requested: Callable[[], bool] = lambda: False,
     ):
+        """`stop_requested` ends the wait for rewards, whose step is then given up."""
+        self.stop_requested = stop_requested
         self.rewards, self.estimator, self.process = rewards, estimator, process
         self.watch, self.heartbeat = watch, heartbeat
 
@@ -70,6 +73,8 @@ class Scorer:
         except PoolGoneError as error:
             logger.error("%s", error)
             return [None] * len(drawn)
+        if mixed is None:
+            return [None] * len(drawn)
         advantages = mixed.advantages(self.estimator)
         numbers = describe(drawn, mixed, advantages)
         cuts = np.cumsum([part.prompts.num_users for part in drawn])[:-1]
@@ -78,9 +83,12 @@ class Scorer:
             for part, own in zip(drawn, _split(advantages, cuts), strict=True)
         ]
 
-    def _rewards_of(self, groups: list[Group]) -> MixedRewards:
+    def _rewards_of(self, groups: list[Group]) -> MixedRewards | None:
+        """None where the run is to stop before they are there."""
         ticket = self.rewards.submit(groups)
         while not self.rewards.wait(ticket, self.heartbeat.every_s):
+            if self.stop_requested():
+                return None
             self.heartbeat.beat()
         return self.rewards.collect(ticket)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -56,7 +57,8 @@ def start_alignment(
             start=new_start(job.storage, process),
             rollouts=rollouts,
             scorer=Scorer(
-                rewards, config.advantage.build(), process, watch, Heartbeat(process, config.cluster)
+                *(rewards, config.advantage.build(), process, watch, Heartbeat(process, config.cluster)),
+                stop_requested=reporter.stop_requested,
             ),
             reference=_reference(objective.needs_reference, start, start_step, job, drawing),
             guards=_guards(notes, job),
@@ -89,7 +91,11 @@ def _pools(
     rollouts: Rollouts = OwnRollouts(*parts)
     if config.rollout.workers:
         rollouts = PooledRollouts(
-            *parts, config=config.rollout, cluster=config.cluster, placement=places.rollout
+            *parts,
+            config=config.rollout,
+            cluster=config.cluster,
+            placement=places.rollout,
+            stop_requested=job.reporter.stop_requested,
         )
     try:
         if job.process.rank == 0:
@@ -114,7 +120,11 @@ def _reference(
 ) -> Reference | None:
     """Always of the step that the first start of the run found, though the other run may have gone on since."""
     kept = job.progress.notes.setdefault("start_step", start_step)
-    return Reference.load(start, kept, job.process, drawing) if is_needed else None
+    if not is_needed:
+        return None
+    # Its tables lie over the learners of now, however many trained it.
+    spread = replace(start, cluster=job.config.cluster, sharding=job.config.sharding)
+    return Reference.load(spread, kept, job.process, drawing)
 
 
 def _guards(notes: dict[str, Any], job: Job) -> Guards:

@@ -182,7 +182,8 @@ class Reward:
     values: np.ndarray
     """[G] float32, or [G, L] for a reward of every prefix."""
     mask: np.ndarray
-    """[G] bool: which completions it has an opinion of; the others count as nothing, not as 0."""
+    """[G] bool: which completions it has an opinion of; of the others it says nothing: they are
+    left out where no reward has an opinion, and worth what the other rewards say where those have one."""
 
     @staticmethod
     def of(values: np.ndarray, mask: np.ndarray | None = None) -> "Reward":

@@ -6,7 +6,7 @@ them along through the object store, and the next version goes over a new group.
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,7 @@ TIMEOUT_S = 60.0
 """For each wait: until all have come, for a bucket, and for the answers behind the last."""
 _MOST_FAILURES = 3
 _HEAR_S = 0.002
+_START_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +42,17 @@ class WeightCall:
 class WeightSender:
     """Rank 0's side; one transfer at a time, while no worker draws."""
 
-    def __init__(self, pool: Pool, *, nccl: bool, start_timeout_s: float, timeout_s: float = TIMEOUT_S):
-        """`nccl` where learner and workers have an accelerator each."""
-        self._pool, self._nccl = pool, nccl
+    def __init__(
+        self,
+        pool: Pool,
+        *,
+        nccl: bool,
+        start_timeout_s: float,
+        timeout_s: float = TIMEOUT_S,
+        on_wait: Callable[[], None] = lambda: None,
+    ):
+        """`nccl` where learner and workers have an accelerator each; `on_wait` is called again and again in waits."""
+        self._pool, self._nccl, self._on_wait = pool, nccl, on_wait
         self._start_timeout_s, self._timeout_s = start_timeout_s, timeout_s
         self._group: SideGroup | None = None
         self._meeting: Meeting | None = None
@@ -62,7 +71,7 @@ class WeightSender:
         if there was no worker for too long.
         """
         if not self.groups:
-            self._pool.wait_for_all(self._start_timeout_s)
+            self._wait_for_all()
         members, deaths = sorted(self._pool.pids), self._pool.deaths
         if not members:
             return False
@@ -79,6 +88,12 @@ class WeightSender:
         self._failures = self._failures + 1 if self._pool.deaths == deaths else 0
         self._report(version, cause)
         return False
+
+    def _wait_for_all(self) -> None:
+        until = time.monotonic() + self._start_timeout_s
+        while not self._pool.is_complete and (left := until - time.monotonic()) > 0:
+            self._pool.wait_for_all(min(left, _START_S))
+            self._on_wait()
 
     def leave(self) -> None:
         if self._group is not None:
@@ -113,6 +128,7 @@ class WeightSender:
 
     def _hear(self) -> None:
         """Take answers that are there. Raises: GroupLostError for one of a worker that died or lost the others."""
+        self._on_wait()
         answers = dict(self._pool.poll(_HEAR_S))
         self._awaited -= answers.keys()
         if not all(answer is True for answer in answers.values()):
@@ -122,6 +138,7 @@ class WeightSender:
         """Wait for the workers' own time-outs; who has not answered then is replaced."""
         until, is_told = time.monotonic() + 2 * self._timeout_s, False
         while self._awaited:
+            self._on_wait()
             if time.monotonic() > until and not is_told:
                 self._pool.end_members_with(self._awaited)
                 is_told = True

@@ -43,16 +43,22 @@ class TrainingEvents:
         return np.bincount(self.items, minlength=self.num_items)
 
 
-def read_training_events(path: str) -> TrainingEvents:
-    """Raises: DataError where the shards cannot be read."""
+def read_training_events(path: str, *, least_users: int | None = None) -> TrainingEvents:
+    """Of all users, or of the first chunks (users lie in them by a hash) that hold so many with two events.
+
+    Raises: DataError where the shards cannot be read.
+    """
     storage = Storage(path)
     manifest = Manifest.load(storage)
     columns = ("action",) if "action" in manifest.columns else ()
     beside = manifest.beside_codes()
-    parts = [
-        _training_part(read_chunk(storage, record, manifest=manifest, columns=columns), beside)
-        for record in manifest.chunks
-    ]
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
+    for record in manifest.chunks:
+        parts.append(_training_part(read_chunk(storage, record, manifest=manifest, columns=columns), beside))
+        if least_users is not None:
+            least_users -= int((np.unique(parts[-1][0], return_counts=True)[1] >= 2).sum())
+            if least_users <= 0:
+                break
     users, items = (np.concatenate([part[i] for part in parts]) for i in range(2))
     return TrainingEvents(users=users, items=items, num_items=manifest.num_items)
 

@@ -57,6 +57,9 @@ def check(config: PretrainConfig) -> None:
         raise ConfigError(
             f"log.prometheus-file must end in .prom, as node_exporter wants it; got {prometheus}"
         )
+    for name in ("learning_rate", "table_learning_rate", "weight_decay"):
+        if (value := getattr(config.train, name)) < 0:
+            raise ConfigError(f"train.{name.replace('_', '-')} must be at least 0, got {value}")
     norm = config.train.max_gradient_norm
     if norm is not None and not norm > 0:
         raise ConfigError(
@@ -95,7 +98,10 @@ def _check_experts(config: PretrainConfig) -> None:
 
 def _at_least_one(config: PretrainConfig) -> None:
     for section, names in (
-        ("train", ("epochs", "micro_batches", "keep_last", "checkpoint_every_steps")),
+        (
+            "train",
+            ("epochs", "max_steps", "patience", "micro_batches", "keep_last", "checkpoint_every_steps"),
+        ),
         ("train", ("validate_every_steps", "validate_every_epochs")),
         ("cluster", ("workers",)),
         ("search", ("width", "validation_width")),

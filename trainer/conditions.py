@@ -1,5 +1,6 @@
 """Search under a condition on the wanted items, such as a category: the model is asked, or its list is filtered."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from data_streams.batch import SequenceBatch
 from data_streams.item_conditions import NO_CONDITION, ItemConditions
 from sharding.item_index import Found
 from trainer.configuration import EvaluationConfig, PretrainConfig
-from trainer.search import RetrievalSearch, Search, seen_items
+from trainer.search import RetrievalSearch, Search, seen_items, without_targets
 
 
 def model_conditions(config: PretrainConfig) -> dict[str, Any]:
@@ -120,6 +121,8 @@ class FilteringSearch(ConditionalSearch):
         Raises: ConfigError where the longer list is longer than a beam is wide.
         """
         wide = self._wide(k)
+        if rank_held_out and filter_seen:
+            batch = replace(batch, seen=without_targets(seen_items(batch), batch.held_out))
         found = self.search.find(batch, k=wide, rank_held_out=False, filter_seen=filter_seen)
         lists, wanted = found.items.cpu().numpy(), self.wanted(batch).numpy()
         kept = np.zeros(lists.shape, dtype=bool)

@@ -90,6 +90,15 @@ class EvaluationConfig:
             raise ConfigError(
                 f"evaluation.user-share must be above 0 and at most 1, is {self.user_share}; 0.2 takes every fifth user"
             )
+        if not self.cutoffs or min(self.cutoffs) < 1:
+            raise ConfigError(
+                f"evaluation.cutoffs must be one length of a list or more, each at least 1, got {self.cutoffs}"
+            )
+        if min(self.users_per_batch, self.filter_from) < 1 or self.bootstrap_resamples < 0:
+            raise ConfigError(
+                "evaluation.users-per-batch and filter-from must be at least 1 and bootstrap-resamples at least 0, got "
+                f"{self.users_per_batch}, {self.filter_from} and {self.bootstrap_resamples}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from models.recommender import Recommender
 from models.tables import Lookup, Rows
 from sharding.item_index import Found, evaluating
 from trainer.configuration import PretrainConfig, SearchConfig
-from trainer.search import Search, seen_items
+from trainer.search import Search, seen_items, without_targets
 
 DRAWS = {"sample": Sampling.Config, "gumbel": GumbelSampling.Config}
 """By the name of `search.method`."""
@@ -154,7 +154,7 @@ class GenerativeSearch(Search):
         targets = batch.held_out.to(self.device) if rank_held_out else None
         seen = seen_items(batch).to(self.device) if filter_seen else None
         if seen is not None and targets is not None:
-            seen = _without(seen, targets)
+            seen = without_targets(seen, targets)
         decoded = self._decode(batch, seen)
         items, scores = decoded.existing()
         order = scores
@@ -259,14 +259,6 @@ def _checked(numbers: tuple[int, ...], option: str, depths: int) -> tuple[int, .
             f"{len(numbers)}"
         )
     return numbers
-
-
-def _without(lists: Jagged, targets: Tensor) -> Jagged:
-    """Each user's list less one item: a held-out item is ranked even where the user knows it."""
-    rows = lists.row_index()
-    kept = lists.values != targets[rows]
-    counts = torch.zeros_like(lists.lengths).index_add_(0, rows, kept.long())
-    return Jagged.from_lengths(lists.values[kept], counts.cpu()).to(targets.device)
 
 
 def _once(items: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:

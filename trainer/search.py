@@ -154,6 +154,14 @@ class ScorerSearch(Search):
         return scores.masked_fill(candidates < 0, float("-inf"))
 
 
+def without_targets(lists: Jagged, targets: Tensor) -> Jagged:
+    """Each user's list less one item: a held-out item is ranked even where the user knows it. Shapes: targets [B]."""
+    rows = lists.row_index()
+    kept = lists.values != targets[rows]
+    counts = torch.zeros_like(lists.lengths).index_add_(0, rows, kept.long())
+    return Jagged.from_lengths(lists.values[kept], counts.cpu()).to(targets.device)
+
+
 def seen_items(batch: SequenceBatch) -> Jagged:
     """Every item of the users' known past. Raises: DataError where the batch does not know it."""
     if batch.seen is None:

@@ -91,12 +91,13 @@ def _flops_per_user(search: Search, assembly: Assembly, split: str) -> float:
 
 def render_scaling(lines: Sequence[dict[str, Any]]) -> Table:
     shown = [name for name in lines[0] if name.startswith(("recall@", "ndcg@", "hrecall"))]
-    table = Table(title="Plain beams, and a PRM with more and more candidates")
-    table.add_column("search", overflow="fold")
-    for name in ("width or K+", "GFLOP/user", "ms/user", *shown):
-        table.add_column(name, justify="right")
+    table = Table(title="Plain beams, and a PRM with more and more candidates; the number is the width or K+")
+    table.add_column("metric", no_wrap=True)
     for line in lines:
-        numbers = [f"{line['gflop_per_user']:.2f}", f"{line['ms_per_user']:.1f}"]
         name = f"plain, {line['run']}" if line["kind"] == "beside" else line["kind"]
-        table.add_row(name, str(line["number"]), *numbers, *(f"{line[name]:.4f}" for name in shown))
+        table.add_column(f"{name}\n{line['number']}", justify="right", overflow="fold", min_width=6)
+    table.add_row("GFLOP/user", *(f"{line['gflop_per_user']:.2f}" for line in lines))
+    table.add_row("ms/user", *(f"{line['ms_per_user']:.1f}" for line in lines))
+    for name in shown:
+        table.add_row(name, *(f"{line[name]:.4f}" for line in lines))
     return table

@@ -5,9 +5,10 @@ from typing import Any
 
 from cluster.errors import ConfigError
 
-_LEARNING = ("data", "model", "objective", "train")
+_LEARNING = ("data", "model", "objective", "train", "align")
 """Sections that say what a run learns, and from what."""
 _MAY_CHANGE = {
+    "align.stop_on",
     "data.prefetch_steps",
     "train.activation_checkpointing",
     "train.audit",

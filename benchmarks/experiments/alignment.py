@@ -185,7 +185,7 @@ def _prepare(folder: Path, world: str, options: Options) -> None:
     }
     for name, command in steps.items():
         done = folder / f"{name}.done"
-        keep_words(folder / f"{name}.words.json", command)
+        keep_words(folder / f"{name}.words.json", command, done)
         if not done.exists():
             grail(*command)
             done.touch()
@@ -211,8 +211,9 @@ def _aligned(folder: Path, policy: Path, variant: str, given: str, seed: int, op
         setting += ["--rewards.hybrid.relevance.vectors", f"{folder}/ids/run_embeddings.npy"]
     words = ["align", str(policy), "--run-dir", str(run_dir), *setting]
     words += [*options.align.split(), *given.split(), "--seed", str(seed)]
-    keep_words(folder / f"{run_dir.name}.words.json", words)
-    if not (run_dir / "alignment.json").exists():
+    aligned = run_dir / "alignment.json"
+    keep_words(folder / f"{run_dir.name}.words.json", words, aligned)
+    if not aligned.exists():
         grail(*words)
     return run_dir
 

@@ -99,7 +99,8 @@ def _row(name: str, pace: Pace, seconds: float, evaluation: dict) -> list[str]:
 def _pace(options: Options, name: str) -> Pace:
     """Measured in processes of their own, unless this run has been trained by an earlier measurement."""
     kept = Path(options.out) / name / "pace.json"
-    keep_words(kept.with_name("command.json"), [options.recipe, str(options.threads), *options.words(name)])
+    words = [options.recipe, str(options.threads), *options.words(name)]
+    keep_words(kept.with_name("command.json"), words, kept)
     if kept.exists():
         return Pace(**json.loads(kept.read_text()))
     measured = measure_on_ranks(_measure, 1, options.threads, options, name, timeout_s=300.0)

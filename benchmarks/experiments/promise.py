@@ -117,7 +117,7 @@ def _scaling(options: Options, run_dir: Path, larger: Sequence[str]) -> tuple[Li
     kept = run_dir / f"search-scaling-{name}-{'-'.join(map(str, options.candidates))}.json"
     numbers = ("--search.candidates", *map(str, options.candidates))
     words = (*_common_words(options), "--search.prm", *numbers, *(("--beside", *larger) if larger else ()))
-    keep_words(kept.with_suffix(".words.json"), words)
+    keep_words(kept.with_suffix(".words.json"), words, kept)
     if not kept.exists():
         grail("evaluate", str(run_dir), *words)
         shutil.copy(run_dir / "search_scaling.json", kept)

@@ -74,7 +74,7 @@ def _tokenized(options: Options, tokenizer: str, given: str) -> tuple[Path, dict
     folder = Path(options.out) / "ids" / f"{tokenizer.replace(', ', '-')}-{given}"
     place = ("--data", options.data, "--out", str(folder), "--overwrite")
     words = ("tokenize", *TOKENIZERS[tokenizer], *place, *options.input_words(given))
-    keep_words(folder / "command.json", words)
+    keep_words(folder / "command.json", words, folder / "report.json")
     if not (folder / "report.json").exists():
         grail(*words)
     return folder, json.loads((folder / "report.json").read_text())

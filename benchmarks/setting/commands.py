@@ -9,6 +9,7 @@ from pathlib import Path
 import polars as pl
 
 from cluster.errors import ClusterError, ConfigError
+from cluster.storage import renamed_at_end
 
 NO_LIMIT = "100000"
 """Epochs."""
@@ -42,18 +43,20 @@ def folder_name(name: str) -> str:
     return name.lower().replace(", ", " ").replace(" + ", " ").replace(" ", "-")
 
 
-def keep_words(file: Path, words: Sequence[str]) -> None:
+def keep_words(file: Path, words: Sequence[str], result: Path) -> None:
     """Write down beside a result what it was asked with, so that it is not taken for the answer to something else.
 
-    Raises: ConfigError where it was asked with other words.
+    Raises: ConfigError where it was asked with other words, or nobody knows with which.
     """
-    if not file.exists():
+    before = json.loads(file.read_text()) if file.exists() else None
+    if before is None and not result.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(list(words)))
-    elif (before := json.loads(file.read_text())) != list(words):
+        with renamed_at_end(file) as written:
+            written.write_text(json.dumps(list(words)))
+    elif before != list(words):
         raise ConfigError(
-            f"what lies in {file.parent} must be of the options at hand, {' '.join(words)}, and is of "
-            f"{' '.join(before)}; name another --out"
+            f"{result} must be of the options at hand, {' '.join(words)}, and is of "
+            f"{'others that were not written down' if before is None else ' '.join(before)}; name another --out"
         )
 
 
@@ -62,8 +65,8 @@ def pretrain_once(run_dir: Path, recipe: str, *options: str) -> Path:
 
     Raises: ConfigError where the run directory holds a run with other options.
     """
-    keep_words(run_dir / "command.json", [recipe, *options])
     status = run_dir / "status.json"
+    keep_words(run_dir / "command.json", [recipe, *options], status)
     if not status.exists() or json.loads(status.read_text())["state"] != "finished":
         grail("pretrain", recipe, "--run-dir", str(run_dir), *options)
     return run_dir
@@ -75,7 +78,7 @@ def evaluated_users(run_dir: Path, name: str, *options: str) -> pl.DataFrame:
     Raises: ConfigError where they are there of other options.
     """
     kept = run_dir / f"users-{name}.parquet"
-    keep_words(kept.with_suffix(".json"), options)
+    keep_words(kept.with_suffix(".json"), options, kept)
     if not kept.exists():
         grail("evaluate", str(run_dir), *options, "--per-user", str(kept))
     return pl.read_parquet(kept)

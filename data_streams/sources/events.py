@@ -132,14 +132,20 @@ class EventsSource(Source):
                 f"embeddings {path} need an item table that says which row is which item; give --items"
             )
         if not path.endswith(".npy") or not os.path.exists(path):
-            raise DataError(f"embeddings must be an existing .npy file on this machine, given {path}")
+            raise DataError(
+                f"embeddings must be an existing .npy file on this machine, given {path}; save the matrix with "
+                "numpy.save"
+            )
         matrix = np.load(path, mmap_mode="r", allow_pickle=False)
         _check_matrix(matrix, path)
         return matrix
 
     def _columns(self, rows: pl.LazyFrame, path: str) -> dict[str, str]:
         config = self.config
-        given = rows.collect_schema().names()
+        try:
+            given = rows.collect_schema().names()
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise _unreadable(path, error) from error
         named = {
             "user_id": config.user_column,
             "item_id": config.item_column,
@@ -184,10 +190,11 @@ def _find_files(patterns: tuple[str, ...]) -> list[str]:
 
 
 def _extension(path: str) -> str:
-    extension = os.path.splitext(path)[1].lower()
+    extension = os.path.splitext(path.lower().removesuffix(".gz"))[1]
     if extension not in (".parquet", *SEPARATORS):
         raise DataError(
-            f"a table must be a .parquet, .csv or .tsv file, given {path}; convert it to one of them"
+            f"a table must be a .parquet, .csv or .tsv file (text may be gzipped, .csv.gz), given {path}; convert it "
+            "to one of them"
         )
     return extension
 
@@ -204,7 +211,16 @@ def _batches(rows: pl.LazyFrame, path: str) -> Iterator[pl.DataFrame]:
     try:
         yield from rows.collect_batches(chunk_size=BATCH_ROWS, maintain_order=True)
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise DataError(f"{path} cannot be read: {error}; write it again or leave it out") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str, error: Exception) -> DataError:
+    # What follows the first line advises options that only the library has.
+    cause = str(error).strip().partition("\n")[0]
+    return DataError(
+        f"{path} cannot be read: {cause}; it must be UTF-8 with a header and as many fields in every row, or Parquet; "
+        "write it again or leave it out"
+    )
 
 
 def _read_table(path: str, role: str) -> pl.DataFrame:
@@ -219,7 +235,7 @@ def _num_parquet_rows(path: str) -> int:
     try:
         return pl.scan_parquet(path).select(pl.len()).collect().item()
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise DataError(f"{path} cannot be read: {error}; write it again or leave it out") from error
+        raise _unreadable(path, error) from error
 
 
 def _estimate_rows(path: str) -> int:

@@ -5,12 +5,11 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import CheckpointError, ClusterError, ConfigError
 from cluster.plugins import first_line, plugin_config, plugin_files
-from cluster.reporter import Event, StopSignal
+from cluster.reporter import Event, StopSignal, to_all
 from cluster.storage import Storage
 from launch.config_document import from_document, from_yaml, to_document
 from launch.options import parse, split_name, take_option
@@ -20,6 +19,7 @@ from launch.run_directory import (
     ALIGN,
     ALIGNMENT,
     CONFIG,
+    KeptDocuments,
     absolute,
     absolute_search,
     folder_and_name,
@@ -32,7 +32,6 @@ from launch.run_directory import (
 from launch.served_run import find_step
 
 if TYPE_CHECKING:
-    from launch.run_status import StatusKeeper
     from rl.configuration import AlignConfig
 
 OBJECTIVES, ADVANTAGES = "rl.objectives", "rl.advantages"
@@ -171,9 +170,11 @@ def align(config: "AlignConfig") -> int:
             own, document = to_document(config), prepare(policy)
             if not has_checkpoint(config.run_dir):
                 write_document(config.run_dir, ALIGN, own)
-            keep = partial(_write_documents, config.run_dir, {CONFIG: document, ALIGN: own})
-            arguments = (rewarded, start, start_step, document, setting)
-            result = _run(config, arguments, keep, console, stop, keeper)
+            kept = KeptDocuments(config.run_dir, {CONFIG: document, ALIGN: own})
+            learnt = {**document, "align": _learnt(own)}
+            arguments = (rewarded, start, start_step, learnt, setting)
+            with TrainingProgress(console) as progress:
+                result = _run(config, arguments, to_all(progress, keeper, kept), stop)
             if result is not None:
                 keeper.end(result["status"])
         write_alignment_curves(config.run_dir, config.train.selection_metric)
@@ -187,13 +188,10 @@ def align(config: "AlignConfig") -> int:
 def _run(
     config: "AlignConfig",
     arguments: tuple,
-    keep: Callable[[], None],
-    console: Any,
+    on_event: Callable[[Event], None],
     stop: StopSignal,
-    keeper: "StatusKeeper",
 ) -> dict[str, Any] | None:
-    """The result of the learners; None where a stop was requested before they had one. `keep` writes the
-    configurations, once these are known to fit the run."""
+    """The result of the learners; None where a stop was requested before they had one."""
     from cluster.ray_start import start_ray
     from cluster.worker_group import run_gang
     from launch.jobs import align_job
@@ -207,25 +205,23 @@ def _run(
             raise
         places = None
 
-    def on_event(event: Event) -> None:
-        progress.on_event(event)
-        keeper.on_event(event)
-        if event.kind == "begun":
-            keep()
-
-    with TrainingProgress(console) as progress:
-        return run_gang(
-            *(align_job, *arguments, places),
-            config=config.cluster,
-            run_dir=config.run_dir,
-            on_event=on_event,
-            stop=stop,
-        )
+    return run_gang(
+        *(align_job, *arguments, places),
+        config=config.cluster,
+        run_dir=config.run_dir,
+        on_event=on_event,
+        stop=stop,
+    )
 
 
-def _write_documents(run_dir: str, documents: dict[str, dict[str, Any]]) -> None:
-    for name, document in documents.items():
-        write_document(run_dir, name, document)
+def _learnt(document: dict[str, Any]) -> dict[str, Any]:
+    """What an alignment learns by beside the policy's configuration, with which checkpoints keep it."""
+    terms = {term["name"]: term for term in document["rewards"]}
+    return {
+        **{name: document[name] for name in ("objective", "advantage")},
+        **document["align"],
+        "rewards": terms,
+    }
 
 
 def _report(config: "AlignConfig", result: dict[str, Any]) -> int:

@@ -50,8 +50,5 @@ def build_from(name: str, options: list[str]) -> None:
     form.__doc__ = load_plugin(SOURCES, name).__doc__
     parsed = parse(form, options, program=f"grail data build {name}")
     start_console()
-    manifest = build(parsed.source, parsed.build)
-    print(
-        f"{manifest.num_users:,} users, {manifest.num_items:,} items and {manifest.num_events:,} events in "
-        f"{parsed.build.out}\nNext: grail data inspect {parsed.build.out}"
-    )
+    build(parsed.source, parsed.build)
+    print(f"Next: grail data inspect {parsed.build.out}")

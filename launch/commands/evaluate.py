@@ -9,9 +9,10 @@ from typing import Any, Literal
 from cluster.configuration import ClusterConfig
 from cluster.errors import ConfigError
 from cluster.storage import Storage
+from launch.config_document import to_document
 from launch.progress import start_console
 from launch.run_directory import EVALUATION, SEARCH_SCALING, absolute, folder_and_name, load_config
-from launch.served_run import DataOptions, asked_alike, find_step, parse_served
+from launch.served_run import DataOptions, asked_alike, checkpoint_name, find_step, parse_served
 from trainer.configuration import EvaluationConfig, PretrainConfig, SearchConfig
 
 
@@ -88,7 +89,8 @@ def evaluate(
     content = run_workers(
         *(evaluate_job, config, step, split, kept), config=config.cluster, run_dir=config.run_dir
     )
-    content["checkpoint"] = checkpoint
+    content["checkpoint"] = checkpoint = checkpoint_name(config, checkpoint)
+    content["settings"] = _settings(config)
     intervals = {metric: tuple(interval) for metric, interval in content["intervals"].items()}
     results = {f"step {step} ({checkpoint})": EvaluationResult(**{**content, "intervals": intervals})}
     if baselines:
@@ -99,6 +101,8 @@ def evaluate(
     storage = Storage(config.run_dir)
     storage.write(EVALUATION, json.dumps(content, indent=1).encode())
     Console().print(render(results))
+    if narrowing := _narrowing(config):
+        print(f"Narrowed by {', '.join(narrowing)}; all settings are in {EVALUATION}")
     print(f"Written to {storage.path(EVALUATION)}")
     return content
 
@@ -148,6 +152,13 @@ def _check_given_items(config: PretrainConfig, per_user: str) -> None:
             f"{' and '.join(narrowing)} would narrow a search of all items, and this run's model scores given ones; "
             "leave them out"
         )
+
+
+def _settings(config: PretrainConfig) -> dict[str, Any]:
+    """What the numbers depend on beside the weights."""
+    document = to_document(config)
+    data = {name: document["data"][name] for name in ("path", "semantic_ids", "max_length", "feedback_lag_s")}
+    return {"data": data, "evaluation": document["evaluation"], "search": document["search"]}
 
 
 def _narrowing(config: PretrainConfig) -> list[str]:

@@ -6,17 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ConfigError
 from cluster.plugins import first_line, load_plugin, plugin_config, plugin_files, suggestion
-from cluster.reporter import Event, StopSignal
+from cluster.reporter import StopSignal, to_all
+from cluster.storage import Storage
 from launch.options import parse, split_name, take_option
 from launch.progress import TrainingProgress, start_console
 from launch.run_directory import (
     CONFIG,
+    KeptDocuments,
     absolute,
     absolute_search,
     load_config,
     prepare,
     way_on,
-    write_document,
 )
 from trainer.checks import check
 from trainer.configuration import PretrainConfig
@@ -107,18 +108,13 @@ def _run(
     from cluster.workers import run_workers
     from launch.jobs import pretrain_job
 
-    def on_event(event: Event) -> None:
-        progress.on_event(event)
-        keeper.on_event(event)
-        if event.kind == "begun":
-            write_document(config.run_dir, CONFIG, document)
-
+    documents = KeptDocuments(config.run_dir, {CONFIG: document})
     with TrainingProgress(console) as progress:
         result = run_workers(
             *(pretrain_job, config, document),
             config=config.cluster,
             run_dir=config.run_dir,
-            on_event=on_event,
+            on_event=to_all(progress, keeper, documents),
             stop=stop,
             worlds=allowed_worlds(config.cluster, multiple_of=config.sharding.workers_multiple_of),
         )
@@ -141,9 +137,11 @@ def _default(name: str) -> PretrainConfig:
     if name.endswith((".yaml", ".yml")):
         return load_config(name)
     recipes = plugin_files(RECIPES)
+    if name not in recipes and Storage(name).exists(CONFIG):
+        return load_config(name)
     if name not in recipes:
         raise ConfigError(
-            f"grail pretrain needs a recipe or the config.yaml of a run, and '{name}' is neither"
+            f"grail pretrain needs a recipe or a run (its folder, or its config.yaml), and '{name}' is neither"
             f"{suggestion(name, recipes)}"
         )
     return dataclasses.replace(load_plugin(RECIPES, name).recipe(), recipe=name)

@@ -63,14 +63,17 @@ def under_conditions(config: PretrainConfig, conditions: tuple[str, ...]) -> Pre
         named = bool(config.evaluation.conditions)
         return config if named else replace(config, evaluation=replace(config.evaluation, condition="none"))
     parts = [condition.partition("=") for condition in conditions]
-    columns = {CATEGORIES if column == "category" else column for column, _, _ in parts}
+    columns = {column for column, _, _ in parts}
     if not all(equals and value for _, equals, value in parts) or len(columns) != 1:
         raise ConfigError(
             f"--condition must be COLUMN=VALUE, several of them with one column, got {' '.join(conditions)}"
         )
-    (column,) = columns
     from data_streams.item_conditions import ItemConditions
+    from data_streams.item_table import item_columns
 
+    (column,) = columns
+    if column == "category" and column not in item_columns(config.data.path):
+        column = CATEGORIES
     known = ItemConditions.load(config.data.path, column)
     for _, _, value in parts:
         known.find(value)
@@ -109,6 +112,8 @@ def write_all(config: PretrainConfig, out: str, *, checkpoint: str = "best", k: 
 
     start_console()
     out = local_file(out, "--out")
+    if Path(out).is_dir():
+        raise ConfigError(f"--out must be a file, and {out} is a folder; name a file in it")
     parts = [part_file(out, rank) for rank in range(config.cluster.workers)]
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -39,9 +39,8 @@ class _ByExpert(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: Tensor, expand: Tensor, contract: Tensor, ends: Sequence[int]) -> Tensor:
-        ctx.ends, ctx.hidden, ctx.weight_dtype = ends, {}, expand.dtype
+        ctx.ends, ctx.weight_dtype, hidden = ends, expand.dtype, []
         expand, contract = expand.to(rows.dtype), contract.to(rows.dtype)
-        ctx.save_for_backward(rows, expand, contract)
         outputs = torch.empty_like(rows)
         gated = rows.new_empty(min(BLOCK_ROWS, len(rows)), contract.shape[1])
         for expert, spans in _visited(ends):
@@ -51,12 +50,15 @@ class _ByExpert(torch.autograd.Function):
                 swished = F.silu(gate)
                 own = torch.mul(swished, value, out=gated[: len(expanded)])
                 torch.mm(own, contract[expert], out=outputs[span])
-                ctx.hidden[span.start] = expanded, swished
+                hidden += [expanded, swished]
+        # Not kept on ctx, where activation checkpointing could not let go of it.
+        ctx.save_for_backward(rows, expand, contract, *hidden)
         return outputs
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        rows, expand, contract = ctx.saved_tensors
+        rows, expand, contract, *hidden = ctx.saved_tensors
+        blocks = iter(zip(hidden[::2], hidden[1::2], strict=True))
         gradient, to_rows = gradient.contiguous(), torch.empty_like(rows)
         to_weights = [torch.empty_like(stack, dtype=ctx.weight_dtype) for stack in (expand, contract)]
         to_expand, to_contract = to_weights
@@ -74,7 +76,7 @@ class _ByExpert(torch.autograd.Function):
             for span in spans:
                 own = slice(span.start - first, span.stop - first)
                 to_gated = torch.mm(gradient[span], contract[expert].T, out=scratch[: span.stop - span.start])
-                _gate_backward(*ctx.hidden[span.start], to_gated, gated[own], to_expanded[own])
+                _gate_backward(*next(blocks), to_gated, gated[own], to_expanded[own])
                 torch.mm(to_expanded[own], expand[expert].T, out=to_rows[span])
             inputs = (rows[first:last], gated[: last - first])
             gradients = (to_expanded[: last - first], gradient[first:last])

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from cluster.errors import ConfigError
+
 
 class Dropout(nn.Module):
     """Zeroes each element with a given probability and scales the others up.
@@ -15,7 +17,7 @@ class Dropout(nn.Module):
     def __init__(self, probability: float):
         super().__init__()
         if not 0 <= probability < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {probability}")
+            raise ConfigError(f"a dropout of the model must be at least 0 and below 1, got {probability}")
         self.threshold = round(probability * 256)
 
     def forward(self, values: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """ECPO: GRPO whose denominators are raised beforehand, so that no negative advantage meets a large ratio.
 
 Source: OneRec Technical Report (2025; industrial.md 4.2): pi'_old = max(sg(pi) / (1 + eps + delta), pi_old). Then the
-ratio never exceeds 1 + eps + delta, nor does its gradient. RECONSTRUCTED: eps = 0.2, alpha = 0.1. No KL: the reports train
-it together with the supervised loss, which is `alpha` here.
+ratio never exceeds 1 + eps + delta, nor does its gradient. RECONSTRUCTED: eps = 0.2, alpha = 0.1. No KL: the reports
+train it together with the supervised loss, which is `alpha` here.
 """
 
 import math

@@ -28,7 +28,8 @@ class Hybrid(RewardFunction):
         calibrate: bool = True
         """Give observed positives the largest reward of their group."""
         discard_illegal: bool = False
-        """Say nothing of illegal completions, so that items are compared among themselves; the paper gives 0."""
+        """Say nothing of illegal completions, so that items are compared among themselves; the paper gives 0. Another
+        reward that has an opinion of them undoes it."""
 
         def run_names(self) -> tuple[str, ...]:
             return self.preference.run_names()

@@ -69,7 +69,7 @@ class Relevance(RewardFunction):
 
 def find_threshold(config: Relevance.Config, data_path: str) -> float:
     """The quantile of relevance over the last training event of users, given what came before it."""
-    events = read_training_events(data_path)
+    events = read_training_events(data_path, least_users=_MOST_USERS)
     starts = np.flatnonzero(np.diff(events.users, prepend=-1))
     stops = np.append(starts[1:], len(events.users))
     long = np.flatnonzero(stops - starts >= 2)[:_MOST_USERS]

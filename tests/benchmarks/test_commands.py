@@ -23,3 +23,8 @@ def test_a_finished_run_is_not_repeated_and_not_taken_for_one_of_other_options(t
         ConfigError, match=r"--data.path ml-1m, and is of sasrec --data.path beauty; name another --out"
     ):
         pretrain_once(tmp_path / "run", "sasrec", "--data.path", "ml-1m")
+    (tmp_path / "run" / "command.json").unlink()
+    with pytest.raises(
+        ConfigError, match=r"status.json must be of .* and is of others that were not written down"
+    ):
+        pretrain_once(tmp_path / "run", "sasrec", "--data.path", "beauty")

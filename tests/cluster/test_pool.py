@@ -93,6 +93,28 @@ def test_members_that_died_while_they_had_nothing_to_do_are_not_laid_to_the_next
     assert (found, square) == (ticket, 49)
 
 
+def test_an_item_goes_past_a_member_that_hangs_to_one_that_answers(tmp_path):
+    with Pool(_build_squarer, str(tmp_path), members=2, cluster=TWO) as pool:
+        pool.wait_for_all(60)
+        halted = pool.slots[-1].pid if pool._idle[-1] is pool.slots[-1] else pool._idle[-1].pid
+        os.kill(halted, signal.SIGSTOP)
+        pool.submit(7)
+        ((_, (square, pid)),) = pool.poll(timeout_s=30)
+        assert square == 49 and pid != halted and pool.deaths == 0
+
+
+def test_all_members_may_die_idle_and_one_more_with_an_item(tmp_path):
+    marker = tmp_path / "marker"
+    with Pool(_build_squarer, str(marker), members=3, cluster=TWO, cpus_per_member=0.1, max_deaths=2) as pool:
+        pool.wait_for_all(60)
+        for pid in pool.pids:
+            os.kill(pid, signal.SIGKILL)
+        # The first who gets a five dies of it.
+        pool.submit(5)
+        ((_, (square, _)),) = pool.poll(timeout_s=60)
+    assert square == 25 and pool.deaths == 4
+
+
 def test_tasks_give_all_results_and_pass_errors_on():
     assert sorted(run_tasks(_double, range(8), description="doubling", config=TWO)) == list(range(0, 16, 2))
     with pytest.raises(DataError, match="13 is not allowed; leave it out"):

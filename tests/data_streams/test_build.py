@@ -1,5 +1,6 @@
 """From tables to shards: order, splits, policies, and a build that leaves all or nothing."""
 
+import gzip
 import hashlib
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from cluster.errors import ConfigError, DataError
 from cluster.storage import Storage
 from data_streams.build import BuildConfig, build
+from data_streams.item_table import ItemTable, item_columns
 from data_streams.shards import Manifest, read_chunk
 from data_streams.sources.events import EventsSource
 
@@ -329,3 +331,38 @@ def test_beauty_is_built_as_it_was_published(shared_data, tmp_path):
         assert users[user[0]]["split"] == (rows.height - 2, rows.height - 2, rows.height - 1)
     titles = pl.read_parquet(tmp_path / "beauty" / "items.parquet")["title"]
     assert not titles.str.contains("&amp;|&quot;").any()
+
+
+def test_a_file_without_any_chosen_event_is_passed_over(tmp_path):
+    events = pl.DataFrame(
+        {"user_id": ["a"] * 4, "item_id": list("xyzx"), "timestamp": range(4), "action": "click"}
+    )
+    events.write_parquet(tmp_path / "first.parquet")
+    events.with_columns(action=pl.lit("exposure")).write_parquet(tmp_path / "second.parquet")
+    config = EventsSource.Config(events=(str(tmp_path / "*.parquet"),))
+    manifest = build(config, BuildConfig(out=str(tmp_path / "out"), ray="never"))
+    assert (manifest.num_users, manifest.num_events) == (1, 4)
+    alone = EventsSource.Config(events=(str(tmp_path / "second.parquet"),))
+    with pytest.raises(DataError, match="--sequence-actions"):
+        build(alone, BuildConfig(out=str(tmp_path / "none"), ray="never"))
+
+
+def test_text_may_be_gzipped_and_what_cannot_be_read_is_said_in_own_words(tmp_path):
+    frame = random_events(3)
+    (tmp_path / "events.csv.gz").write_bytes(gzip.compress(frame.write_csv().encode()))
+    config = EventsSource.Config(events=(str(tmp_path / "events.csv.gz"),))
+    assert build(config, BuildConfig(out=str(tmp_path / "out"), ray="never")).num_events == len(frame)
+    for name, text in (("empty", b""), ("ragged", b"user_id,item_id,timestamp\n1,2,3\n1,2,3,4,5\n")):
+        (tmp_path / f"{name}.csv").write_bytes(text)
+        broken = EventsSource.Config(events=(str(tmp_path / f"{name}.csv"),))
+        with pytest.raises(
+            DataError, match=rf"{name}.csv cannot be read: .*as many fields in every row"
+        ) as error:
+            build(broken, BuildConfig(out=str(tmp_path / name), ray="never"))
+        assert "truncate_ragged_lines" not in str(error.value)
+
+
+def test_items_without_any_category_have_none(tmp_path):
+    build_events(tmp_path, random_events(1), items=pl.DataFrame({"item_id": range(15), "title": ["t"] * 15}))
+    assert ItemTable.load(str(tmp_path / "out")).categories is None
+    assert "categories" in item_columns(str(tmp_path / "out"))

@@ -111,6 +111,14 @@ def test_a_rank_takes_its_own_part_of_a_merged_position(config):
     assert merge_positions(own) == merged
 
 
+def test_an_option_that_an_older_version_did_not_know_is_passed_over(config):
+    (whole,) = run(config, 1).values()
+    position = json.loads(json.dumps(whole[3].position))
+    del position["order"]["data.max_length"]
+    (stream,) = open_streams(config, 1)
+    assert next(iter(stream.batches(0, position))).user_ids.equal(whole[4].user_ids)
+
+
 def test_a_position_taken_with_other_options_is_refused_and_says_which(config):
     (whole,) = run(config, 1).values()
     position = json.loads(json.dumps(whole[3].position))

@@ -4,6 +4,7 @@ import polars as pl
 import pytest
 
 from cluster.errors import CheckpointError, ConfigError
+from cluster.reporter import Event
 from launch.cli import run as grail
 from launch.commands.evaluate import EvaluateOptions
 from launch.commands.pretrain import parse_config
@@ -11,6 +12,7 @@ from launch.commands.recommend import _require_rows
 from launch.plots import points, write_curves
 from launch.run_directory import (
     CONFIG,
+    KeptDocuments,
     absolute,
     folder_and_name,
     load_config,
@@ -89,6 +91,21 @@ def test_a_run_with_checkpoints_keeps_its_configuration_until_it_goes_on(tmp_pat
     write_document(str(tmp_path), CONFIG, document)
     assert way_on(str(tmp_path), CONFIG, document) == f"Go on with: grail pretrain {tmp_path}/config.yaml"
     assert load_config(str(tmp_path)) == longer
+
+
+def test_a_configuration_is_written_as_the_run_begins_and_not_when_its_workers_start_again(tmp_path):
+    document = prepare(parse_config("sasrec", ["--run-dir", str(tmp_path)]))
+    path, kept = tmp_path / CONFIG, KeptDocuments(str(tmp_path), {CONFIG: document})
+    for kind, expected in (("started", "edited"), ("begun", None), ("begun", "edited")):
+        path.write_text("edited")
+        kept.on_event(Event(kind=kind, rank=0))
+        assert (path.read_text() == "edited") == (expected == "edited")
+
+
+def test_a_stopped_run_says_how_it_goes_on_while_its_configuration_is_being_edited(tmp_path):
+    document = prepare(parse_config("sasrec", ["--run-dir", str(tmp_path)]))
+    (tmp_path / CONFIG).write_text("train: [")
+    assert way_on(str(tmp_path), CONFIG, document) == "Go on with the same command again."
 
 
 def test_a_run_at_an_address_goes_on_with_the_command_that_is_printed():

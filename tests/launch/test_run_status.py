@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from cluster.errors import CheckpointError, ConfigError
 from cluster.lease import LEASE_NAME, Lease
 from cluster.reporter import Event
 from cluster.storage import Storage
@@ -75,6 +76,22 @@ def test_an_error_is_kept_and_an_interruption_is_a_stop(run_dir):
     with StatusKeeper(run_dir, "sasrec"):
         assert read_status(Storage(run_dir)).error == ""
     assert report_run(run_dir).state == "stopped"
+
+
+def test_a_refused_command_leaves_a_run_as_it_was(run_dir):
+    with StatusKeeper(run_dir, "sasrec") as keeper:
+        train_a_little(keeper)
+        keeper.end("finished")
+    with pytest.raises(ConfigError, match="its seed"), StatusKeeper(run_dir, "sasrec"):
+        raise ConfigError("a run that goes on must keep its seed")
+    assert (report_run(run_dir).state, report_run(run_dir).status.error) == ("finished", "")
+    with pytest.raises(CheckpointError), StatusKeeper(run_dir, "sasrec") as keeper:
+        keeper.on_event(Event(kind="begun", rank=0, values={"step": 30}))
+        raise CheckpointError("these differ:\n  the width\n  the depth")
+    assert (report_run(run_dir).state, report_run(run_dir).status.error) == (
+        "failed",
+        "these differ: the width",
+    )
 
 
 def test_a_job_that_is_gone_without_a_word_is_lost_and_one_far_away_is_silent_in_time(run_dir, monkeypatch):

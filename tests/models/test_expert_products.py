@@ -36,3 +36,19 @@ def test_in_bf16_both_are_alike_and_weights_have_gradients_in_their_own_dtype():
     for own, other in zip((ours, *our_gradients), (theirs, *their_gradients), strict=True):
         assert own.dtype == other.dtype
         assert (own - other).norm() < 0.01 * other.norm()
+
+
+def test_what_is_kept_for_the_backward_pass_can_be_let_go_by_activation_checkpointing():
+    kept = []
+    parts = [
+        torch.randn(*shape, requires_grad=True) for shape in ((56, WIDTH), (5, WIDTH, 48), (5, HIDDEN, WIDTH))
+    ]
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.shape), lambda shape: None
+    ):
+        outputs = expert_products(*parts, ENDS)
+    # Both factors of the gate, of each of the three experts that have rows.
+    assert kept[3:] == [(7, 48), (7, HIDDEN), (33, 48), (33, HIDDEN), (16, 48), (16, HIDDEN)]
+    assert not [
+        name for name, value in vars(outputs.grad_fn).items() if name == "hidden" or torch.is_tensor(value)
+    ]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from cluster.errors import ConfigError
 from models.hstu import HSTU, TIME
-from models.kernels.pointwise_attention import reference_pointwise_attention
+from models.kernels.pointwise_attention import PairBias, reference_pointwise_attention
 from models.objectives.full_softmax import FullSoftmax
 from models.recommender import StepContext
 from models.tables import LookedUp
@@ -63,7 +63,7 @@ def test_the_states_are_those_of_the_papers_layer_written_out():
             values,
             batch.items,
             max_length=MAX_LENGTH,
-            bias=block.pair_bias(),
+            bias=PairBias(**dict(zip(("by_distance", "by_time"), block.pair_bias(), strict=True))),
             times_s=batch.features[TIME],
         )
         gated = gates * F.layer_norm(attended.flatten(1), (16,), eps=1e-6)

@@ -54,3 +54,12 @@ def test_one_bad_step_is_no_alarm():
     watched = guards()
     watched.observe(reward=0.5, entropy=0.0, hallucination=0.3)
     assert watched.new_alarms() == []
+
+
+def test_a_number_that_is_none_does_not_silence_the_guards(caplog):
+    watched = Guards.of(None)
+    watched.observe(reward=0.5, entropy=8.0, hallucination=0.0)
+    watched.observe(reward=float("nan"), entropy=float("nan"), hallucination=float("inf"))
+    for _ in range(60):
+        watched.observe(reward=0.5, entropy=0.1, hallucination=0.0)
+    assert watched.new_alarms() == ["entropy-collapse"]

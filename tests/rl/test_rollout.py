@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cluster.configuration import ClusterConfig
+from cluster.errors import DivergenceError
 from cluster.process import Process
 from rl import rollout
 from rl.configuration import AlignOptions, RolloutConfig
@@ -152,5 +153,51 @@ def settle_late(process):
         return scatter_objects(rollouts.finish(begun), process).prompts.num_users
 
 
+def publish_late(process):
+    process = impatient(process, TIMEOUT_S)
+
+    class SlowSender:
+        def __init__(self, pool, *, on_wait, **_):
+            self.on_wait = on_wait
+
+        def send(self, version, weights):
+            until = time.monotonic() + LATE_S
+            while time.monotonic() < until:
+                time.sleep(0.01)
+                self.on_wait()
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(rollout, "WeightSender", SlowSender)
+        config = RolloutConfig(workers=2, weights="broadcast")
+        return make_rollouts(monkeypatch, config, process).version
+
+
+def test_no_rank_gives_up_while_the_first_one_sends_weights():
+    assert run_on_processes(publish_late, 2) == [NOW, NOW]
+
+
 def test_no_rank_gives_up_while_the_first_one_waits_for_completions():
     assert run_on_processes(settle_late, 2) == [4, 4]
+
+
+def test_completions_that_are_not_finite_are_drawn_again_a_few_times(rollouts, monkeypatch, caplog):
+    poll, broken = rollouts._pool.poll, [True, False, False]
+
+    def faulty(timeout_s):
+        ((ticket, drawn),) = poll(timeout_s)
+        log_probs = np.where(broken.pop(0) if broken else False, np.nan, drawn.log_probs)
+        return [(ticket, replace(drawn, log_probs=log_probs))]
+
+    monkeypatch.setattr(rollouts._pool, "poll", faulty)
+    (drawn,) = rollouts.finish(rollouts.begin(make_step()))
+    assert np.isfinite(drawn.log_probs).all() and len(rollouts._pool.submitted) == 3
+    assert "not finite; they are drawn again" in caplog.text
+    broken += [True] * 9
+    with pytest.raises(DivergenceError, match="those of 4 parts of prompts were not"):
+        rollouts.finish(rollouts.begin(make_step()))
+
+
+def test_a_wish_to_stop_ends_the_wait_for_completions(rollouts):
+    begun = rollouts.begin(make_step())
+    rollouts._stop_requested = lambda: True
+    assert rollouts.finish(begun) is None

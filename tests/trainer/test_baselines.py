@@ -116,3 +116,9 @@ def test_popularity_ranks_of_users_are_those_counted_by_hand(data):
     assert unfiltered.metrics["mrr"] == pytest.approx((1 / np.array([5.5, 2, 5.5, 2])).mean())
     assert not unfiltered.seen_filtered
     assert not unfiltered.intervals
+
+
+def test_no_more_chunks_are_read_than_hold_the_users_that_are_wanted(data):
+    # Chunks of two users, who all have two training events.
+    users = [read_training_events(data, least_users=wanted).users for wanted in (1, 2, 3, 9)]
+    assert [sorted(set(found.tolist())) for found in users] == [[0, 1], [0, 1], [0, 1, 2, 3], [0, 1, 2, 3]]

@@ -12,6 +12,7 @@ from cluster.errors import ConfigError, DataError
 from cluster.process import Process
 from data_streams.configuration import DataConfig
 from data_streams.item_conditions import ItemConditions
+from data_streams.jagged import Jagged
 from models.climber_pilot import ClimberPilot
 from models.objectives.sampled_softmax import SampledSoftmax
 from models.tiger import Tiger
@@ -128,12 +129,31 @@ def test_filtering_takes_items_that_do_not_meet_the_condition_out_of_a_longer_li
     assert search.score(batch, torch.tensor([[1, 3, -1]]).expand(9, -1))[:, 1:].max() == float("-inf")
 
 
+@pytest.mark.parametrize("generates", [False, True])
+def test_a_condition_that_all_items_meet_changes_no_rank_of_known_items_either(generates):
+    kinds = ItemConditions.of("kind", pl.Series([["all"]] * (100 if generates else NUM_ITEMS)))
+    search = generative_search(SearchConfig(width=97)) if generates else make_search()
+    batch = generated_users() if generates else make_batch(range(9))
+    known = Jagged.from_lengths(batch.held_out, torch.ones(batch.num_users, dtype=torch.int64))
+    batch = replace(batch, seen=known)
+    config = replace(CONFIG, condition="filter", conditions=("all",), cutoffs=(5,), filter_from=NUM_ITEMS)
+    if generates:
+        config = replace(config, cutoffs=(97,), filter_from=1)
+    found = conditional_search(search, kinds, config).find(batch, k=5, rank_held_out=True, filter_seen=True)
+    plain = search.find(batch, k=search.num_items, rank_held_out=True, filter_seen=True)
+    if generates:
+        places = (plain.items == batch.held_out[:, None]).int().argmax(1) + 1
+        assert torch.equal(found.ranks, places.float())
+    else:
+        assert torch.equal(found.ranks, plain.ranks)
+
+
 def test_what_a_model_generates_is_filtered_where_its_beam_is_wide_enough():
     batch, kinds = generated_users(), ItemConditions.of("kind", pl.Series(["even", "odd"] * 50))
     config = replace(CONFIG, condition="filter", conditions=("odd",))
     filtered = conditional_search(generative_search(SearchConfig(width=40, space="free")), kinds, config)
     found = filtered.find(batch, k=6, rank_held_out=True, filter_seen=True)
-    longer, _ = filtered.search.recommend(batch, 40)
+    longer = filtered.search.find(batch, k=40, rank_held_out=True, filter_seen=True).items
     for user, row in enumerate(longer.tolist()):
         kept = [item for item in row if item >= 0 and item % 2]
         assert found.items[user].tolist() == (kept + [-1] * 6)[:6]

@@ -46,6 +46,13 @@ def test_other_retrieval_models_on_two_ranks_equal_the_unsharded_reference(model
     assert_same_training(case, 2, against=case)
 
 
+@pytest.mark.parametrize("model", ["hstu", "gru4rec", "sasrec", "conditioned-pilot"])
+def test_ranks_and_micro_batches_without_users_take_part_under_zero_3(model):
+    # With two streams the second rank has no user from step 10 on.
+    case = Case(model=model, zero_stage=3, micro_batches=2, streams=2, steps=12)
+    assert_same_training(case, 2, against=replace(case, zero_stage=1, micro_batches=1))
+
+
 @pytest.mark.parametrize(
     ("model", "objective", "zero_stage"), [("pilot", "full", 1), ("conditioned-pilot", "in-batch", 3)]
 )
