@@ -90,7 +90,6 @@ def evaluate(
         *(evaluate_job, config, step, split, kept), config=config.cluster, run_dir=config.run_dir
     )
     content["checkpoint"] = checkpoint = checkpoint_name(config, checkpoint)
-    content["settings"] = _settings(config)
     intervals = {metric: tuple(interval) for metric, interval in content["intervals"].items()}
     results = {f"step {step} ({checkpoint})": EvaluationResult(**{**content, "intervals": intervals})}
     if baselines:
@@ -98,6 +97,7 @@ def evaluate(
         content["baselines"] = {
             name: dict(result.metrics) for name, result in results.items() if result.step is None
         }
+    content["settings"] = _settings(config)
     storage = Storage(config.run_dir)
     storage.write(EVALUATION, json.dumps(content, indent=1).encode())
     Console().print(render(results))

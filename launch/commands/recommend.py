@@ -63,17 +63,17 @@ def under_conditions(config: PretrainConfig, conditions: tuple[str, ...]) -> Pre
         named = bool(config.evaluation.conditions)
         return config if named else replace(config, evaluation=replace(config.evaluation, condition="none"))
     parts = [condition.partition("=") for condition in conditions]
+    from data_streams.item_conditions import ItemConditions
+    from data_streams.item_table import item_columns
+
     columns = {column for column, _, _ in parts}
+    if "category" in columns and "category" not in item_columns(config.data.path):
+        columns = columns - {"category"} | {CATEGORIES}
     if not all(equals and value for _, equals, value in parts) or len(columns) != 1:
         raise ConfigError(
             f"--condition must be COLUMN=VALUE, several of them with one column, got {' '.join(conditions)}"
         )
-    from data_streams.item_conditions import ItemConditions
-    from data_streams.item_table import item_columns
-
     (column,) = columns
-    if column == "category" and column not in item_columns(config.data.path):
-        column = CATEGORIES
     known = ItemConditions.load(config.data.path, column)
     for _, _, value in parts:
         known.find(value)

@@ -190,7 +190,7 @@ def test_fractional_ids_are_refused(tmp_path):
 
 def test_an_unknown_file_type_and_a_missing_file_are_refused(tmp_path):
     (tmp_path / "events.json").write_text("{}")
-    with pytest.raises(DataError, match=r"must be a \.parquet, \.csv or \.tsv file, given .*events\.json"):
+    with pytest.raises(DataError, match=r"must be a \.parquet, \.csv or \.tsv file .*, given .*events\.json"):
         EventsSource.Config(events=(str(tmp_path / "events.json"),)).build()
     with pytest.raises(DataError, match=r"nothing is at .*nowhere\.parquet; check --events"):
         EventsSource.Config(events=(str(tmp_path / "nowhere.parquet"),)).build()
