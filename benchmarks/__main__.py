@@ -3,13 +3,16 @@
 import json
 import os
 import shlex
+import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
+from cpuinfo import get_cpu_info
 from rich.console import Console
 from rich.table import Table
 
@@ -79,8 +82,18 @@ def _run(name: str, module: Any, options: Options, data: str) -> dict[str, Any]:
         "processes": benchmark.world_size,
         "threads_per_process": threads,
         "cores": os.cpu_count(),
+        "processor": get_cpu_info().get("brand_raw", ""),
+        "torch": torch.__version__,
+        "commit": _commit(),
         "load_average": os.getloadavg()[0],
     }
+
+
+def _commit() -> str:
+    """What was measured, with a mark for changes that are not in it; empty outside of a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def _command(name: str, options: Options) -> str:

@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
+import polars as pl
 import pytest
 
 from cluster.errors import ConfigError
 from data_streams.build import BuildConfig, build
 from data_streams.configuration import DataConfig
+from data_streams.sources.events import EventsSource
 from data_streams.sources.world import WorldSource
 from launch.commands.recommend import under_conditions
 from launch.recipes import climber_pilot, climber_pilot_cgsa
@@ -37,6 +39,20 @@ def test_a_model_trained_for_a_column_is_asked_and_others_are_filtered(data):
             (first, second),
         )
         assert under_conditions(config, ()).evaluation.condition == "none"
+
+
+def test_a_column_called_category_is_taken_at_its_word(tmp_path):
+    events = pl.DataFrame({"user_id": [1, 1, 1], "item_id": [1, 2, 3], "timestamp": [1, 2, 3]})
+    events.write_parquet(tmp_path / "events.parquet")
+    items = pl.DataFrame({"item_id": [1, 2, 3], "title": list("xyz"), "category": ["A", "B", "B"]})
+    items.write_parquet(tmp_path / "items.parquet")
+    source = EventsSource.Config(
+        events=(str(tmp_path / "events.parquet"),), items=str(tmp_path / "items.parquet")
+    )
+    build(source, BuildConfig(out=str(tmp_path / "shards"), ray="never"))
+    config = replace(climber_pilot.recipe(), data=DataConfig(path=str(tmp_path / "shards")))
+    asked = under_conditions(config, ("category=B",)).evaluation
+    assert (asked.condition_column, asked.conditions) == ("category", ("B",))
 
 
 def test_conditions_that_cannot_be_met_are_refused(data):

@@ -173,6 +173,13 @@ def test_a_checkpoint_is_named_by_word_or_step():
             "cluster.min-workers must be at least 1 and at most cluster.workers",
         ),
         (["--train.epochs", "0"], "train.epochs must be at least 1, got 0"),
+        (["--train.max-steps", "0"], "train.max-steps must be at least 1, got 0"),
+        (["--train.learning-rate", "-1"], r"train.learning-rate must be at least 0, got -1.0"),
+        (["--evaluation.cutoffs", "5", "0"], r"evaluation.cutoffs must be .* each at least 1, got \(5, 0\)"),
+        (
+            ["--evaluation.users-per-batch", "0"],
+            "evaluation.users-per-batch .* must be at least 1 .* got 0, 10",
+        ),
         (["--train.ema-decay", "1"], "train.ema-decay must lie in 0..1, below 1, or be None; got 1.0"),
         (["--log.every-steps", "0"], "log.every-steps must be at least 1, got 0"),
         (["--train.selection-metric", "ndcg@7"], "train.selection-metric must be one of recall@5, .* ndcg@7"),
