@@ -1,0 +1,300 @@
+"""MTGR: one pass of gated pointwise attention over a user scores all candidates of many requests at once.
+
+Tokens of a user are the user itself, the static sequence (what was taken before the window), the real-time sequence
+(what was taken in it) and the candidates, each kind a group with its own layer norm. A candidate sees the user, the
+static sequence, the real-time events that are older than its own request, and itself; no other candidate.
+
+Source: MTGR (Meituan, 2025), arXiv 2505.18654. Deviations: a token's weighted sum is divided by the number of tokens it
+sees and not by that of all of the user's, which the group layer norm that follows undoes but for its epsilon, so that
+a candidate's score does not depend on how many others there are; real-time events of the same second see each other
+in the order of the log; a projection of the item's vector stands in for the features of real logs.
+RECONSTRUCTED: SiLU on the projections and one of each, as HSTU has them; static and real-time sequence see nothing of
+later real-time events; a head of two layers per action; the bias by age, which stands in for those by position and time
+of HSTU; the cross feature, how often the user took the candidate before, is counted from the log; windows are whole
+spans or begin at a random request, and a history that is served is all real-time or all static accordingly.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cluster.errors import ConfigError
+from data_streams.batch import SequenceBatch
+from data_streams.schema import EXPOSURE
+from models.exposure_windows import ANSWERS, CANDIDATES, Window, exposure_windows
+from models.item_sequence import ITEM_TABLE
+from models.kernels.prefix_attention import (
+    NUM_AGE_BUCKETS,
+    PrefixLayout,
+    count_alike,
+    own_attention,
+    prefix_attention,
+)
+from models.layers.dropout import Dropout
+from models.layers.group_layer_norm import GroupLayerNorm
+from models.layers.heads import checked_heads
+from models.layers.linear import Linear
+from models.layers.pathways import Pathway, TokenOrder
+from models.layers.user_context import UNBOUNDED, USER_TABLE
+from models.recommender import LossSum, Ranker, StepContext
+from models.tables import Ids, LookedUp, Rows, TableSpec
+
+USER, STATIC, REAL_TIME, CANDIDATE = range(4)
+"""Groups of tokens."""
+NUM_GROUPS = 4
+NO_ITEM = -2
+"""Stands for the user's own token where items are compared; empty places of candidates are -1."""
+MOST_COUNTED = 3
+
+
+class MTGR(Ranker):
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        width: int = 64
+        """Size of item vectors and of the residual stream."""
+        num_blocks: int = 3
+        """Blocks on top of each other."""
+        num_heads: int = 2
+        """Attention heads per block."""
+        hidden: int = 128
+        """Hidden layer between the features of a token and the token, and of the head of each action."""
+        dropout: float = 0.1
+        """Dropout on tokens and on what blocks add."""
+        init_scale: float = 0.05
+        """Standard deviation of the initial item rows."""
+        window: Literal["span", "drawn"] = "span"
+        """Whose exposures are candidates: span, of all requests, with all the user took as real-time sequence; drawn,
+        of the requests from a random one on, before which the static sequence lies."""
+        group_norm: bool = True
+        """Norm each group of tokens with scales of its own; without, all share those of one."""
+        dynamic_mask: bool = True
+        """Hide real-time events from what was before them; without, a candidate sees the answer to itself. Only to
+        measure what the mask is worth."""
+        cross_features: bool = True
+        """Tell a candidate how often the user took it before."""
+        cross_width: int = 8
+        """Size of the vectors of that count."""
+        age_bias: bool = True
+        """Add a learnt bias by how many tokens ago an event was."""
+        user_rows: int = 0
+        """Rows of a hashed table of users, whose vector is a token; 0 is none."""
+        item_features: bool = False
+        """Describe items by their feature vectors too (such as text embeddings)."""
+        actions: tuple[str, ...] = ()
+        """Answers it predicts, the first of which makes up the sequences; left out, all of the data but exposures,
+        click first."""
+
+        event_columns = ("action", "page_id", "timestamp_s")
+        """Event columns it reads."""
+        needs_actions = True
+        """Whether `build` is to be given the names of the codes in the column `action`."""
+        needs_exposures = True
+        """Whether histories must hold what was only shown."""
+        has_own_objective = True
+        """Whether the loss is the model's own."""
+        selection_metrics = ("auc", "gauc")
+        """What validation can choose the best step by."""
+
+        def build(self, **parts: Any) -> "MTGR":
+            return MTGR(self, **parts)
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        num_items: int,
+        actions: tuple[str, ...],
+        item_feature_dim: int = 0,
+        **_: Any,
+    ):
+        """`actions` are the names of the codes in the data's column `action`."""
+        super().__init__()
+        checked_heads(config.num_heads, config.width)
+        self.config, self.num_items, self.codes = config, num_items, tuple(actions)
+        self.uses_item_features = config.item_features
+        self.actions = config.actions or _clicks_first(self.codes)
+        _check_actions(self.actions, self.codes)
+        item_width = config.width * (1 + config.item_features)
+        if config.item_features:
+            self.feature_projection = Linear(item_feature_dim, config.width, bias=False)
+        self.event_token = Pathway(item_width, config.hidden, config.width)
+        cross_width = config.cross_width * config.cross_features
+        self.candidate_token = Pathway(item_width + cross_width, config.hidden, config.width)
+        if config.cross_features:
+            self.times_taken = nn.Embedding(MOST_COUNTED + 1, config.cross_width)
+        if config.user_rows:
+            self.user_token = Pathway(config.width, config.hidden, config.width)
+        self.dropout = Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
+        self.heads = nn.ModuleList(Pathway(config.width, config.hidden, 1) for _ in self.actions)
+
+    def tables(self) -> list[TableSpec]:
+        config = self.config
+        parts = {"dim": config.width, "init_scale": config.init_scale, "placement": "row_wise"}
+        items = TableSpec(name=ITEM_TABLE, num_rows=self.num_items, features=("event", "candidate"), **parts)
+        users = TableSpec(
+            name=USER_TABLE, num_rows=UNBOUNDED, hash_rows=config.user_rows, features=("user",), **parts
+        )
+        return [items] + [users] * bool(config.user_rows)
+
+    def training_batch(self, batch: SequenceBatch, context: StepContext) -> SequenceBatch:
+        """With the candidates of each user's window, and what is known to which."""
+        return exposure_windows(
+            batch,
+            context,
+            codes=self.codes,
+            actions=self.actions,
+            drawn=self.config.window == "drawn",
+        )
+
+    def num_targets(self, batch: SequenceBatch) -> int:
+        return batch.supervision[CANDIDATES].values.shape[0]
+
+    def ids(self, batch: SequenceBatch, context: StepContext) -> Ids:
+        return self._ids(batch, batch.supervision[CANDIDATES].values)
+
+    def candidate_ids(self, batch: SequenceBatch, candidates: Tensor) -> Ids:
+        return self._ids(batch, candidates.clamp(min=0).flatten())
+
+    def _ids(self, batch: SequenceBatch, candidates: Tensor) -> Ids:
+        users = {"user": batch.user_ids} if self.config.user_rows else {}
+        return {"event": batch.items.values, "candidate": candidates, **users}
+
+    def forward(self, rows: Rows, batch: SequenceBatch, context: StepContext) -> LossSum:
+        logits = self._score(rows, Window.of_training(batch))
+        answers = batch.supervision[ANSWERS].values.float()
+        losses = F.binary_cross_entropy_with_logits(logits, answers, reduction="none")
+        return LossSum(
+            sum=losses.sum(),
+            count=self.num_targets(batch),
+            metrics=dict(zip(self.actions, losses.detach().sum(0), strict=True)),
+        )
+
+    def logits(self, rows: Rows, batch: SequenceBatch, candidates: Tensor) -> Tensor:
+        """The history holds what the user took; all candidates are of one request after it."""
+        window = Window.of_request(batch, candidates, is_static=self.config.window == "drawn")
+        return self._score(rows, window).unflatten(0, candidates.shape)
+
+    def _score(self, rows: Rows, window: Window) -> Tensor:
+        """Log-odds of each action on every candidate. Shapes: -> [K, A] fp32."""
+        order = TokenOrder.build(window.context, with_user=bool(self.config.user_rows), num_pathways=1)
+        plan = self._plan(window, order)
+        tokens = [self.event_token(self._describe(rows["event"]))]
+        items = [window.context.values]
+        if self.config.user_rows:
+            tokens.insert(0, self.user_token(rows["user"].rows * self.config.width**0.5))
+            items.insert(0, torch.full_like(window.num_static, NO_ITEM))
+        features = self._describe(rows["candidate"])
+        if self.config.cross_features:
+            counts = count_alike(window.candidates.values, order.arrange(items), plan.candidates)
+            features = torch.cat((features, self.times_taken(counts.clamp(max=MOST_COUNTED))), dim=-1)
+        hidden = self.dropout(torch.cat((order.arrange(tokens), self.candidate_token(features))))
+        for block in self.blocks:
+            hidden = block(hidden, plan)
+        shown = hidden[plan.num_context :]
+        return torch.cat([head(shown) for head in self.heads], dim=-1).float()
+
+    def _describe(self, found: LookedUp) -> Tensor:
+        """Shapes: [n, features]."""
+        scaled = found.rows * self.config.width**0.5
+        if not self.config.item_features:
+            return scaled
+        return torch.cat((scaled, self.feature_projection(found.item_features.float())), dim=-1)
+
+    def _plan(self, window: Window, order: TokenOrder) -> "Plan":
+        """Which group each token is of, and what it sees: always the first so many of the user's context."""
+        context, own = order.places, int(bool(self.config.user_rows))
+        row, place = context.row_index(), context.places()
+        num_static = window.num_static[row] + own
+        is_static = place < num_static
+        visible, shown = torch.where(is_static, num_static, place + 1), window.visible + own
+        if not self.config.dynamic_mask:
+            visible, shown = (context.lengths[of] for of in (row, window.candidates.row_index()))
+        groups = torch.where(is_static, STATIC, REAL_TIME)
+        groups = torch.where(place < own, USER, groups)
+        groups = torch.cat((groups, torch.full_like(shown, CANDIDATE)))
+        if not self.config.group_norm:
+            groups = torch.zeros_like(groups)
+        return Plan(
+            num_context=len(row),
+            membership=F.one_hot(groups, NUM_GROUPS).float(),
+            context=PrefixLayout.build(context.with_values(visible), context),
+            candidates=PrefixLayout.build(window.candidates.with_values(shown), context),
+            num_seen=torch.cat((visible, shown + 1)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What all blocks share. Shapes: T tokens, the context of all users before the candidates of all."""
+
+    num_context: int
+    membership: Tensor
+    """[T, groups] fp32, 1 in the column of the token's group."""
+    context: PrefixLayout
+    """What tokens of the context see of it."""
+    candidates: PrefixLayout
+    """What candidates see of it."""
+    num_seen: Tensor
+    """[T] int64, at least 1."""
+
+
+class Block(nn.Module):
+    """X + f(dropout(norm(V' * U))) with [Q, K, V, U] = SiLU(norm(X) W), V' = sum of SiLU(Q K^T + bias) V / seen."""
+
+    def __init__(self, config: MTGR.Config):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.before = GroupLayerNorm(NUM_GROUPS, config.width)
+        self.projection = Linear(config.width, 4 * config.width)
+        self.bias = AgeBias() if config.age_bias else None
+        self.after = GroupLayerNorm(NUM_GROUPS, config.width)
+        self.output = Linear(config.width, config.width)
+        self.dropout = Dropout(config.dropout)
+
+    def forward(self, hidden: Tensor, plan: Plan) -> Tensor:
+        """Shapes: hidden [T, D] -> [T, D]."""
+        packed = F.silu(self.projection(self.before(hidden, plan.membership)))
+        *heads, gate = packed.chunk(4, dim=-1)
+        attended = self._attend(*(part.unflatten(-1, (self.num_heads, -1)) for part in heads), plan)
+        gated = self.after(attended.flatten(1) * gate, plan.membership)
+        return hidden + self.output(self.dropout(gated))
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, plan: Plan) -> Tensor:
+        """Shapes: [T, heads, A] each -> [T, heads, A]."""
+        cut = (plan.num_context, queries.shape[0] - plan.num_context)
+        (cq, pq), (ck, pk), (cv, pv) = (part.split(cut) for part in (queries, keys, values))
+        by_age = None if self.bias is None else self.bias()
+        in_context = prefix_attention(cq, ck, cv, plan.context, by_age)
+        before = prefix_attention(pq, ck, cv, plan.candidates, by_age)
+        shown = before + own_attention(pq, pk, pv, by_age)
+        return torch.cat((in_context, shown)) / plan.num_seen[:, None, None]
+
+
+class AgeBias(nn.Module):
+    """The bias of one layer by age; a module of its own, so that ZeRO-3 gathers it while it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.by_age = nn.Parameter(torch.zeros(NUM_AGE_BUCKETS))
+
+    def forward(self) -> Tensor:
+        return self.by_age.clone()
+
+
+def _clicks_first(codes: tuple[str, ...]) -> tuple[str, ...]:
+    answers = [name for name in codes if name != EXPOSURE]
+    return tuple(sorted(answers, key=lambda name: (name != "click", name)))
+
+
+def _check_actions(actions: tuple[str, ...], codes: tuple[str, ...]) -> None:
+    missing = [name for name in (EXPOSURE, *actions) if name not in codes]
+    if missing or not actions:
+        raise ConfigError(
+            "mtgr learns from exposures and the answers to them, and the data has the actions "
+            f"{', '.join(codes)} but no {', '.join(missing) or 'answers'}; build it with --keep-exposures and "
+            "--sequence-actions for the answers"
+        )
