@@ -21,9 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cluster.errors import ConfigError
 from data_streams.batch import SequenceBatch
-from data_streams.schema import EXPOSURE
+from models.answered_actions import answered_actions
 from models.exposure_windows import ANSWERS, CANDIDATES, Window, exposure_windows
 from models.item_sequence import ITEM_TABLE
 from models.kernels.prefix_attention import (
@@ -115,8 +114,7 @@ class MTGR(Ranker):
         checked_heads(config.num_heads, config.width)
         self.config, self.num_items, self.codes = config, num_items, tuple(actions)
         self.uses_item_features = config.item_features
-        self.actions = config.actions or _clicks_first(self.codes)
-        _check_actions(self.actions, self.codes)
+        self.actions = answered_actions(config.actions, self.codes, "mtgr")
         item_width = config.width * (1 + config.item_features)
         if config.item_features:
             self.feature_projection = Linear(item_feature_dim, config.width, bias=False)
@@ -283,18 +281,3 @@ class AgeBias(nn.Module):
 
     def forward(self) -> Tensor:
         return self.by_age.clone()
-
-
-def _clicks_first(codes: tuple[str, ...]) -> tuple[str, ...]:
-    answers = [name for name in codes if name != EXPOSURE]
-    return tuple(sorted(answers, key=lambda name: (name != "click", name)))
-
-
-def _check_actions(actions: tuple[str, ...], codes: tuple[str, ...]) -> None:
-    missing = [name for name in (EXPOSURE, *actions) if name not in codes]
-    if missing or not actions:
-        raise ConfigError(
-            "mtgr learns from exposures and the answers to them, and the data has the actions "
-            f"{', '.join(codes)} but no {', '.join(missing) or 'answers'}; build it with --keep-exposures and "
-            "--sequence-actions for the answers"
-        )

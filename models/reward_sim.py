@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cluster.errors import ConfigError
 from cluster.seeds import purpose_seed
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
+from models.answered_actions import answered_actions
 from models.kernels.interest_attention import interest_attention
 from models.kernels.length_buckets import bucket_layout
 from models.layers.dropout import Dropout
@@ -76,8 +76,7 @@ class RewardSim(Ranker):
     def __init__(self, config: Config, *, num_items: int, actions: tuple[str, ...], **_: Any):
         super().__init__()
         self.config, self.num_items, self.codes = config, num_items, tuple(actions)
-        self.actions = config.actions or _clicks_first(actions)
-        _check_actions(self.actions, self.codes)
+        self.actions = answered_actions(config.actions, self.codes, "reward-sim")
         width = config.width
         checked_heads(config.num_heads, width)
         self.query = Linear(width, width, bias=False)
@@ -212,21 +211,6 @@ class Recency(nn.Module):
 
     def forward(self) -> Tensor:
         return self.log_slopes.exp()
-
-
-def _clicks_first(codes: tuple[str, ...]) -> tuple[str, ...]:
-    answers = [name for name in codes if name != EXPOSURE]
-    return tuple(sorted(answers, key=lambda name: (name != "click", name)))
-
-
-def _check_actions(actions: tuple[str, ...], codes: tuple[str, ...]) -> None:
-    missing = [name for name in (EXPOSURE, *actions) if name not in codes]
-    if missing or not actions:
-        raise ConfigError(
-            "reward-sim learns from exposures and the answers to them, and the data has the actions "
-            f"{', '.join(codes)} but no {', '.join(missing) or 'answers'}; build it with --keep-exposures and "
-            "--sequence-actions for the answers"
-        )
 
 
 def _page_starts(user: np.ndarray, page: np.ndarray) -> np.ndarray:
