@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from cluster.errors import ConfigError
-from data_streams.schema import EXPOSURE
+
+EXPOSURE = "exposure"
 
 
 def answered_actions(given: Sequence[str], codes: Sequence[str], recipe: str) -> tuple[str, ...]:

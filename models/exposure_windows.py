@@ -16,7 +16,7 @@ from cluster.seeds import purpose_seed
 from cluster.user_draws import uniform_of_events
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
-from data_streams.schema import EXPOSURE
+from models.answered_actions import EXPOSURE
 from models.recommender import StepContext
 
 CANDIDATES, VISIBLE, ANSWERS, NUM_STATIC = "candidates", "visible", "answers", "num_static"

@@ -38,6 +38,7 @@ from models.layers.heads import checked_heads
 from models.layers.linear import Linear
 from models.layers.pathways import Pathway, TokenOrder
 from models.layers.user_context import UNBOUNDED, USER_TABLE
+from models.next_taken import NextTaken
 from models.recommender import LossSum, Ranker, StepContext
 from models.tables import Ids, LookedUp, Rows, TableSpec
 
@@ -80,6 +81,10 @@ class MTGR(Ranker):
         """Add a learnt bias by how many tokens ago an event was."""
         user_rows: int = 0
         """Rows of a hashed table of users, whose vector is a token; 0 is none."""
+        auxiliary_weight: float = 0.0
+        """Weight of an auxiliary loss the paper has not: what was taken next, among items drawn at random."""
+        num_negatives: int = 512
+        """Items drawn per step for the auxiliary loss, the same for all users and workers."""
         item_features: bool = False
         """Describe items by their feature vectors too (such as text embeddings)."""
         actions: tuple[str, ...] = ()
@@ -128,6 +133,8 @@ class MTGR(Ranker):
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
         self.heads = nn.ModuleList(Pathway(config.width, config.hidden, 1) for _ in self.actions)
+        if config.auxiliary_weight:
+            self.follow = NextTaken(config.width)
 
     def tables(self) -> list[TableSpec]:
         config = self.config
@@ -152,7 +159,11 @@ class MTGR(Ranker):
         return batch.supervision[CANDIDATES].values.shape[0]
 
     def ids(self, batch: SequenceBatch, context: StepContext) -> Ids:
-        return self._ids(batch, batch.supervision[CANDIDATES].values)
+        config, found = self.config, self._ids(batch, batch.supervision[CANDIDATES].values)
+        if not config.auxiliary_weight:
+            return found
+        parts = {"num_items": self.num_items, "num_negatives": config.num_negatives}
+        return {**found, **NextTaken.ids(batch.items, context, **parts)}
 
     def candidate_ids(self, batch: SequenceBatch, candidates: Tensor) -> Ids:
         return self._ids(batch, candidates.clamp(min=0).flatten())
@@ -165,11 +176,12 @@ class MTGR(Ranker):
         logits = self._score(rows, Window.of_training(batch))
         answers = batch.supervision[ANSWERS].values.float()
         losses = F.binary_cross_entropy_with_logits(logits, answers, reduction="none")
-        return LossSum(
-            sum=losses.sum(),
-            count=self.num_targets(batch),
-            metrics=dict(zip(self.actions, losses.detach().sum(0), strict=True)),
-        )
+        total, metrics = losses.sum(), dict(zip(self.actions, losses.detach().sum(0), strict=True))
+        if self.config.auxiliary_weight:
+            following = self.follow(rows)
+            total = total + self.config.auxiliary_weight * following
+            metrics["auxiliary"] = following.detach()
+        return LossSum(sum=total, count=self.num_targets(batch), metrics=metrics)
 
     def logits(self, rows: Rows, batch: SequenceBatch, candidates: Tensor) -> Tensor:
         """The history holds what the user took; all candidates are of one request after it."""
@@ -180,16 +192,18 @@ class MTGR(Ranker):
         """Log-odds of each action on every candidate. Shapes: -> [K, A] fp32."""
         order = TokenOrder.build(window.context, with_user=bool(self.config.user_rows), num_pathways=1)
         plan = self._plan(window, order)
-        tokens = [self.event_token(self._describe(rows["event"]))]
+        taken = self._describe(rows["event"])
+        tokens = [taken[:, : self.config.width] + self.event_token(taken)]
         items = [window.context.values]
         if self.config.user_rows:
             tokens.insert(0, self.user_token(rows["user"].rows * self.config.width**0.5))
             items.insert(0, torch.full_like(window.num_static, NO_ITEM))
-        features = self._describe(rows["candidate"])
+        shown = features = self._describe(rows["candidate"])
         if self.config.cross_features:
             counts = count_alike(window.candidates.values, order.arrange(items), plan.candidates)
             features = torch.cat((features, self.times_taken(counts.clamp(max=MOST_COUNTED))), dim=-1)
-        hidden = self.dropout(torch.cat((order.arrange(tokens), self.candidate_token(features))))
+        candidates = shown[:, : self.config.width] + self.candidate_token(features)
+        hidden = self.dropout(torch.cat((order.arrange(tokens), candidates)))
         for block in self.blocks:
             hidden = block(hidden, plan)
         shown = hidden[plan.num_context :]
@@ -249,6 +263,11 @@ class Block(nn.Module):
         self.before = GroupLayerNorm(NUM_GROUPS, config.width)
         self.projection = Linear(config.width, 4 * config.width)
         self.bias = AgeBias() if config.age_bias else None
+        # At first tokens that are alike attend to each other, and keep what they have in common; from random
+        # projections nothing personal is learned for many epochs.
+        for part in self.projection.weight.chunk(4):
+            nn.init.eye_(part)
+        nn.init.zeros_(self.projection.bias)
         self.after = GroupLayerNorm(NUM_GROUPS, config.width)
         self.output = Linear(config.width, config.width)
         self.dropout = Dropout(config.dropout)

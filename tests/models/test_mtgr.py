@@ -211,8 +211,24 @@ def test_the_loss_equals_a_loop_over_candidates_and_actions():
     assert {name: value.item() for name, value in loss.metrics.items()} == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_auxiliary_loss_is_added_with_its_weight():
+    plain, helped = (make_model(auxiliary_weight=weight, num_negatives=5) for weight in (0.0, 0.3))
+    plain.load_state_dict(
+        {name: value for name, value in helped.state_dict().items() if "follow" not in name}
+    )
+    batch = plain.training_batch(random_log(), CONTEXT)
+    ids = helped.ids(batch, CONTEXT)
+    # Each user knows five clicks, the last of which no candidate does.
+    assert ids["taken"].shape == ids["next"].shape == (12,) and ids["negative"].shape == (5,)
+    loss = helped(looked_up(ids), batch, CONTEXT)
+    expected = (
+        plain(looked_up(plain.ids(batch, CONTEXT)), batch, CONTEXT).sum + 0.3 * loss.metrics["auxiliary"]
+    )
+    torch.testing.assert_close(loss.sum, expected)
+
+
 def test_a_batch_without_candidates_still_gives_all_weights_a_gradient():
-    model = make_model()
+    model = make_model(auxiliary_weight=1.0)
     batch = model.training_batch(log_of_two_users().select(1, 2), CONTEXT)
     assert (batch.num_users, model.num_targets(batch)) == (0, 0)
     loss = model(looked_up(model.ids(batch, CONTEXT)), batch, CONTEXT)
