@@ -139,7 +139,8 @@ class MTGR(Ranker):
     def tables(self) -> list[TableSpec]:
         config = self.config
         parts = {"dim": config.width, "init_scale": config.init_scale, "placement": "row_wise"}
-        items = TableSpec(name=ITEM_TABLE, num_rows=self.num_items, features=("event", "candidate"), **parts)
+        features = ("event", "candidate", *NextTaken.features * bool(config.auxiliary_weight))
+        items = TableSpec(name=ITEM_TABLE, num_rows=self.num_items, features=features, **parts)
         users = TableSpec(
             name=USER_TABLE, num_rows=UNBOUNDED, hash_rows=config.user_rows, features=("user",), **parts
         )
