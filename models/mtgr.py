@@ -48,6 +48,10 @@ NUM_GROUPS = 4
 NO_ITEM = -2
 """Stands for the user's own token where items are compared; empty places of candidates are -1."""
 MOST_COUNTED = 3
+NEUTRAL_BUCKET = 3
+"""Of ages: events of three tokens ago are not preferred at first, later ones are."""
+CLOSED_GATES = 8
+"""One gate in so many is closed at first."""
 
 
 class MTGR(Ranker):
@@ -78,7 +82,7 @@ class MTGR(Ranker):
         cross_width: int = 8
         """Size of the vectors of that count."""
         age_bias: bool = True
-        """Add a learnt bias by how many tokens ago an event was."""
+        """Add a learnt bias of each head by how many tokens ago an event was."""
         user_rows: int = 0
         """Rows of a hashed table of users, whose vector is a token; 0 is none."""
         auxiliary_weight: float = 0.0
@@ -263,11 +267,14 @@ class Block(nn.Module):
         self.num_heads = config.num_heads
         self.before = GroupLayerNorm(NUM_GROUPS, config.width)
         self.projection = Linear(config.width, 4 * config.width)
-        self.bias = AgeBias() if config.age_bias else None
+        self.bias = AgeBias(config.num_heads) if config.age_bias else None
         # At first tokens that are alike attend to each other, and keep what they have in common; from random
         # projections nothing personal is learned for many epochs.
         for part in self.projection.weight.chunk(4):
             nn.init.eye_(part)
+        # What the norm makes of a zero tells how large the mean is, which it takes away: how alike the tokens are.
+        with torch.no_grad():
+            self.projection.weight.chunk(4)[-1][::CLOSED_GATES] = 0
         nn.init.zeros_(self.projection.bias)
         self.after = GroupLayerNorm(NUM_GROUPS, config.width)
         self.output = Linear(config.width, config.width)
@@ -293,11 +300,16 @@ class Block(nn.Module):
 
 
 class AgeBias(nn.Module):
-    """The bias of one layer by age; a module of its own, so that ZeRO-3 gathers it while it is called."""
+    """The biases of one layer by age; a module of its own, so that ZeRO-3 gathers them while it is called.
 
-    def __init__(self):
+    At first every head looks at what is recent, each half as strongly as the one before it.
+    """
+
+    def __init__(self, num_heads: int):
         super().__init__()
-        self.by_age = nn.Parameter(torch.zeros(NUM_AGE_BUCKETS))
+        slopes = 0.5 ** torch.arange(num_heads)
+        self.by_age = nn.Parameter(slopes[:, None] * (NEUTRAL_BUCKET - torch.arange(NUM_AGE_BUCKETS)))
 
     def forward(self) -> Tensor:
+        """Shapes: [heads, NUM_AGE_BUCKETS]."""
         return self.by_age.clone()

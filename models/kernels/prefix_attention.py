@@ -70,25 +70,30 @@ def prefix_attention(
 ) -> Tensor:
     """The sum of the visible values, weighted; not divided by anything.
 
-    Shapes: queries [Q, heads, A], keys [N, heads, A], values [N, heads, V], by_age [NUM_AGE_BUCKETS] ->
-    [Q, heads, V].
+    Shapes: queries [Q, heads, A], keys [N, heads, A], values [N, heads, V], by_age [heads,
+    NUM_AGE_BUCKETS] -> [Q, heads, V].
     """
     if queries.shape[0] == 0:
         # All must have a gradient, or ranks would exchange gradients of unequal size.
         parts = (queries, keys, values) if by_age is None else (queries, keys, values, by_age)
         return values.new_zeros(0, *values.shape[1:]) + sum(part.sum() * 0 for part in parts)
+    first = NUM_AGE_BUCKETS * torch.arange(queries.shape[1], device=queries.device)[:, None, None]
     key_cells = to_cells(torch.cat((keys, values), dim=-1), layout.keys)
     blocks = []
     for number, (asking, offered) in enumerate(
         zip(to_cells(queries, layout.queries), key_cells, strict=True)
     ):
-        bias = None if by_age is None else TakeWeights.apply(by_age, layout.ages[number])[:, None]
+        bias = (
+            None
+            if by_age is None
+            else TakeWeights.apply(by_age.flatten(), layout.ages[number][:, None] + first)
+        )
         blocks.append(_attend(asking, offered, layout.visible[number], bias))
     return to_tokens(blocks, layout.queries)
 
 
 def _attend(queries: Tensor, offered: Tensor, visible: Tensor, bias: Tensor | None) -> Tensor:
-    """Shapes: queries [u, Q, heads, A], offered [u, K, heads, A + V], visible [u, Q], bias [u, 1, Q, K]
+    """Shapes: queries [u, Q, heads, A], offered [u, K, heads, A + V], visible [u, Q], bias [u, heads, Q, K]
     -> [u, Q, heads, V]."""
     dtype, length = pair_dtype(queries, offered.shape[1]), offered.shape[1]
     hidden = torch.arange(length, device=visible.device) >= visible[..., None]
@@ -110,7 +115,7 @@ def _attend(queries: Tensor, offered: Tensor, visible: Tensor, bias: Tensor | No
 def own_attention(queries: Tensor, keys: Tensor, values: Tensor, by_age: Tensor | None) -> Tensor:
     """What each token adds of itself, of age 1. Shapes: [Q, heads, A], the same, [Q, heads, V] -> [Q, heads, V]."""
     scores = (queries * keys).sum(-1, keepdim=True)
-    return F.silu(scores if by_age is None else scores + by_age[0]) * values
+    return F.silu(scores if by_age is None else scores + by_age[:, :1]) * values
 
 
 def count_alike(queries: Tensor, keys: Tensor, layout: PrefixLayout) -> Tensor:
@@ -143,6 +148,6 @@ def reference_prefix_attention(
         seen = slice(first[user], first[user] + int(visible.values[number]))
         scores = torch.einsum("hd,khd->kh", queries[number], keys[seen])
         if by_age is not None:
-            scores = scores + by_age[age_buckets(torch.arange(len(scores), 0, -1))][:, None]
+            scores = scores + by_age.T[age_buckets(torch.arange(len(scores), 0, -1))]
         outputs.append(torch.einsum("kh,khd->hd", F.silu(scores), values[seen]))
     return torch.stack(outputs)

@@ -46,7 +46,7 @@ def layout(request, monkeypatch):
 def test_it_equals_the_loop_in_values_and_gradients(layout, with_bias):
     visible, keys = users()
     leaves = [random(106, 2, 4), random(82, 2, 4, seed=1), random(82, 2, 3, seed=2)]
-    leaves = [leaf.requires_grad_() for leaf in [*leaves, *[random(NUM_AGE_BUCKETS)] * with_bias]]
+    leaves = [leaf.requires_grad_() for leaf in [*leaves, *[random(2, NUM_AGE_BUCKETS)] * with_bias]]
     tensors, by_age = leaves[:3], leaves[3] if with_bias else None
     ours = prefix_attention(*tensors, layout, by_age)
     expected = reference_prefix_attention(*tensors, visible, keys, by_age)
@@ -91,7 +91,7 @@ def test_equal_items_are_counted_among_what_is_seen(layout):
 def test_no_query_still_gives_every_part_a_gradient():
     nothing = Jagged.from_lengths(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
     parts = [torch.zeros(0, 2, 4, requires_grad=True) for _ in range(3)]
-    by_age = torch.zeros(NUM_AGE_BUCKETS, requires_grad=True)
+    by_age = torch.zeros(2, NUM_AGE_BUCKETS, requires_grad=True)
     result = prefix_attention(*parts, PrefixLayout.build(nothing, nothing), by_age)
     assert result.shape == (0, 2, 4)
     gradients = torch.autograd.grad(result.sum(), [*parts, by_age])
