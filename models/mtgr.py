@@ -5,13 +5,15 @@ Tokens of a user are the user itself, the static sequence (what was taken before
 static sequence, the real-time events that are older than its own request, and itself; no other candidate.
 
 Source: MTGR (Meituan, 2025), arXiv 2505.18654. Deviations: a token's weighted sum is divided by the number of tokens it
-sees and not by that of all of the user's, which the group layer norm that follows undoes but for its epsilon, so that
-a candidate's score does not depend on how many others there are; real-time events of the same second see each other
-in the order of the log; a projection of the item's vector stands in for the features of real logs.
-RECONSTRUCTED: SiLU on the projections and one of each, as HSTU has them; static and real-time sequence see nothing of
-later real-time events; a head of two layers per action; the bias by age, which stands in for those by position and time
-of HSTU; the cross feature, how often the user took the candidate before, is counted from the log; windows are whole
-spans or begin at a random request, and a history that is served is all real-time or all static accordingly.
+sees and not by that of all of the user's, so that no score depends on how many other candidates there are (the group
+layer norm that follows takes either away, but for its epsilon); real-time events of one second see each other in the
+order of the log alone; the auxiliary loss, which is off unless asked for; no features of time, place or profile, which
+rankers are not given when they serve: a user is a hashed row.
+RECONSTRUCTED: each projection is one layer with SiLU, as in HSTU; static and real-time tokens see no later real-time
+event, and no candidate; a head of two layers per action; a bias by age in place of those of HSTU by position and time;
+what the projections begin with; the item's vector is added to what is made of its features; the cross feature, how
+often the user took the candidate before, is counted from the log; a window is the whole span, or begins with a random
+request, and a history that is served is all real-time or all static accordingly.
 """
 
 from dataclasses import dataclass
@@ -57,13 +59,13 @@ CLOSED_GATES = 8
 class MTGR(Ranker):
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        width: int = 64
+        width: int = 32
         """Size of item vectors and of the residual stream."""
-        num_blocks: int = 3
+        num_blocks: int = 2
         """Blocks on top of each other."""
         num_heads: int = 2
         """Attention heads per block."""
-        hidden: int = 128
+        hidden: int = 64
         """Hidden layer between the features of a token and the token, and of the head of each action."""
         dropout: float = 0.1
         """Dropout on tokens and on what blocks add."""
@@ -237,7 +239,7 @@ class MTGR(Ranker):
             groups = torch.zeros_like(groups)
         return Plan(
             num_context=len(row),
-            membership=F.one_hot(groups, NUM_GROUPS).float(),
+            membership=(groups[:, None] == torch.arange(NUM_GROUPS, device=groups.device)).float(),
             context=PrefixLayout.build(context.with_values(visible), context),
             candidates=PrefixLayout.build(window.candidates.with_values(shown), context),
             num_seen=torch.cat((visible, shown + 1)),

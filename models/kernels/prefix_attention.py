@@ -20,12 +20,11 @@ from models.kernels.length_buckets import (
     BucketLayout,
     bucket_layout,
     following_layout,
-    pair_dtype,
     to_cells,
     to_tokens,
 )
 from models.kernels.pointwise_attention import LATER, TakeWeights
-from models.layers.linear import without_autocast
+from models.layers.linear import matmul_dtype, without_autocast
 
 NUM_AGE_BUCKETS = 32
 """Ages are counted in half powers of two: enough for 2^16 tokens."""
@@ -95,7 +94,9 @@ def prefix_attention(
 def _attend(queries: Tensor, offered: Tensor, visible: Tensor, bias: Tensor | None) -> Tensor:
     """Shapes: queries [u, Q, heads, A], offered [u, K, heads, A + V], visible [u, Q], bias [u, heads, Q, K]
     -> [u, Q, heads, V]."""
-    dtype, length = pair_dtype(queries, offered.shape[1]), offered.shape[1]
+    # On a processor the library would compile bf16 products for each of the many lengths of keys.
+    dtype = torch.float32 if queries.device.type == "cpu" else matmul_dtype(queries)
+    length = offered.shape[1]
     hidden = torch.arange(length, device=visible.device) >= visible[..., None]
     with without_autocast(queries):
         asking = queries.transpose(1, 2).to(dtype)
