@@ -102,6 +102,8 @@ def exposure_windows(
         targets=None,
         features={},
         target_features={},
+        seen=None,
+        pages=None,
         supervision={
             CANDIDATES: candidates,
             VISIBLE: candidates.with_values(torch.from_numpy(num_before[shown])),
