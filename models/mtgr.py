@@ -199,22 +199,30 @@ class MTGR(Ranker):
         """Log-odds of each action on every candidate. Shapes: -> [K, A] fp32."""
         order = TokenOrder.build(window.context, with_user=bool(self.config.user_rows), num_pathways=1)
         plan = self._plan(window, order)
-        taken = self._describe(rows["event"])
-        tokens = [taken[:, : self.config.width] + self.event_token(taken)]
-        items = [window.context.values]
-        if self.config.user_rows:
-            tokens.insert(0, self.user_token(rows["user"].rows * self.config.width**0.5))
-            items.insert(0, torch.full_like(window.num_static, NO_ITEM))
-        shown = features = self._describe(rows["candidate"])
-        if self.config.cross_features:
-            counts = count_alike(window.candidates.values, order.arrange(items), plan.candidates)
-            features = torch.cat((features, self.times_taken(counts.clamp(max=MOST_COUNTED))), dim=-1)
-        candidates = shown[:, : self.config.width] + self.candidate_token(features)
-        hidden = self.dropout(torch.cat((order.arrange(tokens), candidates)))
+        candidates = self._candidate_tokens(rows, window, order, plan)
+        hidden = self.dropout(torch.cat((self._context_tokens(rows, order), candidates)))
         for block in self.blocks:
             hidden = block(hidden, plan)
-        shown = hidden[plan.num_context :]
-        return torch.cat([head(shown) for head in self.heads], dim=-1).float()
+        answered = hidden[plan.num_context :]
+        return torch.cat([head(answered) for head in self.heads], dim=-1).float()
+
+    def _context_tokens(self, rows: Rows, order: TokenOrder) -> Tensor:
+        """Shapes: [N, D], with the users [N + B, D]."""
+        taken = self._describe(rows["event"])
+        tokens = [taken[:, : self.config.width] + self.event_token(taken)]
+        if self.config.user_rows:
+            tokens.insert(0, self.user_token(rows["user"].rows * self.config.width**0.5))
+        return order.arrange(tokens)
+
+    def _candidate_tokens(self, rows: Rows, window: Window, order: TokenOrder, plan: "Plan") -> Tensor:
+        """Shapes: [K, D]."""
+        shown = features = self._describe(rows["candidate"])
+        if self.config.cross_features:
+            no_item = [torch.full_like(window.num_static, NO_ITEM)] * bool(self.config.user_rows)
+            taken = order.arrange([*no_item, window.context.values])
+            counts = count_alike(window.candidates.values, taken, plan.candidates)
+            features = torch.cat((shown, self.times_taken(counts.clamp(max=MOST_COUNTED))), dim=-1)
+        return shown[:, : self.config.width] + self.candidate_token(features)
 
     def _describe(self, found: LookedUp) -> Tensor:
         """Shapes: [n, features]."""
