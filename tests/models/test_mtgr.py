@@ -132,7 +132,7 @@ def changes(model, batch, feature, place):
 @pytest.mark.parametrize("window", ["span", "drawn"])
 def test_a_candidate_depends_on_what_was_before_its_request_and_on_itself_alone(window):
     model = make_model(window=window)
-    batch = model.training_batch(random_log(), CONTEXT)
+    batch = model.training_batch(random_log(num_users=2, num_pages=4), CONTEXT)
     candidates, visible = batch.supervision[CANDIDATES], batch.supervision[VISIBLE].values
     owner, taken = candidates.row_index(), batch.items
     for event in range(batch.num_tokens):
