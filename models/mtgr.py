@@ -51,7 +51,7 @@ NO_ITEM = -2
 """Stands for the user's own token where items are compared; empty places of candidates are -1."""
 MOST_COUNTED = 3
 NEUTRAL_BUCKET = 3
-"""Of ages: events of three tokens ago are not preferred at first, later ones are."""
+"""Of ages: at first, later events are preferred, earlier ones avoided."""
 CLOSED_GATES = 8
 """One gate in so many is closed at first."""
 
@@ -278,8 +278,7 @@ class Block(nn.Module):
         self.before = GroupLayerNorm(NUM_GROUPS, config.width)
         self.projection = Linear(config.width, 4 * config.width)
         self.bias = AgeBias(config.num_heads) if config.age_bias else None
-        # At first tokens that are alike attend to each other, and keep what they have in common; from random
-        # projections nothing personal is learned for many epochs.
+        # At first tokens that are alike attend to each other, and keep what they have in common.
         for part in self.projection.weight.chunk(4):
             nn.init.eye_(part)
         # What the norm makes of a zero tells how large the mean is, which it takes away: how alike the tokens are.
