@@ -20,21 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cluster.errors import ConfigError
-from cluster.seeds import purpose_seed
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
+from models.answered_actions import EXPOSURE, answered_actions
 from models.kernels.interest_attention import interest_attention
 from models.kernels.length_buckets import bucket_layout
 from models.layers.dropout import Dropout
 from models.layers.heads import checked_heads
 from models.layers.linear import Linear
+from models.next_taken import NextTaken
 from models.recommender import LossSum, Ranker, StepContext
-from models.tables import Ids, LookedUp, Rows, TableSpec
+from models.tables import Ids, Rows, TableSpec
 
 ITEM_TABLE = "item"
-EXPOSURE = "exposure"
-AUXILIARY_TEMPERATURE = 0.1
 SHOWN, KEY_NUMBER, NUM_VISIBLE, ANSWER = "shown", "key_number", "num_visible", "answer_{}"
 
 
@@ -76,20 +74,19 @@ class RewardSim(Ranker):
     def __init__(self, config: Config, *, num_items: int, actions: tuple[str, ...], **_: Any):
         super().__init__()
         self.config, self.num_items, self.codes = config, num_items, tuple(actions)
-        self.actions = config.actions or _clicks_first(actions)
-        _check_actions(self.actions, self.codes)
+        self.actions = answered_actions(config.actions, self.codes, "reward-sim")
         width = config.width
         checked_heads(config.num_heads, width)
         self.query = Linear(width, width, bias=False)
         self.key_value = Linear(width, 2 * width, bias=False)
-        self.follow = Linear(width, width, bias=False)
+        self.follow = NextTaken(width)
         self.recency = Recency(config.num_heads)
         self.dropout = Dropout(config.dropout)
         self.hidden = Linear(3 * width + config.num_heads, config.hidden)
         self.heads = Linear(config.hidden, len(self.actions))
         # Alike items attend to each other from the first step on; from random projections nothing personal is learned
         # for many epochs.
-        for projection in (self.query.weight, *self.key_value.weight.chunk(2), self.follow.weight):
+        for projection in (self.query.weight, *self.key_value.weight.chunk(2)):
             nn.init.eye_(projection)
 
     def tables(self) -> list[TableSpec]:
@@ -98,7 +95,7 @@ class RewardSim(Ranker):
                 name=ITEM_TABLE,
                 num_rows=self.num_items,
                 dim=self.config.width,
-                features=("event", "candidate", "taken", "next", "negative"),
+                features=("event", "candidate", *NextTaken.features),
                 init_scale=self.config.init_scale,
                 placement="row_wise",
             )
@@ -119,16 +116,11 @@ class RewardSim(Ranker):
         return replace(batch, features={name: torch.from_numpy(values) for name, values in columns.items()})
 
     def ids(self, batch: SequenceBatch, context: StepContext) -> Ids:
-        """With each key of a user as `taken`, the key after it as `next`, and items drawn from (seed, step)."""
         items, keys = batch.items.values, torch.nonzero(batch.features[KEY_NUMBER] >= 0)[:, 0]
-        follows = torch.nonzero(batch.features[KEY_NUMBER][keys] > 0)[:, 0]
-        generator = torch.Generator().manual_seed(purpose_seed(context.seed, "auxiliary", context.step))
-        return {
-            "event": items,
-            "taken": items[keys[follows - 1]],
-            "next": items[keys[follows]],
-            "negative": torch.randint(self.num_items, (self.config.num_negatives,), generator=generator),
-        }
+        per_user = torch.bincount(batch.items.row_index()[keys], minlength=batch.num_users)
+        taken = Jagged.from_lengths(items[keys], per_user)
+        parts = {"num_items": self.num_items, "num_negatives": self.config.num_negatives}
+        return {"event": items, **NextTaken.ids(taken, context, **parts)}
 
     def forward(self, rows: Rows, batch: SequenceBatch, context: StepContext) -> LossSum:
         features = batch.features
@@ -138,20 +130,12 @@ class RewardSim(Ranker):
         losses = losses * features[SHOWN][:, None]
         # The divisor is that of every model, the events; those not shown only make the sum smaller.
         sums = dict(zip(self.actions, losses.detach().sum(0), strict=True))
-        following = self._following(rows["taken"].rows, rows["next"], rows["negative"])
+        following = self.follow(rows)
         return LossSum(
             sum=losses.sum() + self.config.auxiliary_weight * following,
             count=batch.num_tokens,
             metrics={**sums, "auxiliary": following.detach()},
         )
-
-    def _following(self, taken: Tensor, following: LookedUp, negative: LookedUp) -> Tensor:
-        """Summed cross-entropy of what was taken next among the step's negatives. Shapes: P pairs, R negatives."""
-        queries = F.normalize(self.follow(taken).float(), dim=-1) / AUXILIARY_TEMPERATURE
-        positive = (queries * F.normalize(following.rows.float(), dim=-1)).sum(-1)
-        others = queries @ F.normalize(negative.rows.float(), dim=-1).T
-        others = others.masked_fill(following.ids[:, None] == negative.ids, float("-inf"))
-        return (torch.cat((positive[:, None], others), dim=-1).logsumexp(-1) - positive).sum()
 
     def candidate_ids(self, batch: SequenceBatch, candidates: Tensor) -> Ids:
         return {"event": batch.items.values, "candidate": candidates.clamp(min=0).flatten()}
@@ -212,21 +196,6 @@ class Recency(nn.Module):
 
     def forward(self) -> Tensor:
         return self.log_slopes.exp()
-
-
-def _clicks_first(codes: tuple[str, ...]) -> tuple[str, ...]:
-    answers = [name for name in codes if name != EXPOSURE]
-    return tuple(sorted(answers, key=lambda name: (name != "click", name)))
-
-
-def _check_actions(actions: tuple[str, ...], codes: tuple[str, ...]) -> None:
-    missing = [name for name in (EXPOSURE, *actions) if name not in codes]
-    if missing or not actions:
-        raise ConfigError(
-            "reward-sim learns from exposures and the answers to them, and the data has the actions "
-            f"{', '.join(codes)} but no {', '.join(missing) or 'answers'}; build it with --keep-exposures and "
-            "--sequence-actions for the answers"
-        )
 
 
 def _page_starts(user: np.ndarray, page: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from data_streams.jagged import Jagged
 from models.climber_pilot import ClimberPilot
 from models.gru4rec import GRU4Rec
 from models.hstu import HSTU, TIME
+from models.mtgr import MTGR
 from models.objectives.full_softmax import FullSoftmax
 from models.objectives.gbce import GeneralisedBinaryCrossEntropy
 from models.objectives.in_batch_softmax import InBatchSoftmax
@@ -39,7 +40,11 @@ MODELS = {
     "pilot": partial(ClimberPilot.Config, time_window_s=30_000.0),
     "conditioned-pilot": partial(ClimberPilot.Config, time_window_s=30_000.0, condition_column="group"),
     "mixture": MixtureModel.Config,
+    "mtgr": partial(MTGR.Config, hidden=24),
+    "mtgr of drawn windows": partial(MTGR.Config, hidden=24, window="drawn", user_rows=50),
 }
+RANKERS = ("mtgr", "mtgr of drawn windows")
+ACTIONS = ("cart", "click", "exposure")
 OBJECTIVES = {
     "sampled": SampledSoftmax.Config(num_negatives=16, log_q=True),
     "full": FullSoftmax.Config(temperature=0.2),
@@ -99,6 +104,8 @@ def make_model(case: Case) -> Recommender:
     parts = {}
     if case.model == "conditioned-pilot":
         parts = {"condition_table": np.arange(NUM_ITEMS, dtype=np.int32)[:, None] % 4, "num_conditions": 4}
+    if case.model in RANKERS:
+        parts = {"actions": ACTIONS}
     return config.build(num_items=NUM_ITEMS, max_length=12, item_feature_dim=6, objective=objective, **parts)
 
 
@@ -141,6 +148,8 @@ def prepare(
     ]
     if case.model in PAGE_WISE:
         batches = [with_pages(batch) for batch in batches]
+    if case.model in RANKERS:
+        batches = [with_exposures(batch) for batch in batches]
     context = StepContext(step=step, seed=SEED, rank=rank, world_size=world_size)
     prepared = prepare_step(model, batches[rank], context, case.micro_batches, make_features(case), device)
     parts = [split_users(model.training_batch(batch, context), case.micro_batches) for batch in batches]
@@ -163,6 +172,19 @@ def with_pages(batch: SequenceBatch) -> SequenceBatch:
         times_s=torch.full_like(first, -1),
     )
     return replace(batch, pages=pages)
+
+
+def with_exposures(batch: SequenceBatch) -> SequenceBatch:
+    """Every three events are a page that shows two items; then the first is clicked if its number is even, else the
+    second is put in the cart if its number is."""
+    places, items = batch.items.places(), batch.items.values.clone()
+    answers = (places % 3 == 2).nonzero()[:, 0]
+    clicked = items[answers - 2] % 2 == 0
+    items[answers] = torch.where(clicked, items[answers - 2], items[answers - 1] // 2 * 2)
+    action = torch.full_like(items, ACTIONS.index("exposure"))
+    action[answers] = torch.where(clicked, ACTIONS.index("click"), ACTIONS.index("cart"))
+    columns = {"action": action, "page_id": places // 3, "timestamp_s": places * 1000}
+    return replace(batch, items=batch.items.with_values(items), features=columns)
 
 
 def _numbered(batch: SequenceBatch) -> SequenceBatch:

@@ -82,7 +82,7 @@ def pointwise_attention(
         parts = cells.transpose(1, 2).reshape(users * num_heads, length, -1)
         pairs = shared[number]
         if bias.by_time is not None:
-            pairs = (pairs + _TakeWeights.apply(bias.by_time, times[number])).repeat_interleave(num_heads, 0)
+            pairs = (pairs + TakeWeights.apply(bias.by_time, times[number])).repeat_interleave(num_heads, 0)
         attended = _attend(parts, attention_dim, pairs)
         blocks.append(attended.view(users, num_heads, length, -1).transpose(1, 2))
     # Divided where there are fewest numbers.
@@ -127,7 +127,7 @@ class _Corners(torch.autograd.Function):
         return total, *(None for _ in ctx.sizes)
 
 
-class _TakeWeights(torch.autograd.Function):
+class TakeWeights(torch.autograd.Function):
     """weights[index]; going back is a count with weights. Shapes: weights [K], index [users, ...]."""
 
     @staticmethod

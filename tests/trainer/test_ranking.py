@@ -18,11 +18,12 @@ from data_streams.build_config import BuildConfig
 from data_streams.configuration import DataConfig
 from data_streams.item_table import ItemTable
 from data_streams.sources.world import WorldSource
+from models.mtgr import MTGR
 from models.objectives.sampled_softmax import SampledSoftmax
 from models.reward_sim import RewardSim
 from sharding.unsharded import UnshardedTables
 from tests.process_group import run_on_processes
-from tests.tiny_run import read_all
+from tests.tiny_run import assert_same_state, read_all, run
 from trainer.assembly import Assembly
 from trainer.calibration import Calibration, fit_calibration
 from trainer.checkpoint_reader import CheckpointReader
@@ -99,8 +100,11 @@ def test_a_calibration_written_without_a_step_is_still_read(tmp_path):
     assert found == Calibration(scales=(1.5,), shifts=(-0.5,))
 
 
-def tiny_reward_run(folder: Path, *, epochs: int = 2) -> PretrainConfig:
+def tiny_reward_run(
+    folder: Path, *, epochs: int = 2, model: RewardSim.Config | MTGR.Config | None = None
+) -> PretrainConfig:
     """Shards of a small world with exposures, and a run on them."""
+    model = model or RewardSim.Config(width=8, num_heads=2)
     build(
         WorldSource.Config(num_users=150, num_items=80, num_clusters=4, mean_clicks=8),
         BuildConfig(
@@ -120,10 +124,10 @@ def tiny_reward_run(folder: Path, *, epochs: int = 2) -> PretrainConfig:
             max_length=100,
             tokens_per_step=1024,
             num_streams=4,
-            columns=RewardSim.Config.event_columns,
+            columns=model.event_columns,
             history_exposures=True,
         ),
-        model=RewardSim.Config(width=8, num_heads=2),
+        model=model,
         train=TrainConfig(
             epochs=epochs,
             learning_rate=1e-2,
@@ -165,6 +169,24 @@ def test_a_reward_model_is_trained_evaluated_and_frozen(tmp_path):
     (alone,) = run_on_processes(evaluate_alone, 1, config)
     for name in names:
         assert alone["metrics"][name] == pytest.approx(evaluation["metrics"][name], abs=1e-5)
+
+
+def test_mtgr_is_trained_and_evaluated_and_a_resumed_run_ends_where_another_does(tmp_path):
+    model = MTGR.Config(
+        width=8, num_blocks=1, hidden=16, dropout=0.0, window="drawn", user_rows=20, auxiliary_weight=0.5
+    )
+    whole = tiny_reward_run(tmp_path, model=model)
+    check(whole)
+    parts = replace(whole, run_dir=str(tmp_path / "parts"))
+    (expected_result, expected), _ = run_on_processes(run, 2, whole)
+    ((stopped, _),) = run_on_processes(run, 1, parts, 5)
+    assert stopped["status"] == "stopped" and 0 < stopped["step"] < expected_result["step"]
+    (result, state), _ = run_on_processes(run, 2, parts)
+    assert result["step"] == expected_result["step"]
+    assert_same_state(state, expected, tolerance=2e-5)
+    (alone,) = run_on_processes(evaluate_alone, 1, whole)
+    names = ("auc", "gauc", "auc/cart", "gauc/cart", "auc/purchase", "gauc/purchase")
+    assert all(0 < alone["metrics"][name] < 1 for name in names)
 
 
 def evaluate_alone(process, config):
