@@ -107,6 +107,8 @@ class ProcessReward(RewardedHistory):
         def build(self, **parts: Any) -> "ProcessReward":
             return ProcessReward(self, **parts)
 
+    proposes_codes = False
+
     def __init__(self, config: Config, **parts: Any):
         super().__init__(config, **parts)
         self.initialise()

@@ -16,7 +16,7 @@ from data_streams.item_table import ItemTable
 from data_streams.semantic_ids import SemanticIdTable
 from data_streams.sources.events import EventsSource
 from launch import cli
-from launch.item_embeddings import _join, _require_run_of, item_vectors_job
+from launch.item_embeddings import _join, item_vectors_job, require_run_of
 from launch.jobs import part_file
 from tests.models.tokenizers.clustered import clustered_vectors
 from tests.process_group import run_on_processes
@@ -211,4 +211,4 @@ def test_a_runs_item_vectors_are_those_of_its_table_on_any_number_of_workers(tmp
     np.testing.assert_allclose(cosines, 1, rtol=1e-5)
     other = ItemTable.load(build_tiny_data(tmp_path / "other", first_item=5))
     with pytest.raises(DataError, match="was trained on a catalogue of 60 items"):
-        _require_run_of(config.run_dir, other, "other")
+        require_run_of(config.run_dir, other, "other")
