@@ -13,6 +13,7 @@ stands for its share of all; negatives are drawn with replacement.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -61,6 +62,9 @@ class TDM(NodeScorer):
         """Hidden sizes of the network over windows and node."""
         hierarchical_history: bool = False
         """Replace the behaviours, at each level, by their ancestors there: JTM's user representation."""
+        window_products: bool = False
+        """Let the network read each window times the node as well; without, as in the paper, attention alone tells how
+        alike they are."""
         num_negatives: int = 100
         """Nodes drawn for each positive and its ancestors together, more of them near the leaves."""
         level_negatives: tuple[int, ...] = ()
@@ -91,10 +95,9 @@ class TDM(NodeScorer):
         self.nodes, self.code_sizes = TreeNodes(semantic_ids), semantic_ids.code_sizes
         self.num_negatives = self._negatives_per_depth()
         self.attention = WindowAttention(config.width, config.attention_hidden, config.windows[::-1])
-        sizes = ((len(config.windows) + 1) * config.width, *config.hidden)
-        self.layers = nn.ModuleList(
-            ScoringLayer(before, size) for before, size in zip(sizes, sizes[1:], strict=False)
-        )
+        num_inputs = len(config.windows) * (1 + config.window_products) + 1
+        sizes = (num_inputs * config.width, *config.hidden)
+        self.layers = nn.ModuleList(ScoringLayer(before, size) for before, size in pairwise(sizes))
         self.output = Linear(sizes[-1], 1)
 
     def _negatives_per_depth(self) -> tuple[int, ...]:
@@ -192,7 +195,10 @@ class TDM(NodeScorer):
         above = rows.get(f"ancestor_{depth}")
         behaviours = (state.items if above is None else above.rows)[state.latest.events]
         pooled = self.attention(candidates, behaviours, state.latest.is_there)
-        hidden = torch.cat((pooled, candidates), dim=-1).flatten(0, 1)
+        inputs = [pooled, candidates]
+        if self.config.window_products:
+            inputs.append(pooled * candidates.repeat(1, 1, len(self.config.windows)))
+        hidden = torch.cat(inputs, dim=-1).flatten(0, 1)
         for layer in self.layers:
             hidden = layer(hidden)
         # In bf16, scores of nodes that a beam has to choose among would be the same.

@@ -2,8 +2,8 @@
 
 Source: Zhu et al., Learning Tree-based Deep Model for Recommender Systems (2018), figure of the attention DNN; a weight
 is an MLP of (behaviour, behaviour * candidate, candidate). MEMORY: the weights are not normalised, and a window's
-average is over the behaviours that are there. The first layer is written as three products, of which only the middle
-one is of pairs: behaviour * candidate is never laid out for all of them.
+average is over the behaviours that are there. The first layer is computed as a map of the behaviour that depends on the
+candidate, W1 + W2 diag(candidate), so that behaviour * candidate is never laid out for all pairs.
 
 Shapes: S histories, C candidates of each, L behaviours, W windows, D width, H hidden.
 """
@@ -70,9 +70,8 @@ class WindowAttention(nn.Module):
     def weights(self, candidates: Tensor, behaviours: Tensor) -> Tensor:
         """How much each candidate looks at each behaviour. Shapes: -> [S, C, L]."""
         num_candidates, hidden = candidates.shape[1], len(self.bias)
-        scaled = (candidates[:, :, None] * self.of_product).flatten(1, 2)
-        inner = (scaled @ behaviours.mT).unflatten(1, (num_candidates, hidden))
-        inner = inner + F.linear(behaviours, self.of_behaviour).mT[:, None]
-        inner = inner + F.linear(candidates, self.of_candidate, self.bias)[..., None]
-        active = F.prelu(inner.flatten(0, 1), self.slope.to(inner.dtype)).view_as(inner)
-        return torch.einsum("schl,h->scl", active, self.output.to(active.dtype)) + self.output_bias
+        maps = candidates[:, :, None] * self.of_product + self.of_behaviour
+        constant = F.linear(candidates, self.of_candidate, self.bias).flatten(1)[:, None]
+        inner = torch.baddbmm(constant, behaviours, maps.flatten(1, 2).mT).view(-1, hidden)
+        weights = F.prelu(inner, self.slope.to(inner.dtype)) @ self.output.to(inner.dtype)
+        return weights.view(*behaviours.shape[:2], num_candidates).mT + self.output_bias

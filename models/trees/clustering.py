@@ -44,7 +44,7 @@ def _split(vectors: np.ndarray, halves: np.ndarray) -> np.ndarray:
     which 2 v and 2 v + 1 are those of node v -> [N] places.
     """
     _, nodes = np.unique(halves >> 1, return_inverse=True)
-    halves, num_nodes = 2 * nodes + (halves & 1), nodes[-1] + 1
+    halves, num_nodes = 2 * nodes + (halves & 1), int(nodes[-1]) + 1
     ends, order = _far_apart(vectors, nodes), None
     for _ in range(ROUNDS):
         before, order = order, _by_margin(vectors, nodes, ends)
@@ -56,7 +56,7 @@ def _split(vectors: np.ndarray, halves: np.ndarray) -> np.ndarray:
 
 def _far_apart(vectors: np.ndarray, nodes: np.ndarray) -> np.ndarray:
     """Of each node the item farthest from its mean, and the item farthest from that one. Shapes: -> [2 S, d]."""
-    first = _farthest(vectors, nodes, _means(vectors, nodes, nodes[-1] + 1))
+    first = _farthest(vectors, nodes, _means(vectors, nodes, int(nodes[-1]) + 1))
     second = _farthest(vectors, nodes, first)
     return np.stack((first, second), axis=1).reshape(-1, vectors.shape[1])
 

@@ -184,7 +184,7 @@ def test_published_ids_are_imported_and_shown_beside_others(folder, command):
 
 def test_names_and_help_are_those_of_the_folder(command):
     shown = command("tokenize --help")
-    assert "rq-vae" in shown and "grail tokenize add | import | report" in shown
+    assert "rq-vae" in shown and "grail tokenize add | import | report | tree" in shown
     assert "did you mean 'residual-kmeans'?" in command("tokenize residual-kmean --data a --out b", 2)
     assert "--extra-codes belongs to" in command(
         f"tokenize random-codes --data old/shards --out z --collisions keep --extra-codes 3 {SMALL}", 2

@@ -67,6 +67,8 @@ def test_climber_pilot_on_two_ranks_equals_the_unsharded_reference(model, object
         ("onerec-v2 of experts", 1, 2),
         ("onerec", 1, 2),
         ("onerec, lifelong", 3, 1),
+        ("tdm", 1, 1),
+        ("jtm", 3, 1),
     ],
 )
 def test_generators_on_two_ranks_equal_the_unsharded_reference(model, zero_stage, expert_parallel):
