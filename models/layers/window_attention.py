@@ -50,7 +50,7 @@ class WindowAttention(nn.Module):
         self.bias = nn.Parameter(torch.zeros(hidden))
         self.slope = nn.Parameter(torch.full((hidden,), 0.25))
         self.output = nn.Parameter(torch.empty(hidden).uniform_(-(hidden**-0.5), hidden**-0.5))
-        self.output_bias = nn.Parameter(torch.zeros(()))
+        self.output_bias = nn.Parameter(torch.zeros(1))
 
     @property
     def num_events(self) -> int:

@@ -13,7 +13,7 @@ from models.layers.window_attention import LatestEvents, WindowAttention
 from models.recommender import StepContext
 from models.semantic_ids import SemanticIds
 from models.tree_nodes import TreeNodes
-from tests.generator_cases import NUM_ITEMS, TREES, lookup_ids, make_generator, tree_ids
+from tests.generator_cases import NUM_ITEMS, TREES, lookup_ids, make_generator, tree_ids, unsharded_lookup
 from tests.models.test_generators import histories
 from tests.training_cases import make_batch
 
@@ -29,8 +29,8 @@ def prepared(name: str, sequences=None):
 
 @everyone
 def test_the_loss_is_that_of_a_loop_over_samples_levels_and_nodes(name):
-    model, batch, rows = prepared(name)
-    expected, items = 0.0, batch.items
+    model, batch, rows = prepared(name, histories()[2:])
+    expected, items, lookup = 0.0, batch.items, unsharded_lookup(model)
     events, positions = drawn_events(batch), batch.supervision[PLACES]
     with torch.no_grad():
         for number, event in enumerate(events.tolist()):
@@ -41,7 +41,7 @@ def test_the_loss_is_that_of_a_loop_over_samples_levels_and_nodes(name):
                 nodes = model.samples(depth, batch, CONTEXT)[number]
                 for place, label in zip(nodes, [1.0] + [0.0] * (len(nodes) - 1), strict=True):
                     ids = model.prompt_ids(alone) | model.node_ids(depth, place.view(1, 1), alone)
-                    found = lookup_ids(model, ids)
+                    found = lookup(ids)
                     score = model.node_scores(depth, found, model.prefill(found, alone))[0, 0]
                     loss = F.binary_cross_entropy_with_logits(score, torch.tensor(label))
                     expected += float(loss) * (stop - first) / model.config.positions
