@@ -50,6 +50,7 @@ class TDM(NodeScorer):
     class Config:
         needs_semantic_ids: ClassVar[bool] = True
         has_own_objective: ClassVar[bool] = True
+        proposes_codes: ClassVar[bool] = False
         semantic_ids_command: ClassVar[str] = "grail tokenize tree"
 
         width: int = 24

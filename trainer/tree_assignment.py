@@ -16,6 +16,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from data_streams.stream import TrainStream
 from models.drawn_positions import draw_positions, drawn_events
 from models.node_scorer import NodeGuide, NodeScorer
 from models.recommender import StepContext
+from models.tree_nodes import TreeNodes
 from models.trees.assignment import assign_children
 from models.trees.shape import leaf_codes
 from sharding.item_index import evaluating
@@ -64,26 +66,39 @@ class PathSums:
     """[N] fp32, samples of each item."""
 
 
+Summed = Callable[[Tensor, tuple[int, int]], PathSums]
+"""(places of the items [N], first and last level of a segment) -> sums below these places."""
+
+
 def reassign(assembly: Assembly, *, levels: int, positions: int | None, seed: int) -> Reassigned:
     """A collective call, whose result is the same on every rank.
 
     Cost: the training users once for each segment of `levels`, and N * b^levels numbers.
     Raises: ConfigError for a model without a tree of equal branching.
     """
-    model = _checked(assembly, levels)
+    model = assembly.model
+    if not isinstance(model, NodeScorer) or len(set(model.code_sizes)) != 1:
+        raise ConfigError(
+            "--how joint needs a run of a model over a tree from grail tokenize tree, and "
+            f"{assembly.config.run_dir} holds a {type(model).__name__}; train one (recipe tdm), or give --how cluster"
+        )
+    return assign_levels(model, partial(_summed, assembly, positions, seed), levels=levels)
+
+
+def assign_levels(model: NodeScorer, summed: Summed, *, levels: int) -> Reassigned:
+    """The tree that `summed` gives, segment by segment from the root down.
+
+    Raises: ConfigError for segments without levels.
+    """
+    if levels < 1:
+        raise ConfigError(f"--levels must be at least 1, and is {levels}; the published number is 7")
     nodes, branching = model.nodes, model.code_sizes[0]
     places, before, after, num_samples = torch.zeros_like(nodes.leaves), 0.0, 0.0, 0.0
     for start in range(0, nodes.depth, levels):
         stop = min(start + levels, nodes.depth)
-        sums = _summed(assembly, places, (start, stop), positions, seed)
-        width, old = branching ** (stop - start), nodes.above(stop, torch.arange(len(places)))
-        _, parents = np.unique(places.numpy(), return_inverse=True)
-        at_home = torch.where(old // width == places, old % width, -1)
-        chosen = assign_children(
-            sums.gains.numpy(), parents, at_home.numpy(), branching ** (nodes.depth - stop)
-        )
-        chosen = torch.from_numpy(chosen)
-        places = places * width + chosen
+        sums = summed(places, (start, stop))
+        chosen = _chosen(sums, nodes, places, stop)
+        places = places * sums.gains.shape[1] + chosen
         before += float(sums.old.sum())
         after += float(sums.gains.gather(1, chosen[:, None]).sum())
         num_samples = float(sums.counts.sum())
@@ -98,20 +113,17 @@ def reassign(assembly: Assembly, *, levels: int, positions: int | None, seed: in
     )
 
 
-def _checked(assembly: Assembly, levels: int) -> NodeScorer:
-    model = assembly.model
-    if not isinstance(model, NodeScorer) or len(set(model.code_sizes)) != 1:
-        raise ConfigError(
-            "--how joint needs a run of a model over a tree from grail tokenize tree, and "
-            f"{assembly.config.run_dir} holds a {type(model).__name__}; train one (recipe tdm), or give --how cluster"
-        )
-    if levels < 1:
-        raise ConfigError(f"--levels must be at least 1, got {levels}")
-    return model
+def _chosen(sums: PathSums, nodes: TreeNodes, places: Tensor, stop: int) -> Tensor:
+    """Which descendant at level `stop` each item goes to. Shapes: [N] -> [N]."""
+    width, old = sums.gains.shape[1], nodes.above(stop, torch.arange(len(places)))
+    _, parents = np.unique(places.numpy(), return_inverse=True)
+    at_home = torch.where(old // width == places, old % width, -1)
+    room = math.prod(nodes.code_sizes[stop:])
+    return torch.from_numpy(assign_children(sums.gains.numpy(), parents, at_home.numpy(), room))
 
 
 def _summed(
-    assembly: Assembly, places: Tensor, segment: tuple[int, int], positions: int | None, seed: int
+    assembly: Assembly, positions: int | None, seed: int, places: Tensor, segment: tuple[int, int]
 ) -> PathSums:
     """Of all training users, on every rank; a collective call. Shapes: places of the items at its start [N]."""
     start, stop = segment
@@ -125,7 +137,7 @@ def _summed(
         for step, batch in enumerate(in_step(stream.batches(0), stream.empty_batch(), process)):
             drawn = draw_positions(batch, StepContext(step=step, seed=seed), positions)
             taken = drawn.targets[drawn_events(drawn)]
-            gains, old = _paths(segment, places[taken], taken, model, _scorer(assembly, drawn))
+            gains, old = path_sums(segment, places[taken], taken, model, _scorer(assembly, drawn))
             sums.gains.index_add_(0, taken, gains)
             sums.old.index_add_(0, taken, old)
             sums.counts += torch.bincount(taken, minlength=num_items)
@@ -142,7 +154,7 @@ def _scorer(assembly: Assembly, batch: SequenceBatch) -> Callable[[int, Tensor],
     return lambda depth, places: F.logsigmoid(guide.scores(depth, places)).cpu()
 
 
-def _paths(
+def path_sums(
     segment: tuple[int, int],
     roots: Tensor,
     taken: Tensor,

@@ -1,4 +1,8 @@
-"""TDM: a tree over the items and a deep model of user and node, small; its tree comes from grail tokenize tree."""
+"""TDM with JTM's user representation, small, for the synthetic world; its tree comes from grail tokenize tree.
+
+As published: --model.no-window-products, and --model.no-hierarchical-history for TDM's own representation, with which
+nothing personal was learnt on the world within the time this recipe takes; see docs/tdm.md.
+"""
 
 from data_streams.configuration import DataConfig
 from models.tdm import TDM
@@ -7,7 +11,15 @@ from trainer.configuration import PretrainConfig, TrainConfig
 
 def recipe() -> PretrainConfig:
     return PretrainConfig(
-        data=DataConfig(max_length=50, tokens_per_step=2048),
-        model=TDM.Config(windows=(10, 5, 2, 2, 1, 1, 1), num_negatives=60, positions=4),
-        train=TrainConfig(epochs=10, learning_rate=2e-3, table_learning_rate=0.07, patience=3),
+        data=DataConfig(max_length=50, tokens_per_step=512),
+        model=TDM.Config(
+            windows=(6, 3, 1, 1, 1),
+            attention_hidden=16,
+            hierarchical_history=True,
+            window_products=True,
+            num_negatives=60,
+            positions=8,
+            init_scale=0.2,
+        ),
+        train=TrainConfig(epochs=6, learning_rate=5e-3, table_learning_rate=0.07, validate_every_epochs=2),
     )
