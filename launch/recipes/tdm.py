@@ -1,7 +1,7 @@
 """TDM with JTM's user representation, small, for the synthetic world; its tree comes from grail tokenize tree.
 
-As published: --model.no-window-products, and --model.no-hierarchical-history for TDM's own representation, with which
-nothing personal was learnt on the world within the time this recipe takes; see docs/tdm.md.
+As published: --model.no-window-products, and --model.no-hierarchical-history for TDM's own representation, which starts
+to learn far later; see docs/tdm.md.
 """
 
 from data_streams.configuration import DataConfig

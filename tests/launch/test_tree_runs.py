@@ -89,6 +89,16 @@ def test_what_a_tree_cannot_be_made_of_is_told(data, tree, trained, tmp_path, ca
         assert message in capsys.readouterr().err
 
 
+def test_a_joint_tree_needs_the_run_of_a_scorer(data, tmp_path, capsys):
+    options = "--cluster.workers 1 --cluster.in-process --data.num-streams 2 --train.max-steps 1 --model.width 8"
+    run_dir = str(tmp_path / "run")
+    assert grail(["pretrain", "sasrec", "--data.path", data, "--run-dir", run_dir, *options.split()]) == 0
+    line = ["tokenize", "tree", "--data", data, "--from-run", run_dir, "--out"]
+    assert grail([*line, str(tmp_path / "joint"), "--how", "joint"]) == 2
+    assert "holds a SASRec; train one (recipe tdm), or give --how cluster" in capsys.readouterr().err
+    assert grail([*line, str(tmp_path / "cluster")]) == 0
+
+
 def test_a_run_without_a_tree_or_with_that_of_another_catalogue_is_refused(data, tmp_path, capsys):
     assert grail(pretrain_line(data, "", str(tmp_path / "run"))) == 2
     assert "TDM finds items by semantic IDs and needs --data.semantic-ids" in (
