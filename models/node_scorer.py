@@ -64,4 +64,5 @@ class NodeGuide:
     def scores(self, depth: int, places: Tensor) -> Tensor:
         """Shapes: [B, C] on the host -> [B, C]."""
         rows = self.lookup(self.model.node_ids(depth, places, self.batch))
-        return self.model.node_scores(depth, rows, self.state)
+        # Of a batch without users, rows do not say how many candidates each would have.
+        return self.model.node_scores(depth, rows, self.state).view(places.shape)

@@ -146,8 +146,7 @@ TREES = {
         init_scale=0.3,
     )
 }
-TREES["tdm of windows times nodes"] = replace(TREES["tdm"], window_products=True)
-TREES["jtm"] = replace(TREES["tdm"], hierarchical_history=True)
+TREES["jtm"] = replace(TREES["tdm"], hierarchical_history=True, window_products=True)
 """Scorers of the nodes of a tree, which propose no codes."""
 
 

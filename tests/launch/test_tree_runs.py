@@ -90,7 +90,9 @@ def test_what_a_tree_cannot_be_made_of_is_told(data, tree, trained, tmp_path, ca
 
 
 def test_a_joint_tree_needs_the_run_of_a_scorer(data, tmp_path, capsys):
-    options = "--cluster.workers 1 --cluster.in-process --data.num-streams 2 --train.max-steps 1 --model.width 8"
+    options = (
+        "--cluster.workers 1 --cluster.in-process --data.num-streams 2 --train.max-steps 1 --model.width 8"
+    )
     run_dir = str(tmp_path / "run")
     assert grail(["pretrain", "sasrec", "--data.path", data, "--run-dir", run_dir, *options.split()]) == 0
     line = ["tokenize", "tree", "--data", data, "--from-run", run_dir, "--out"]

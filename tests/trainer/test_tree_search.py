@@ -9,6 +9,7 @@ from cluster.errors import ConfigError
 from models.node_scorer import NodeGuide
 from tests.generator_cases import NUM_ITEMS, TREES, make_generator, tree_ids, unsharded_lookup
 from tests.trainer.test_generative_search import users
+from tests.training_cases import make_batch
 from trainer.configuration import SearchConfig
 from trainer.tree_search import TreeSearch
 
@@ -83,6 +84,14 @@ def test_a_narrow_beam_keeps_the_best_nodes_of_each_level_and_scores_two_for_eac
     items, _ = search.recommend(batch, width, filter_seen=False)
     assert items.tolist() == expected
     assert len(scored) == 7 and max(scored) <= 2 * width
+
+
+@everyone
+def test_a_rank_without_users_searches_too(name):
+    batch = make_batch([])
+    empty = replace(batch, held_out=torch.zeros(0, dtype=torch.int64), seen=batch.items)
+    found = search_of(name).find(empty, k=5, rank_held_out=True, filter_seen=True)
+    assert found.items.shape == (0, 5) and found.ranks.shape == (0,)
 
 
 def test_candidates_that_are_none_have_no_score():
