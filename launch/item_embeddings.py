@@ -126,7 +126,7 @@ def write_run_vectors(run: str, checkpoint: str, items: "ItemTable", data: str, 
     from launch.served_run import find_step
 
     config = load_config(run)
-    _require_run_of(config.run_dir, items, data)
+    require_run_of(config.run_dir, items, data)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=absolute(data)))
     out = local_file(out, "--out")
     Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -155,6 +155,7 @@ def item_vectors_job(
     import torch
 
     from launch.jobs import part_file
+    from models.node_scorer import NodeScorer
     from models.recommender import Retriever
     from sharding.item_index import LOOKUP_ROWS, evaluating
     from trainer.assembly import assemble
@@ -164,7 +165,7 @@ def item_vectors_job(
 
     assembly = assemble(config, process)
     model = assembly.model
-    if not isinstance(model, Retriever):
+    if not isinstance(model, Retriever | NodeScorer):
         raise ConfigError(f"{config.run_dir} holds a {type(model).__name__}, which has no item vectors")
     load_weights(CheckpointReader(Storage(f"{config.run_dir}/{CHECKPOINTS}"), step), assembly)
     lookup, num_items = assembly.lookup(), assembly.items.num_items
@@ -194,7 +195,7 @@ def _join(matrices: list[Any], out: str) -> None:
         joined.flush()
 
 
-def _require_run_of(run_dir: str, items: "ItemTable", data: str) -> None:
+def require_run_of(run_dir: str, items: "ItemTable", data: str) -> None:
     import io
 
     import polars as pl

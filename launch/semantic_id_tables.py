@@ -61,7 +61,7 @@ def make_table(tokenizer_config: Any, options: TokenizeOptions) -> "SemanticIdRe
 
     if options.extra_codes is not None and (options.collisions != EXTRA_CODE or options.extra_codes < 1):
         raise ConfigError("--extra-codes belongs to --collisions extra-code and must be at least 1")
-    _open_out(options)
+    open_out(options)
     items = ItemTable.load(options.data)
     inputs = load_inputs(options.embeddings, items, data=options.data, out=options.out)
     tokenizer = tokenizer_config.build(dim=inputs.vectors.shape[1])
@@ -79,8 +79,8 @@ def make_table(tokenizer_config: Any, options: TokenizeOptions) -> "SemanticIdRe
         code_sizes=code_sizes,
         tokenizer={**describe(tokenizer), "inputs": inputs.kinds, "collisions": options.collisions},
     )
-    report = _measured(table, tokenizer, inputs.vectors, items, options)
-    return _write(table, tokenizer, inputs.fusion, report, options)
+    report = measured(table, tokenizer, inputs.vectors, items, options)
+    return write_table(table, tokenizer, inputs.fusion, report, options)
 
 
 def extend_table(old: str, options: TableOptions, embeddings: EmbeddingSources) -> "SemanticIdReport":
@@ -98,7 +98,7 @@ def extend_table(old: str, options: TableOptions, embeddings: EmbeddingSources) 
 
     before = Storage(old)
     table, tokenizer, fusion = SemanticIdTable.load(before), load_tokenizer(before), _load_fusion(before)
-    _open_out(options)
+    open_out(options)
     if embeddings.kinds != table.tokenizer["inputs"]:
         raise DataError(
             f"{old} was made from {', '.join(table.tokenizer['inputs'])} embeddings, and "
@@ -124,8 +124,8 @@ def extend_table(old: str, options: TableOptions, embeddings: EmbeddingSources) 
         )
     larger = table.extended(items.item_ids, new_codes)
     logger.info("%d items keep their codes, %d are new", table.num_items, len(rows))
-    report = _measured(larger, tokenizer, vectors, items, options)
-    return _write(larger, tokenizer, fusion, report, options)
+    report = measured(larger, tokenizer, vectors, items, options)
+    return write_table(larger, tokenizer, fusion, report, options)
 
 
 def import_table(
@@ -135,10 +135,10 @@ def import_table(
     from data_streams.item_table import ItemTable
     from data_streams.published_ids import read_published
 
-    _open_out(options)
+    open_out(options)
     items = ItemTable.load(options.data)
     table = read_published(sids, items.item_ids, column=column, code_sizes=code_sizes)
-    return _write(table, None, None, _measured(table, None, None, items, options), options)
+    return write_table(table, None, None, measured(table, None, None, items, options), options)
 
 
 def show_reports(reports: Sequence["SemanticIdReport"], picture: Storage | None, name: str) -> None:
@@ -163,7 +163,7 @@ class _Rows:
         return self.vectors[self.rows[chosen]]
 
 
-def _open_out(options: TableOptions) -> None:
+def open_out(options: TableOptions) -> None:
     """Nothing of an older table is touched yet: what is read next may turn out unusable."""
     from data_streams.semantic_ids import HEADER_NAME
 
@@ -176,7 +176,7 @@ def _open_out(options: TableOptions) -> None:
     storage.make_directory()
 
 
-def _measured(
+def measured(
     table: "SemanticIdTable", tokenizer: Any, vectors: Any, items: "ItemTable", options: TableOptions
 ) -> "SemanticIdReport":
     from data_streams.semantic_id_report import category_codes, measure
@@ -198,7 +198,7 @@ def _measured(
     )
 
 
-def _write(
+def write_table(
     table: "SemanticIdTable", tokenizer: Any, fusion: Any, report: "SemanticIdReport", options: TableOptions
 ) -> "SemanticIdReport":
     """Put a table that is ready in the place of an older one, and show its report."""

@@ -56,6 +56,8 @@ class Generator(Recommender):
 
     code_sizes: tuple[int, ...]
     """Number of codes of each level."""
+    proposes_codes: bool = True
+    """Whether its scores of codes say anything; else a guide alone chooses among all prefixes."""
 
     @abstractmethod
     def prompt_ids(self, batch: SequenceBatch) -> Ids:

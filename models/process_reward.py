@@ -5,7 +5,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -104,8 +104,12 @@ class ProcessReward(RewardedHistory):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(RewardedHistoryConfig):
+        proposes_codes: ClassVar[bool] = False
+
         def build(self, **parts: Any) -> "ProcessReward":
             return ProcessReward(self, **parts)
+
+    proposes_codes = Config.proposes_codes
 
     def __init__(self, config: Config, **parts: Any):
         super().__init__(config, **parts)

@@ -22,6 +22,9 @@ class TableSpec:
     """How rows are spread over workers; `auto` leaves it to the planner."""
     rows_are_items: bool = True
     """Whether row i belongs to item i, so that another run's rows can be matched by the items' raw ids."""
+    rows_are_places: bool = False
+    """Whether row i belongs to a place of a tree, whichever items lie below it, so that a run over another tree of the
+    same shape can start from these rows."""
     hash_rows: int | None = None
     """Rows really kept, for an unbounded vocabulary: each id is hashed twice into them and the two are summed."""
 

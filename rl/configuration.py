@@ -167,6 +167,11 @@ def check_alignment(config: AlignConfig, start: PretrainConfig) -> None:
             f"alignment needs a policy that generates semantic IDs, and {start.run_dir} holds a "
             f"{type(start.model).__qualname__.split('.')[0]}; pretrain a recipe such as decoder-amazon"
         )
+    if not getattr(start.model, "proposes_codes", True):
+        raise ConfigError(
+            f"alignment changes the probabilities of codes, and the {type(start.model).__qualname__.split('.')[0]} in "
+            f"{start.run_dir} has none: it scores given nodes; pretrain a recipe such as decoder-amazon"
+        )
     if config.cluster.in_process:
         raise ConfigError(
             "alignment works with rollout and reward workers, which Ray places; leave --cluster.in-process out"

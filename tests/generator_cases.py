@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from data_streams.batch import SequenceBatch
@@ -18,7 +19,9 @@ from models.path_reward import ProcessRewardConfig
 from models.promise import Promise
 from models.semantic_ids import SemanticIds
 from models.tables import Ids, Lookup
+from models.tdm import TDM
 from models.tiger import Tiger
+from models.trees.shape import codes_of_order
 from sharding.lookup import make_lookup
 from sharding.unsharded import UnshardedTables
 from tests.models.decoding.tiny_generator import make_codes
@@ -132,16 +135,38 @@ GENERATORS["onerec, lifelong alone"] = replace(
 )
 PAGE_WISE = {"genrec": replace(GENERATORS["genrec, item by item"], target="page")}
 """Generators whose batches must come with pages."""
+TREES = {
+    "tdm": TDM.Config(
+        width=8,
+        windows=(4, 2, 1),
+        attention_hidden=6,
+        hidden=(12, 8),
+        num_negatives=20,
+        positions=2,
+        init_scale=0.3,
+    )
+}
+TREES["jtm"] = replace(TREES["tdm"], hierarchical_history=True, window_products=True)
+"""Scorers of the nodes of a tree, which propose no codes."""
 
 
 def semantic_ids() -> SemanticIds:
     return SemanticIds(codes=make_codes(NUM_ITEMS, CODE_SIZES), code_sizes=CODE_SIZES)
 
 
+def tree_ids() -> SemanticIds:
+    order = np.random.default_rng(0).permutation(NUM_ITEMS)
+    codes = torch.from_numpy(codes_of_order(order, 2)).long()
+    return SemanticIds(codes=codes, code_sizes=(2,) * codes.shape[1])
+
+
 def make_generator(name: str, seed: int = 5) -> Generator:
     torch.manual_seed(seed)
-    return {**GENERATORS, **PAGE_WISE}[name].build(
-        num_items=NUM_ITEMS, max_length=MAX_LENGTH, item_feature_dim=0, semantic_ids=semantic_ids()
+    return {**GENERATORS, **PAGE_WISE, **TREES}[name].build(
+        num_items=NUM_ITEMS,
+        max_length=MAX_LENGTH,
+        item_feature_dim=0,
+        semantic_ids=tree_ids() if name in TREES else semantic_ids(),
     )
 
 

@@ -25,8 +25,13 @@ NUM_ITEMS = 60
 NUM_USERS = 150
 
 
-def write_events(folder: Path, *, num_users: int = NUM_USERS, first_item: int = 0) -> tuple[Path, Path]:
-    """Users who walk along a circle of items, so that the next one can be learnt -> events and items files."""
+def write_events(
+    folder: Path, *, num_users: int = NUM_USERS, first_item: int = 0, categories: bool = False
+) -> tuple[Path, Path]:
+    """Users who walk along a circle of items, so that the next one can be learnt -> events and items files.
+
+    Categories, where wanted, are sixths of the circle.
+    """
     random = np.random.default_rng(0)
     rows = []
     for user in range(num_users):
@@ -40,6 +45,9 @@ def write_events(folder: Path, *, num_users: int = NUM_USERS, first_item: int = 
             "title": [f"Title {first_item + item}" for item in range(NUM_ITEMS)],
         }
     )
+    if categories:
+        parts = [[f"part {item // 10}"] for item in range(NUM_ITEMS)]
+        items = items.with_columns(pl.Series("categories", parts))
     folder.mkdir(parents=True, exist_ok=True)
     events.write_parquet(folder / "events.parquet")
     items.write_parquet(folder / "items.parquet")

@@ -24,7 +24,7 @@ from models.recommender import Recommender, StepContext
 from models.sasrec import SASRec
 from sharding.configuration import ShardingConfig
 from sharding.lookup import ItemFeatures
-from tests.generator_cases import GENERATORS, PAGE_WISE, make_generator
+from tests.generator_cases import GENERATORS, PAGE_WISE, TREES, make_generator
 from tests.mixture_model import MixtureModel
 from trainer.blocks import recompute_blocks
 from trainer.configuration import TrainConfig
@@ -87,7 +87,7 @@ class Case:
 
 
 def make_model(case: Case) -> Recommender:
-    if case.model in {**GENERATORS, **PAGE_WISE}:
+    if case.model in {**GENERATORS, **PAGE_WISE, **TREES}:
         return make_generator(case.model, SEED)
     torch.manual_seed(SEED)
     counts = {"item_counts": np.arange(NUM_ITEMS)} if OBJECTIVES[case.objective].needs_item_counts else {}

@@ -18,6 +18,7 @@ from data_streams.manifest import Manifest
 from data_streams.semantic_ids import SemanticIdTable
 from data_streams.stream import EvaluationStream
 from models.generator import Generator
+from models.node_scorer import NodeScorer
 from models.recommender import Ranker, Recommender
 from models.semantic_ids import SemanticIds
 from models.tables import Lookup
@@ -31,6 +32,7 @@ from trainer.dense_module import DenseModule, resolve_precision
 from trainer.generative_search import GenerativeSearch, PrefixReward, check_prm
 from trainer.item_lists import allowed_rows
 from trainer.search import RetrievalSearch, Search
+from trainer.tree_search import TreeSearch
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +86,8 @@ class Assembly:
                 config = replace(config, width=width, earlier_widths=(), candidates=(), depth_candidates=())
             codes = torch.from_numpy(self.semantic_ids.codes)
             parts |= {"reward": self._prefix_reward(prm), "recall_among": recall_among}
-            search = GenerativeSearch.build(self.model, self.lookup(), codes, config=config, **parts)
+            kind = TreeSearch if isinstance(self.model, NodeScorer) else GenerativeSearch
+            search = kind.build(self.model, self.lookup(), codes, config=config, **parts)
         else:
             search = RetrievalSearch.build(
                 self.model,

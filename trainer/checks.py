@@ -25,8 +25,9 @@ def check(config: PretrainConfig) -> None:
         )
     if getattr(config.model, "needs_semantic_ids", False) and not config.data.semantic_ids:
         raise ConfigError(
-            f"{type(config.model).__qualname__.split('.')[0]} generates semantic IDs and needs --data.semantic-ids, "
-            "the folder of their table; make one with grail tokenize"
+            f"{type(config.model).__qualname__.split('.')[0]} finds items by semantic IDs and needs "
+            "--data.semantic-ids, the folder of their table; make one with "
+            f"{getattr(config.model, 'semantic_ids_command', 'grail tokenize')}"
         )
     if getattr(config.model, "needs_exposures", False) and not config.data.history_exposures:
         raise ConfigError(

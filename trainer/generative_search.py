@@ -14,14 +14,14 @@ from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
 from data_streams.semantic_ids import SemanticIdTable
 from models.decoding.allowed_items import AllowedItems
-from models.decoding.beam_search import BeamSearch
+from models.decoding.beam_search import BeamSearch, PrefixScorer
 from models.decoding.gumbel import GumbelSampling
 from models.decoding.sampling import Sampling
 from models.decoding.search import Decoded, PathSearch
 from models.decoding.space import CatalogueSpace, FreeSpace, PathSpace
 from models.decoding.trie import PrefixTrie
 from models.generator import DecodeState, Generator
-from models.process_reward import PrefixGuide, ProcessReward, RewardedHistory
+from models.process_reward import PrefixGuide, RewardedHistory
 from models.recommender import Recommender
 from models.tables import Lookup, Rows
 from sharding.item_index import Found, evaluating
@@ -114,8 +114,9 @@ class GenerativeSearch(Search):
             guided_candidates=_num_candidates(config, model, config.width),
         )
 
-    @staticmethod
+    @classmethod
     def build(
+        cls,
         model: Generator,
         lookup: Lookup,
         codes: Tensor,
@@ -129,7 +130,7 @@ class GenerativeSearch(Search):
         """Shapes: codes [N, L] of any integer type, one row per item row; allowed [n] the only rows to be found."""
         codes = codes.long().to(device)
         trie = PrefixTrie.build(codes, model.code_sizes)
-        return GenerativeSearch(
+        return cls(
             model,
             lookup,
             trie,
@@ -197,7 +198,7 @@ class GenerativeSearch(Search):
         draws = DRAWS[config.method]
         return draws(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p).build()
 
-    def _guide(self, batch: SequenceBatch, state: DecodeState) -> PrefixGuide | None:
+    def _guide(self, batch: SequenceBatch, state: DecodeState) -> PrefixScorer | None:
         if self.reward is None:
             return None
         model, lookup = self.reward.model, self.reward.lookup
@@ -241,7 +242,7 @@ def _num_candidates(config: SearchConfig, model: Generator, width: int) -> tuple
     if config.depth_candidates:
         return _checked(config.depth_candidates, "depth-candidates", len(model.code_sizes))
     number = config.candidates[0] if config.candidates else 4 * width
-    if not config.candidates and isinstance(model, ProcessReward):
+    if not config.candidates and not model.proposes_codes:
         number = sys.maxsize
     depths = range(1, len(model.code_sizes) + 1)
     beyond = [depth for depth in config.prm_depths if depth not in depths]

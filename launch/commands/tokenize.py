@@ -21,7 +21,7 @@ def run(arguments: list[str]) -> int:
         for tokenizer, path in tokenizers.items():
             print(f"  {tokenizer:18}{first_line(path)}")
         print("\nAll options of a tokenizer: grail tokenize TOKENIZER --help")
-        print("Also: grail tokenize add | import | report")
+        print("Also: grail tokenize add | import | report | tree")
         return 0
     if name is None or name not in tokenizers:
         raise ConfigError(

@@ -16,7 +16,7 @@ from data_streams.item_table import ItemTable
 from data_streams.semantic_ids import SemanticIdTable
 from data_streams.sources.events import EventsSource
 from launch import cli
-from launch.item_embeddings import _join, _require_run_of, item_vectors_job
+from launch.item_embeddings import _join, item_vectors_job, require_run_of
 from launch.jobs import part_file
 from tests.models.tokenizers.clustered import clustered_vectors
 from tests.process_group import run_on_processes
@@ -184,7 +184,7 @@ def test_published_ids_are_imported_and_shown_beside_others(folder, command):
 
 def test_names_and_help_are_those_of_the_folder(command):
     shown = command("tokenize --help")
-    assert "rq-vae" in shown and "grail tokenize add | import | report" in shown
+    assert "rq-vae" in shown and "grail tokenize add | import | report | tree" in shown
     assert "did you mean 'residual-kmeans'?" in command("tokenize residual-kmean --data a --out b", 2)
     assert "--extra-codes belongs to" in command(
         f"tokenize random-codes --data old/shards --out z --collisions keep --extra-codes 3 {SMALL}", 2
@@ -211,4 +211,4 @@ def test_a_runs_item_vectors_are_those_of_its_table_on_any_number_of_workers(tmp
     np.testing.assert_allclose(cosines, 1, rtol=1e-5)
     other = ItemTable.load(build_tiny_data(tmp_path / "other", first_item=5))
     with pytest.raises(DataError, match="was trained on a catalogue of 60 items"):
-        _require_run_of(config.run_dir, other, "other")
+        require_run_of(config.run_dir, other, "other")

@@ -12,6 +12,7 @@ from data_streams.sources.world import WorldSource
 from data_streams.stream import TrainStream
 from models.decoder_only import DecoderOnly
 from models.sasrec import SASRec
+from models.tdm import TDM
 from rl.advantages.group import GroupRelative
 from rl.configuration import AlignConfig, AlignOptions, RolloutConfig, check_alignment, with_users_per_step
 from rl.objectives.ecpo import Ecpo
@@ -46,6 +47,11 @@ def test_what_can_work_passes():
     ("options", "start", "message"),
     [
         ({}, PretrainConfig(run_dir="runs/x", model=SASRec.Config()), "generates semantic IDs.*SASRec"),
+        (
+            {},
+            PretrainConfig(run_dir="runs/x", model=TDM.Config()),
+            "probabilities of codes, and the TDM in runs/x",
+        ),
         ({"rewards": ()}, POLICY, "at least one reward"),
         (
             {

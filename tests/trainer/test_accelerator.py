@@ -6,14 +6,14 @@ from functools import cache
 import pytest
 import torch
 
-from tests.generator_cases import GENERATORS, PAGE_WISE
+from tests.generator_cases import GENERATORS, PAGE_WISE, TREES
 from tests.pretended_device import PRETENDED, PretendedDevice
 from tests.training_cases import MODELS, OBJECTIVES, Case, join_pieces, make_learner, prepare, train
 
 CASES = [
     *(Case(model=model, objective="full", steps=3) for model in MODELS),
     *(Case(objective=objective, steps=3) for objective in OBJECTIVES),
-    *(Case(model=model, steps=3) for model in {**GENERATORS, **PAGE_WISE}),
+    *(Case(model=model, steps=3) for model in {**GENERATORS, **PAGE_WISE, **TREES}),
 ]
 
 

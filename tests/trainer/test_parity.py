@@ -80,6 +80,8 @@ def test_mtgr_on_two_ranks_equals_the_unsharded_reference(model, zero_stage):
         ("onerec-v2 of experts", 1, 2),
         ("onerec", 1, 2),
         ("onerec, lifelong", 3, 1),
+        ("tdm", 1, 1),
+        ("jtm", 3, 1),
     ],
 )
 def test_generators_on_two_ranks_equal_the_unsharded_reference(model, zero_stage, expert_parallel):

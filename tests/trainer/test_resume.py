@@ -2,10 +2,15 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from cluster.errors import CheckpointError
 from cluster.storage import Storage
+from data_streams.item_table import ItemTable
+from data_streams.semantic_ids import SemanticIdTable
+from models.trees.shape import codes_of_order
+from tests.generator_cases import TREES
 from tests.process_group import run_on_processes
 from tests.tiny_run import (
     NUM_USERS,
@@ -35,6 +40,25 @@ def test_resumed_equals_uninterrupted_to_the_last_bit(data, tmp_path):
     assert result["status"] == "finished"
     assert {**result, "best": pytest.approx(result["best"])} == expected_result
     assert_same_state(state, expected, tolerance=0)
+
+
+def test_a_resumed_run_over_a_tree_equals_an_uninterrupted_one(data, tmp_path):
+    items = ItemTable.load(data).item_ids
+    codes = codes_of_order(np.arange(len(items)), 2)
+    SemanticIdTable(item_ids=items, codes=codes, code_sizes=(2,) * codes.shape[1]).save(str(tmp_path / "ids"))
+    base = tiny_config(data, tmp_path / "whole")
+    whole = replace(
+        base,
+        model=TREES["jtm"],
+        objective=None,
+        data=replace(base.data, semantic_ids=str(tmp_path / "ids")),
+    )
+    parts = replace(whole, run_dir=str(tmp_path / "parts"))
+    (_, expected), *_ = run_on_processes(run, 1, whole)
+    stopped, *_ = run_on_processes(run, 2, parts, 3)
+    (result, state), *_ = run_on_processes(run, 1, parts)
+    assert 0 < stopped[0]["step"] < result["step"] and result["status"] == "finished"
+    assert_same_state(state, expected, tolerance=2e-5)
 
 
 def test_a_run_moved_from_two_to_one_to_three_workers_equals_an_uninterrupted_one(data, tmp_path):
