@@ -122,6 +122,7 @@ class Pool:
         self._failed: list[Exception] = []
         self._gone_since: float | None = time.monotonic()
         """Since when there is no member that is ready; None while there is one."""
+        self._start_timeout_s = cluster.start_timeout_s
         self._limit_s, self._is_new, self._has_said = cluster.start_timeout_s, True, True
         self.slots = [_Slot(index=index) for index in range(members)]
         for slot in self.slots:
@@ -219,7 +220,7 @@ class Pool:
             self.placement.remove()
 
     def _start(self, slot: _Slot) -> None:
-        slot.pid, slot.restart_at, slot.start_due = None, None, time.monotonic() + self._limit_s
+        slot.pid, slot.restart_at, slot.start_due = None, None, time.monotonic() + self._start_timeout_s
         slot.actor = self.placement.actor(_Member, slot.index, (root(), fingerprint()))
         self._busy[slot.actor.start.remote(self.build, self.arguments)] = (slot, None)
 
@@ -275,7 +276,7 @@ class Pool:
             if work is None and now >= slot.start_due:
                 logger.warning(
                     "member %d of the %s has not been ready for %.0f s; it hangs, and is replaced",
-                    *(slot.index, self.name, self._limit_s),
+                    *(slot.index, self.name, self._start_timeout_s),
                 )
                 slot.start_due = math.inf
                 ray.kill(slot.actor)
