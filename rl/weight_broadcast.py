@@ -11,17 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cluster.errors import ClusterError
 from cluster.pool import Pool
 from cluster.side_group import GroupLostError, Invitation, Meeting, SideGroup
-from rl.weight_sync import FlatWeights, Layout, put_range, put_weights
+from rl.weight_sync import BUCKET_VALUES, FlatWeights, Layout, put_range, put_weights
 
 logger = logging.getLogger(__name__)
 
-BUCKET_VALUES = 4 * 2**20
-"""Weights of one broadcast: 16 MiB."""
 TIMEOUT_S = 60.0
 """For each wait: until all have come, for a bucket, and for the answers behind the last."""
 _MOST_FAILURES = 3
@@ -116,10 +114,11 @@ class WeightSender:
             logger.info(
                 "weights go to %d rollout workers by %s (group %d)", len(members), backend, self.groups
             )
-        values = weights.values.to(self._group.device)
-        self._group.broadcast(_header(version, values), self._hear)
-        for bucket in values.split(BUCKET_VALUES):
-            self._group.broadcast(bucket, self._hear)
+        device = self._group.device
+        header = torch.tensor([version, weights.values.numel()], dtype=torch.int64, device=device)
+        self._group.broadcast(header, self._hear)
+        for bucket in weights.values.split(BUCKET_VALUES):
+            self._group.broadcast(bucket.to(device), self._hear)
         until = time.monotonic() + self._timeout_s
         while self._awaited:
             if time.monotonic() > until:
@@ -196,7 +195,3 @@ class HeldWeights:
             bucket = buffer[: min(BUCKET_VALUES, size - first)]
             self._group.broadcast(bucket)
             put_range(self.module, call.layout, first, bucket)
-
-
-def _header(version: int, values: Tensor) -> Tensor:
-    return torch.tensor([version, values.numel()], dtype=torch.int64, device=values.device)

@@ -13,8 +13,8 @@ from cluster import side_group
 from cluster.configuration import ClusterConfig
 from cluster.errors import ClusterError
 from cluster.pool import Pool
-from rl.weight_broadcast import BUCKET_VALUES, HeldWeights, WeightCall, WeightSender
-from rl.weight_sync import FlatWeights
+from rl.weight_broadcast import HeldWeights, WeightCall, WeightSender
+from rl.weight_sync import BUCKET_VALUES, FlatWeights
 
 TWO = ClusterConfig(workers=2, start_timeout_s=60)
 WIDTH = 2_100

@@ -8,6 +8,7 @@ import torch
 
 from cluster.process import Process
 from cluster.storage import Storage
+from rl import weight_sync
 from rl.policy_version import age, new_start, version_of
 from rl.weight_sync import gather_weights, put_weights
 from sharding.state import Piece
@@ -18,6 +19,8 @@ from trainer.plain_engine import named_state, named_trainable
 
 
 def trained(process: Process, case: Case):
+    # Buckets that end inside of pieces.
+    weight_sync.BUCKET_VALUES = 1000
     learner = make_learner(case, process)
     run_steps(case, process, learner, 0, case.steps)
     return gather_weights(learner.engine, process)
