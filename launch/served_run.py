@@ -11,6 +11,8 @@ from launch.run_directory import CHECKPOINTS, absolute, absolute_search, load_co
 from trainer.configuration import PretrainConfig
 
 SECTIONS = ("data", "evaluation", "search", "cluster")
+FOR_ANY_MODEL = ("allow", "deny")
+"""Options of a search that is no beam."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,18 @@ class DataOptions:
             raise ConfigError(f"data.feedback-lag-s must be at least 0, got {self.feedback_lag_s}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServingOptions:
+    filter_seen: bool = True
+    """Leave items of the user's known past out of the lists."""
+    users_per_batch: int = 512
+    """Users served together by all workers."""
+    filter_from: int = 10
+    """A filter of conditions looks at this many times the list; a search.width must be as wide."""
+    index: Literal["exact", "hnsw"] = "exact"
+    """How items are searched: all of them, or by a graph of neighbours (faiss HNSW), which may miss some."""
+
+
 def parse_served(command: str, arguments: list[str], form: type) -> tuple[PretrainConfig, Any]:
     """The configuration of the run named first, with its sections overridden, and the command's own options.
 
@@ -41,11 +55,12 @@ def parse_served(command: str, arguments: list[str], form: type) -> tuple[Pretra
         if not {"-h", "--help"} & set(rest):
             raise ConfigError(f"grail {command} needs a run directory in front of the options")
         parse(form, ["--help"], program=program)
-    config = load_config(name)
+    trained = config = load_config(name)
     options = parse(form, rest, program=program, default=_with_sections(form, config))
     for section in SECTIONS:
         if hasattr(options, section):
             config = _override(config, section, getattr(options, section))
+    _check_search(config, trained)
     return config, options
 
 
@@ -78,6 +93,20 @@ def asked_alike(config: PretrainConfig, other: PretrainConfig) -> PretrainConfig
         search=other.search,
         cluster=other.cluster,
     )
+
+
+def _check_search(config: PretrainConfig, trained: PretrainConfig) -> None:
+    """Raises: ConfigError for options of a beam where the model has none."""
+    if getattr(config.model, "needs_semantic_ids", False):
+        return
+    names = (entry.name for entry in dataclasses.fields(config.search) if entry.name not in FOR_ANY_MODEL)
+    given = [name for name in names if getattr(config.search, name) != getattr(trained.search, name)]
+    if given:
+        raise ConfigError(
+            f"{', '.join(f'search.{name}'.replace('_', '-') for name in given)} is for models that generate semantic "
+            f"IDs, and a {type(config.model).__qualname__.split('.')[0]} ranks its items one by one; leave it out "
+            "(search.allow and search.deny work for any model)"
+        )
 
 
 def _with_sections(form: type, config: PretrainConfig) -> Any:

@@ -10,8 +10,8 @@ from cluster.errors import ConfigError
 from cluster.storage import renamed_at_end
 from launch.progress import start_console
 from launch.run_directory import local_file
-from launch.served_run import DataOptions, find_step, parse_served
-from trainer.configuration import EvaluationConfig, PretrainConfig, SearchConfig
+from launch.served_run import DataOptions, ServingOptions, find_step, parse_served
+from trainer.configuration import PretrainConfig, SearchConfig
 
 CATEGORIES = "categories"
 
@@ -32,7 +32,7 @@ class RecommendOptions:
     checkpoint: str = "best"
     """latest, best or the number of a step."""
     data: DataOptions = field(default_factory=DataOptions)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    evaluation: ServingOptions = field(default_factory=ServingOptions)
     search: SearchConfig = field(default_factory=SearchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 

@@ -8,7 +8,7 @@ from cluster.reporter import Event
 from launch.cli import run as grail
 from launch.commands.evaluate import EvaluateOptions
 from launch.commands.pretrain import parse_config
-from launch.commands.recommend import _require_rows
+from launch.commands.recommend import RecommendOptions, _require_rows
 from launch.plots import points, write_curves
 from launch.run_directory import (
     CONFIG,
@@ -55,11 +55,20 @@ def test_the_options_scripts_rely_on_are_there(tmp_path):
 
 def test_what_a_search_reads_is_named_from_the_root_on(tmp_path):
     options = "--search.prm --search.prm-run prm --search.allow a.txt --search.deny d.txt".split()
-    trained = parse_config("sasrec", options)
-    prepare(parse_config("sasrec", ["--run-dir", str(tmp_path)]))
+    trained = parse_config("promise", options)
+    prepare(parse_config("promise", ["--run-dir", str(tmp_path)]))
     served, _ = parse_served("evaluate", [str(tmp_path), *options], EvaluateOptions)
     for search in (trained.search, served.search):
         assert (search.prm_run, search.allow, search.deny) == tuple(map(absolute, ("prm", "a.txt", "d.txt")))
+
+
+def test_options_of_a_beam_are_refused_where_there_is_none(tmp_path):
+    prepare(parse_config("sasrec", ["--run-dir", str(tmp_path)]))
+    for command, form in (("evaluate", EvaluateOptions), ("recommend", RecommendOptions)):
+        with pytest.raises(ConfigError, match=r"search.method, search.width is for models .* a SASRec ranks"):
+            parse_served(command, [str(tmp_path), "--search.method", "gumbel", "--search.width", "3"], form)
+        served, _ = parse_served(command, [str(tmp_path), "--search.deny", "d.txt"], form)
+        assert served.search.deny == absolute("d.txt")
 
 
 def test_another_objective_takes_the_place_of_the_recipe_s_with_options_of_its_own():
