@@ -130,7 +130,7 @@ import_packages() {
     DS_ACCELERATOR=$(torch_device) OMP_NUM_THREADS=1 $venv/bin/python - <<'PYTHON'
 import importlib, importlib.metadata as metadata, platform
 modules = """torch torchrec fbgemm_gpu deepspeed ray webdataset wandb tensordict torchmetrics numpy scipy polars
-pyarrow.parquet tyro rich matplotlib faiss fsspec safetensors yaml psutil pytest beartype
+pyarrow.parquet tyro rich matplotlib faiss fsspec safetensors yaml jaxtyping psutil pytest beartype
 transformers launch trainer sharding models rl data_streams cluster"""
 for module in modules.split():
     print("importing", module, flush=True)

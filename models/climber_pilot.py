@@ -39,6 +39,7 @@ from models.kernels.masked_attention import (
     prefix_masks,
     users_of_buckets,
 )
+from models.layers.initialise import initialise
 from models.multi_item_targets import (
     NO_CONDITION,
     OFFERED,
@@ -52,7 +53,7 @@ from models.multi_item_targets import (
     with_item_conditions,
 )
 from models.recommender import LossSum, StepContext
-from models.sasrec import Block, SASRec, initialise
+from models.sasrec import Block, SASRec
 from models.tables import Ids, Rows
 
 

@@ -1,6 +1,7 @@
 """What generators share that read a user's items as one token each: its codes and, if wanted, a row of its own."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from models.item_sequence import ITEM_TABLE
 from models.kernels.length_buckets import bucket_layout
 from models.layers.code_embedding import CodeEmbedding
 from models.layers.dropout import Dropout
+from models.layers.initialise import initialise
 from models.layers.linear import Linear
 from models.layers.transformer import FeedForward, TransformerBlock
 from models.recommender import StepContext
@@ -76,13 +78,7 @@ class CodedHistory(Generator):
 
     def initialise(self) -> None:
         """To be called when all parts are there."""
-        self.apply(self._initialise)
-
-    def _initialise(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.init_scale)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+        self.apply(partial(initialise, scale=self.config.init_scale))
 
     def tables(self) -> list[TableSpec]:
         if not self.config.item_rows:

@@ -56,13 +56,6 @@ class ContextGenerator(Generator):
         self.norms = nn.ModuleList(RMSNorm(config.width) for _ in self.code_sizes)
         self.heads = nn.ModuleList(Linear(config.width, size, bias=False) for size in self.code_sizes)
 
-    def initialise(self, module: nn.Module) -> None:
-        """To be applied to all modules once they are there."""
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.init_scale)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-
     def tables(self) -> list[TableSpec]:
         return self.context.tables()
 

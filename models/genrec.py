@@ -10,6 +10,7 @@ the paper does, from a language model on disk (`models.pretrained_decoder`).
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,6 +22,7 @@ from data_streams.jagged import Jagged
 from models.generator import DecodeState, Generator, next_code_loss
 from models.kernels.page_attention import PageLayout
 from models.layers.code_embedding import CodeEmbedding
+from models.layers.initialise import initialise
 from models.layers.linear import Linear
 from models.layers.page_decoder import PageDecoder
 from models.layers.shared_prompt_attention import PromptLayout
@@ -114,17 +116,11 @@ class GenRec(Generator):
         is_pretrained = bool(self.config.pretrained)
         for part in self.children():
             if part is not self.decoder or not is_pretrained:
-                part.apply(self._initialise)
+                part.apply(partial(initialise, scale=self.config.init_scale))
         if is_pretrained:
             self.decoder.initialise_like_vocabulary(self.codes.vectors)
         if self.config.merge:
             self.merger.initialise()
-
-    def _initialise(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.init_scale)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
 
     def tables(self) -> list[TableSpec]:
         return []

@@ -9,6 +9,7 @@ layers is published; more than one target per user; in search, a model of sessio
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from models.known_tokens import COUNTS, KNOWN, with_known_tokens
 from models.layers.code_decoder import CodeBlock, CodeDecoder, KeyValues
 from models.layers.feedforward import FeedForwardConfig
 from models.layers.full_encoder import FullEncoder
+from models.layers.initialise import initialise
 from models.layers.linear import Linear
 from models.layers.moe import MixtureConfig
 from models.layers.qformer import QFormer
@@ -126,7 +128,7 @@ class OneRec(ContextGenerator):
         self.decoder = CodeDecoder(
             [EncodedBlock(feedforward=part, **shape) for part in blocks], range(config.num_decoder_blocks)
         )
-        self.apply(self.initialise)
+        self.apply(partial(initialise, scale=config.init_scale))
         self.code_vectors = None
         self.steps_without_session = 0
 

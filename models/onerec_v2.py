@@ -10,6 +10,7 @@ have the published numbers of parameters.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from models.context_generator import ContextGenerator, ContextGeneratorConfig
 from models.generator import DecodeState, next_code_loss
 from models.kernels.context_attention import ContextLayout
 from models.layers.feedforward import FeedForwardConfig
+from models.layers.initialise import initialise
 from models.layers.lazy_decoder import ContextKeyValues, LazyShape, lazy_decoder
 from models.layers.moe import MixtureConfig
 from models.layers.shared_prompt_attention import PromptLayout
@@ -85,7 +87,7 @@ class OneRecV2(ContextGenerator):
         super().__init__(config, token_dim=shape.context_dim, **parts)
         self.key_values = ContextKeyValues(shape)
         self.decoder = lazy_decoder(shape, list(_feedforwards(config)))
-        self.apply(self.initialise)
+        self.apply(partial(initialise, scale=config.init_scale))
 
     def forward(self, rows: Rows, batch: SequenceBatch, context: StepContext) -> LossSum:
         paths = self.item_codes[predicted_targets(batch)]

@@ -19,6 +19,7 @@ from models.kernels.jagged_attention import jagged_attention
 from models.kernels.length_buckets import BucketLayout, bucket_layout
 from models.layers.dropout import Dropout
 from models.layers.heads import checked_heads
+from models.layers.initialise import initialise
 from models.layers.linear import Linear
 
 
@@ -44,14 +45,6 @@ class SASRec(ItemSequenceModel):
         for block in self.blocks:
             hidden = block(hidden, layout)
         return self.final_norm(hidden)
-
-
-def initialise(module: nn.Module, scale: float) -> None:
-    """Draw the weights of a linear layer or an embedding anew; for `nn.Module.apply`."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=scale)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
 
 
 class Block(nn.Module):

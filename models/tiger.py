@@ -8,6 +8,7 @@ history the older targets are left out, and the first ones kept see less before 
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,6 +22,7 @@ from models.kernels.length_buckets import BucketLayout, bucket_layout
 from models.kernels.masked_attention import masked_attention, prefix_masks
 from models.layers.code_embedding import CodeEmbedding
 from models.layers.dropout import Dropout
+from models.layers.initialise import initialise
 from models.layers.linear import Linear
 from models.layers.shared_prompt_attention import PromptKeyValues, PromptLayout, shared_prompt_attention
 from models.layers.transformer import DecoderBlock, FeedForward, Memory, TransformerBlock
@@ -96,13 +98,7 @@ class Tiger(Generator):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.heads = nn.ModuleList(Linear(config.width, size) for size in self.code_sizes)
-        self.apply(self._initialise)
-
-    def _initialise(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.init_scale)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+        self.apply(partial(initialise, scale=config.init_scale))
 
     @property
     def is_causal(self) -> bool:

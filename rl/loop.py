@@ -23,7 +23,17 @@ from rl.scoring import Scored, Scorer
 from rl.stopwatch import Means, Stopwatch
 from rl.types import Completions
 from trainer.feed import Agreement
-from trainer.job import Job, complete_step, end_epoch, finish, planned_steps, save, validate, write_window
+from trainer.job import (
+    Job,
+    complete_step,
+    end_epoch,
+    finish,
+    make_feed,
+    planned_steps,
+    save,
+    validate,
+    write_window,
+)
 from trainer.schedule import rate_fraction
 
 logger = logging.getLogger(__name__)
@@ -63,7 +73,7 @@ def align(alignment: Alignment) -> dict[str, Any]:
     """
     job, watch = alignment.job, alignment.watch
     config, progress = job.config.train, job.progress
-    feed = _make_feed(job)
+    feed = make_feed(job, PromptFeed)
     total_steps = planned_steps(config, job.stream)
     _keep_start(alignment)
     _publish(alignment)
@@ -94,20 +104,6 @@ def align(alignment: Alignment) -> dict[str, Any]:
             _heed_alarms(alignment)
     _validate_last(job)
     return {**finish(job), "notes": progress.notes}
-
-
-def _make_feed(job: Job) -> PromptFeed:
-    return PromptFeed(
-        job.stream,
-        job.assembly.model,
-        job.assembly.item_features,
-        job.process,
-        seed=job.config.seed,
-        micro_batches=job.config.train.micro_batches,
-        prefetch_steps=job.config.data.prefetch_steps,
-        stop_requested=job.reporter.stop_requested,
-        checkpoint_after=job.clock.due_after,
-    )
 
 
 def _keep_start(alignment: Alignment) -> None:

@@ -12,11 +12,10 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-from beartype import BeartypeConf
-from beartype.claw import beartype_packages
+from jaxtyping import install_import_hook
 
 # In this process's tests only; training pays nothing for it.
-beartype_packages(("models", "sharding", "trainer"), conf=BeartypeConf())
+install_import_hook(["models", "sharding", "trainer"], "beartype.beartype")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

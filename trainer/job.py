@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,8 @@ from trainer.weight_average import averaged
 
 logger = logging.getLogger(__name__)
 
+FeedKind = TypeVar("FeedKind", bound=Feed)
+
 
 @dataclass(kw_only=True)
 class Job:
@@ -55,6 +57,21 @@ class Job:
     freed_memory: FreedMemory = field(default_factory=FreedMemory)
     after_validation: Callable[[Mapping[str, float]], None] = lambda metrics: None
     """What else the loop makes of the metrics of a validation."""
+
+
+def make_feed(job: Job, kind: type[FeedKind]) -> FeedKind:
+    """Where the steps of a run come from."""
+    return kind(
+        job.stream,
+        job.assembly.model,
+        job.assembly.item_features,
+        job.process,
+        seed=job.config.seed,
+        micro_batches=job.config.train.micro_batches,
+        prefetch_steps=job.config.data.prefetch_steps,
+        stop_requested=job.reporter.stop_requested,
+        checkpoint_after=job.clock.due_after,
+    )
 
 
 def planned_steps(config: TrainConfig, stream: TrainStream) -> int:

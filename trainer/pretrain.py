@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from trainer.feed import Feed
-from trainer.job import Job, complete_step, end_epoch, finish, planned_steps, write_window
+from trainer.job import Job, complete_step, end_epoch, finish, make_feed, planned_steps, write_window
 from trainer.schedule import rate_fraction
 
 PROFILED_STEPS = range(10, 15)
@@ -20,7 +20,7 @@ def train(job: Job) -> dict[str, Any]:
     Raises: DivergenceError if a loss or gradient is not finite; DataError for damaged shards.
     """
     config, progress = job.config.train, job.progress
-    feed = _make_feed(job)
+    feed = make_feed(job, Feed)
     total_steps = planned_steps(config, job.stream)
     job.reporter.stepped(progress.step)
     while progress.status == "running":
@@ -38,20 +38,6 @@ def train(job: Job) -> dict[str, Any]:
         else:
             end_epoch(job)
     return finish(job)
-
-
-def _make_feed(job: Job) -> Feed:
-    return Feed(
-        job.stream,
-        job.assembly.model,
-        job.assembly.item_features,
-        job.process,
-        seed=job.config.seed,
-        micro_batches=job.config.train.micro_batches,
-        prefetch_steps=job.config.data.prefetch_steps,
-        stop_requested=job.reporter.stop_requested,
-        checkpoint_after=job.clock.due_after,
-    )
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Summed softmax cross-entropy of queries over explicit candidates, on one process."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -72,7 +74,7 @@ def cross_entropy_with_gradients(
     return total, to_queries, to_candidates
 
 
-def block_rows(queries: Tensor, num_candidates: int) -> int:
-    """Queries scored at a time."""
-    cells = BLOCK_CELLS.get(queries.device.type, BLOCK_CELLS["cuda"])
+def block_rows(queries: Tensor, num_candidates: int, block_cells: Mapping[str, int] = BLOCK_CELLS) -> int:
+    """Queries scored at a time, for so many scores of a block by kind of device."""
+    cells = block_cells.get(queries.device.type, block_cells["cuda"])
     return max(cells // max(num_candidates, 1) // ALIGNMENT_ROWS, 1) * ALIGNMENT_ROWS

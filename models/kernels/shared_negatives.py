@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.layers.linear import ALIGNMENT_ROWS, align_rows, matmul_dtype
+from models.kernels.cross_entropy import block_rows
+from models.layers.linear import align_rows, matmul_dtype
 
 BLOCK_CELLS = {"cpu": 2**18, "cuda": 2**26}
 """Scores computed at a time: what stays in the caches of a processor, what keeps an accelerator busy."""
@@ -68,7 +69,7 @@ class _SharedNegativeLoss(torch.autograd.Function):
         to_negatives = torch.zeros(columns.shape, device=queries.device)
         # Beside the matrix products, whose type is chosen above, everything is fp32.
         with torch.autocast(queries.device.type, enabled=False):
-            for start in range(0, len(queries), step := _block_rows(queries, len(negatives))):
+            for start in range(0, len(queries), step := block_rows(queries, len(negatives), BLOCK_CELLS)):
                 block, here = rows[start : start + step], slice(start, start + step)
                 count = len(positive[here])
                 scores = (block @ columns.T)[:count, : len(negatives)].float()
@@ -87,11 +88,6 @@ class _SharedNegativeLoss(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         to_queries, to_negatives, to_positive = ctx.saved_tensors
         return to_queries * gradient, to_negatives * gradient, to_positive * gradient, *(None,) * 3
-
-
-def _block_rows(queries: Tensor, num_negatives: int) -> int:
-    cells = BLOCK_CELLS.get(queries.device.type, BLOCK_CELLS["cuda"])
-    return max(cells // max(num_negatives, 1) // ALIGNMENT_ROWS, 1) * ALIGNMENT_ROWS
 
 
 def _operand(values: Tensor, num_rows: int, num_columns: int, dtype: torch.dtype) -> Tensor:
