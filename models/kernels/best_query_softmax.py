@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from models.kernels.cross_entropy import block_rows
-from models.layers.linear import matmul_dtype
 
 
 def best_query_softmax(
@@ -38,8 +37,8 @@ class _BestQuerySoftmax(torch.autograd.Function):
         negative_ids: Tensor,
         bias: Tensor,
     ) -> Tensor:
-        dtype = matmul_dtype(queries)
-        rows, columns = queries.to(dtype), negatives.to(dtype)
+        # Never bf16: products of queries that are alike would tie, and a tie teaches the first of them alone.
+        rows, columns = queries.float(), negatives.float()
         total = positive.new_zeros(())
         to_queries = torch.empty(queries.shape, device=queries.device)
         to_negatives = torch.zeros(negatives.shape, device=queries.device)
@@ -50,16 +49,14 @@ class _BestQuerySoftmax(torch.autograd.Function):
                 here = slice(start, start + step)
                 products = rows[here] @ columns.T
                 scores, best = products.max(1)
-                scores = (scores.float() + bias).masked_fill_(
-                    targets[here, None] == negative_ids, float("-inf")
-                )
+                scores = (scores + bias).masked_fill_(targets[here, None] == negative_ids, float("-inf"))
                 normaliser = torch.cat((positive[here, None], scores), dim=1).logsumexp(1)
                 total += (normaliser - positive[here]).sum()
                 to_positive[here] = (positive[here] - normaliser).exp() - 1
-                shares = (scores - normaliser[:, None]).exp_().to(dtype)
+                shares = (scores - normaliser[:, None]).exp_()
                 slopes = torch.zeros_like(products).scatter_(1, best[:, None], shares[:, None])
-                to_queries[here] = (slopes @ columns).float()
-                to_negatives += (slopes.flatten(0, 1).T @ rows[here].flatten(0, 1)).float()
+                to_queries[here] = slopes @ columns
+                to_negatives += slopes.flatten(0, 1).T @ rows[here].flatten(0, 1)
         ctx.save_for_backward(to_queries, to_negatives, to_positive)
         return total
 
