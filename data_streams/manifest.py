@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from cluster.errors import DataError
+from cluster.errors import ConfigError, DataError
 from cluster.storage import Storage
 from data_streams.schema import EXPOSURE
 
@@ -84,6 +84,15 @@ class Manifest:
         """Codes in the column `action` of what is no part of a user's sequence, such as exposures."""
         beside = {EXPOSURE, *self.split.get("page_actions", [])}
         return [code for code, name in enumerate(self.actions) if name in beside]
+
+    def action_code(self, name: str) -> int:
+        """How an action is written in the data. Raises: ConfigError where it is none of the data's."""
+        if name not in self.actions:
+            raise ConfigError(
+                f"evaluation.held-out-action must be an action of the data, of {', '.join(self.actions) or 'none'}; "
+                f"got {name}"
+            )
+        return self.actions.index(name)
 
     def save(self, storage: Storage) -> None:
         """Write the manifest: the last act of a build, because its presence says that all is there."""

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -36,6 +36,7 @@ PAGE_OPTIONS = (
     "history_exposures",
 )
 PAGE_COUNTERS = ("pages", "pages_without_target", "pages_without_history")
+ACTION = "action"
 ORDER_OPTIONS = ("max_length", "tokens_per_step", "num_streams", "shuffle_chunks")
 
 Position = Mapping[str, Any]
@@ -227,10 +228,14 @@ class EvaluationStream:
         world_size: int,
         users_per_batch: int,
         user_share: float = 1.0,
+        held_out_action: str = "",
     ):
         """`users_per_batch` counts the users of all ranks; a share below 1 draws users of valid and test, always the
-        same ones. Raises: as TrainStream."""
+        same ones; a named action leaves only those whose held-out event has it. Raises: as TrainStream."""
+        if held_out_action:
+            config = replace(config, columns=tuple(dict.fromkeys((*config.columns, ACTION))))
         storage, self.manifest = open_data(config)
+        self._action = self.manifest.action_code(held_out_action) if held_out_action else None
         self._config, self._split = config, split
         self._user_share = 1.0 if split == "serve" else user_share
         self._batch_users = max(users_per_batch // world_size, 1)
@@ -299,6 +304,10 @@ class EvaluationStream:
             known = self._reading.known_events(chunk, held_out)
         if self._user_share < 1:
             known = np.where(self._is_drawn(chunk.users), known, -1)
+        if self._action is not None and self._split != "serve":
+            # Without a held-out event (-1) any action is read, and the user is left out as it is.
+            actions = chunk.columns[ACTION][chunk.offsets[:-1] + held_out]
+            known = np.where(actions == self._action, known, -1)
         self._without_history += int(((known == 0) & (held_out >= 0)).sum())
         places = np.flatnonzero(known > 0)
         return places, known[places], chunk.offsets[places] + held_out[places]

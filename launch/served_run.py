@@ -39,6 +39,9 @@ class ServingOptions:
     """A filter of conditions looks at this many times the list; a search.width must be as wide."""
     index: Literal["exact", "hnsw"] = "exact"
     """How items are searched: all of them, or by a graph of neighbours (faiss HNSW), which may miss some."""
+    objective: str = ""
+    """Action, such as purchase, that a model of several objectives (URM) is asked for; left out, click, or where there
+    is none the data's first action."""
 
 
 def parse_served(command: str, arguments: list[str], form: type) -> tuple[PretrainConfig, Any]:

@@ -107,7 +107,10 @@ class Retriever(Recommender):
 
     @abstractmethod
     def query(self, rows: Rows, batch: SequenceBatch) -> Tensor:
-        """The user after the whole history. Shapes: [B, D] fp32."""
+        """The user after the whole history, by one query or by M, of which the best counts for each item.
+
+        Shapes: [B, D] or [B, M, D] fp32.
+        """
 
     @abstractmethod
     def item_ids(self, items: Tensor) -> Ids:

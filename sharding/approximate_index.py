@@ -41,7 +41,15 @@ class HnswIndex:
     def find(
         self, queries: Tensor, exclude: Jagged | None = None, *, k: int = 0, targets: Tensor | None = None
     ) -> Found:
-        """As `ItemIndex.find`; a target that was not found has an infinite rank."""
+        """As `ItemIndex.find`; a target that was not found has an infinite rank.
+
+        Raises: ConfigError where users come with several queries.
+        """
+        if queries.dim() == 3:
+            raise ConfigError(
+                "evaluation.index hnsw searches by one query per user, and the model asks with "
+                f"{queries.shape[1]}; say --evaluation.index exact"
+            )
         longest = 0 if exclude is None else exclude.max_length
         sizes = exchange_integers([queries.shape[0], longest], self.process)
         counts, wide = [size[0] for size in sizes], max(k, SEARCH_BREADTH) + max(size[1] for size in sizes)

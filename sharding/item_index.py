@@ -4,6 +4,8 @@ Every rank scores the queries of all ranks against its own items; only the few b
 travel back. Matrix products always have the same shape, padded where needed: a score then has the same bits
 wherever its item and its query lie, so items with equal vectors tie exactly and results do not depend on the
 number of ranks. (With other shapes a library takes other paths, and most scores differ in their last bit.)
+
+A user may come with several queries, of which the best one counts for each item: its score is their largest product.
 """
 
 from collections.abc import Iterator, Mapping
@@ -108,7 +110,8 @@ class ItemIndex:
     def search(self, queries: Tensor, k: int, exclude: Jagged | None = None) -> tuple[Tensor, Tensor]:
         """The k best items of each query but for its `exclude` row; of equal scores the smaller item first.
 
-        Shapes: queries [B, D] -> items [B, k] int64, scores [B, k] fp32; empty slots are -1 with score -inf.
+        Shapes: queries [B, D] or [B, M, D] -> items [B, k] int64, scores [B, k] fp32; empty slots are -1 with score
+        -inf.
         """
         found = self.find(queries, exclude, k=k)
         return found.items, found.scores
@@ -118,7 +121,7 @@ class ItemIndex:
 
         Infinite for a target that `restrict` has closed: it is in no list, however long.
 
-        Shapes: queries [B, D], targets [B] int64 -> [B] fp32.
+        Shapes: queries [B, D] or [B, M, D], targets [B] int64 -> [B] fp32.
         """
         return self.find(queries, exclude, targets=targets).ranks
 
@@ -128,15 +131,15 @@ class ItemIndex:
     ) -> Found:
         """`search` (when k is given) and `ranks` (when targets are) with one product per block.
 
-        Cost: all-gathers of queries and excluded items; an all-to-all of k numbers per query and rank;
-        all-reduces of the targets' vectors and of one number per query.
+        Cost: M products of a block for M queries a user; all-gathers of queries and excluded items; an all-to-all of
+        k numbers per query and rank; all-reduces of the targets' vectors and of one number per query.
         """
         sizes = exchange_integers(
             [queries.shape[0], 0 if exclude is None else exclude.values.shape[0]], self.process
         )
         counts = [size[0] for size in sizes]
         every_query = gather_rows(queries.float(), counts)
-        bad = int((~every_query.isfinite().all(1)).sum())
+        bad = int((~every_query.flatten(1).isfinite().all(1)).sum())
         if bad:
             _raise_not_finite("users' query vectors", bad, sum(counts))
         excluded = self._excluded_cells(exclude, counts, [size[1] for size in sizes])
@@ -155,7 +158,9 @@ class ItemIndex:
         self, queries: Tensor, excluded: "_Cells", k: int, targets: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Best keys [Q, k] among own items, and twice the places they push each target down [Q]."""
-        chunks = _in_blocks(queries, QUERY_ROWS)
+        # The M queries of a user lie apart, so that each product has the shape of one query per user.
+        queries = queries[:, None] if queries.dim() == 2 else queries
+        chunks = _in_blocks(queries, QUERY_ROWS).transpose(1, 2).contiguous()
         num_rows = chunks.shape[0] * QUERY_ROWS
         best = _encode(torch.full((num_rows, k), float("-inf"), device=self.device), 0)
         above = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
@@ -178,18 +183,22 @@ class ItemIndex:
         return best[: len(queries)], above[: len(queries)]
 
     def _score(self, queries: Tensor, block: int, scores: Tensor) -> None:
+        """Shapes: queries [M, Q, D], scores [Q, n], which are overwritten."""
         with torch.autocast(self.device.type, enabled=False):
-            torch.mm(queries, self.blocks[block].T, out=scores)
+            torch.mm(queries[0], self.blocks[block].T, out=scores)
+            for others in queries[1:]:
+                torch.maximum(scores, others @ self.blocks[block].T, out=scores)
         scores[:, self.stop - self.start - block * self.block_rows :] = float("-inf")
         if self.closed_blocks is not None:
             scores.masked_fill_(self.closed_blocks[block], float("-inf"))
 
     def _pair_scores(self, queries: Tensor, vectors: Tensor) -> Tensor:
-        """Score of each query with one vector, with the bits of a block. Shapes: 2 x [Q, D] -> [Q, 1]."""
+        """Score of each user with one vector, with the bits of a block. Shapes: [M, Q, D], [Q, D] -> [Q, 1]."""
         block = queries.new_zeros(self.block_rows, self.dim)
         block[:QUERY_ROWS] = vectors
         with torch.autocast(self.device.type, enabled=False):
-            return (queries @ block.T).diagonal()[:, None]
+            # One by one: a product of all at once may round in another way.
+            return torch.stack([(part @ block.T).diagonal() for part in queries]).amax(0)[:, None]
 
     def _keep_best(self, best: Tensor, scores: Tensor, block: int) -> Tensor:
         keys = _encode(scores, self.start + block * self.block_rows)
@@ -264,11 +273,11 @@ def _own_range(num_items: int, process: Process | None) -> tuple[int, int]:
 
 
 def _in_blocks(rows: Tensor, block_rows: int) -> Tensor:
-    """Shapes: [n, D] -> [ceil(n / block_rows), block_rows, D], the last one filled up with zeros."""
+    """Shapes: [n, ...] -> [ceil(n / block_rows), block_rows, ...], the last one filled up with zeros."""
     num_blocks = -(-rows.shape[0] // block_rows)
-    padded = rows.new_zeros(num_blocks * block_rows, rows.shape[1])
+    padded = rows.new_zeros(num_blocks * block_rows, *rows.shape[1:])
     padded[: rows.shape[0]] = rows
-    return padded.view(num_blocks, block_rows, rows.shape[1])
+    return padded.view(num_blocks, block_rows, *rows.shape[1:])
 
 
 def _twice_places_above(scores: Tensor, target_scores: Tensor) -> Tensor:

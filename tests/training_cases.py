@@ -22,6 +22,7 @@ from models.objectives.in_batch_softmax import InBatchSoftmax
 from models.objectives.sampled_softmax import SampledSoftmax
 from models.recommender import Recommender, StepContext
 from models.sasrec import SASRec
+from models.urm import URM
 from sharding.configuration import ShardingConfig
 from sharding.lookup import ItemFeatures
 from tests.generator_cases import GENERATORS, PAGE_WISE, TREES, make_generator
@@ -40,6 +41,7 @@ MODELS = {
     "pilot": partial(ClimberPilot.Config, time_window_s=30_000.0),
     "conditioned-pilot": partial(ClimberPilot.Config, time_window_s=30_000.0, condition_column="group"),
     "mixture": MixtureModel.Config,
+    "urm": partial(URM.Config, item_width=12, num_heads=2, feedforward_width=24, num_queries=3, positions=3),
     "mtgr": partial(MTGR.Config, hidden=24),
     "mtgr of drawn windows": partial(MTGR.Config, hidden=24, window="drawn", user_rows=50),
 }

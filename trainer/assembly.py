@@ -121,6 +121,7 @@ class Assembly:
             world_size=self.process.world_size,
             users_per_batch=self.config.evaluation.users_per_batch,
             user_share=self.config.evaluation.user_share,
+            held_out_action=self.config.evaluation.held_out_action,
         )
 
     def module(self, wrap: Callable[[Recommender, torch.dtype], DenseModule] = DenseModule) -> DenseModule:
@@ -187,6 +188,13 @@ def build_model(
         parts["objective"] = config.objective.build(num_items=items.num_items, **counts)
     if getattr(config.model, "needs_actions", False):
         parts["actions"] = tuple(Manifest.load(Storage(config.data.path)).actions)
+    if getattr(config.model, "has_objectives", False):
+        parts["asked"] = config.evaluation.objective
+    elif config.evaluation.objective:
+        raise ConfigError(
+            f"evaluation.objective {config.evaluation.objective} needs a model of several objectives (grail pretrain "
+            f"urm), and this is a {type(config.model).__qualname__.split('.')[0]}; leave it out"
+        )
     if semantic_ids is not None:
         codes = torch.from_numpy(semantic_ids.codes).long()
         parts["semantic_ids"] = SemanticIds(codes=codes, code_sizes=semantic_ids.code_sizes)

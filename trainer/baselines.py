@@ -136,6 +136,7 @@ def evaluate_baselines(
         world_size=1,
         users_per_batch=users_per_batch,
         user_share=config.user_share,
+        held_out_action=config.held_out_action,
     )
     return {
         name: evaluate(

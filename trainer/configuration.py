@@ -71,6 +71,8 @@ class EvaluationConfig:
     """Users ranked together by all workers."""
     user_share: float = 1.0
     """Share of the users that is evaluated: drawn by their rows alone, so the same ones for every run and command."""
+    held_out_action: str = ""
+    """Evaluate only users whose held-out event has this action; left out, all."""
     condition: Literal["none", "attention", "filter"] = "none"
     """What a condition on the wanted items does: attention asks a model trained for it, filter takes other items out of
     the model's list (post-filtering), none leaves all as it is."""
@@ -78,6 +80,9 @@ class EvaluationConfig:
     """Item column of the conditions, such as categories; left out, that of the model."""
     conditions: tuple[str, ...] = ()
     """The conditions; left out, the narrowest one that the held-out item meets, which only evaluation knows."""
+    objective: str = ""
+    """Action, such as purchase, that a model of several objectives (URM) is asked for; left out, click, or where there
+    is none the data's first."""
     filter_from: int = 10
     """Post-filtering looks at this many times the longest list; a search.width must be as wide."""
     index: Literal["exact", "hnsw"] = "exact"

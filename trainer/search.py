@@ -107,15 +107,16 @@ class RetrievalSearch(Search):
         return self.score_with(self.queries(batch), candidates)
 
     def score_with(self, queries: Tensor, candidates: Tensor) -> Tensor:
-        """Scores of given items for given queries. Shapes: [B, D], [B, C] -> [B, C] fp32."""
+        """Scores of given items for given queries. Shapes: [B, D] or [B, M, D], [B, C] -> [B, C] fp32."""
         with evaluating(self.model):
             ids = self.model.item_ids(candidates.clamp(min=0).flatten())
             vectors = self.model.item_vectors(self.lookup(ids)[next(iter(ids))]).float()
-        scores = torch.einsum("bd,bcd->bc", queries, vectors.view(*candidates.shape, -1))
+        every = queries[:, None] if queries.dim() == 2 else queries
+        scores = torch.einsum("bmd,bcd->bmc", every, vectors.view(*candidates.shape, -1)).amax(1)
         return scores.masked_fill(candidates.to(scores.device) < 0, float("-inf"))
 
     def queries(self, batch: SequenceBatch) -> Tensor:
-        """What item vectors are multiplied with. Shapes: [B, D] fp32."""
+        """What item vectors are multiplied with. Shapes: [B, D] or [B, M, D] fp32, as the model's."""
         return self._ask(batch, self.model.query)
 
     def queries_under(self, batch: SequenceBatch, wanted: Tensor) -> Tensor:

@@ -38,6 +38,8 @@ class RetrievalObjective(nn.Module, ABC):
 
     features: tuple[str, ...]
     """Features of the item table whose rows the objective needs beside the history."""
+    takes_several_queries: bool = False
+    """Whether `forward` also takes queries [T, M, D], of which the best one counts for each item."""
 
     def __init__(self, scoring: Scoring, num_items: int):
         super().__init__()
@@ -59,7 +61,7 @@ class RetrievalObjective(nn.Module, ABC):
         """Shapes: queries [T, D], targets [T], vectors and ids per feature [n, D] and [n]."""
 
     def queries(self, states: Tensor) -> Tensor:
-        """What item vectors are multiplied with; carries the temperature. Shapes: [n, D] -> [n, D] fp32."""
+        """What item vectors are multiplied with; carries the temperature. Shapes: [..., D] -> [..., D] fp32."""
         states = states.float()
         scaled = F.normalize(states, dim=-1, eps=1e-6) if self.scoring.normalised else states
         return scaled / self.scoring.temperature

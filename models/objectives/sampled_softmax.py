@@ -4,14 +4,17 @@ Source: the sampled softmax of Zhai et al., Actions Speak Louder than Words (202
 uniformly and per position. Deviation: one set of negatives per step, of which a share may be drawn by popularity.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from models.kernels.best_query_softmax import best_query_softmax
 from models.kernels.sampled_softmax import shared_negative_softmax
 from models.objectives.negatives import NegativeSampling, SharedNegativeObjective
+from models.recommender import LossSum, StepContext
 
 
 class SampledSoftmax(SharedNegativeObjective):
@@ -19,7 +22,11 @@ class SampledSoftmax(SharedNegativeObjective):
 
     With `log_q`, log Q_j is taken from s_tj, where Q_j is the number of times item j is expected among the
     negatives. That makes the sum over negatives an unbiased estimate of the sum over the whole catalogue.
+
+    With queries [T, M, D], a score is the largest product of an item with a position's M queries.
     """
+
+    takes_several_queries = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config(NegativeSampling):
@@ -36,8 +43,29 @@ class SampledSoftmax(SharedNegativeObjective):
     def loss(
         self, queries: Tensor, negatives: Tensor, positive: Tensor, targets: Tensor, negative_ids: Tensor
     ) -> Tensor:
+        return shared_negative_softmax(
+            queries, negatives, positive, targets, negative_ids, self._weights(negative_ids)
+        )
+
+    def forward(
+        self,
+        queries: Tensor,
+        targets: Tensor,
+        vectors: Mapping[str, Tensor],
+        ids: Mapping[str, Tensor],
+        context: StepContext,
+    ) -> LossSum:
+        if queries.dim() == 2:
+            return super().forward(queries, targets, vectors, ids, context)
+        positive = (queries * vectors["target"][:, None]).sum(-1).max(1).values
+        loss = best_query_softmax(
+            *(queries, vectors["negative"], positive, targets, ids["negative"]),
+            self._weights(ids["negative"]),
+        )
+        return LossSum(sum=loss, count=targets.shape[0])
+
+    def _weights(self, negative_ids: Tensor) -> Tensor:
+        """What the exponential of each negative's score is multiplied with. Shapes: [R] -> [R] fp32."""
         if self.log_q:
-            weights = 1 / self.sampler.expected_counts(negative_ids)
-        else:
-            weights = torch.ones(negative_ids.shape, device=queries.device)
-        return shared_negative_softmax(queries, negatives, positive, targets, negative_ids, weights)
+            return 1 / self.sampler.expected_counts(negative_ids)
+        return torch.ones(negative_ids.shape, device=negative_ids.device)

@@ -2,6 +2,7 @@
 
 import logging
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -226,7 +227,7 @@ def test_data_without_two_training_events_of_anyone_is_refused(tmp_path):
 
 
 def evaluation_batches(
-    config: DataConfig, split: str, *, world_size: int = 1, users_per_batch: int = 64, user_share: float = 1.0
+    config: DataConfig, split: str, *, world_size: int = 1, users_per_batch: int = 64, **chosen
 ):
     streams = [
         EvaluationStream(
@@ -235,7 +236,7 @@ def evaluation_batches(
             rank=rank,
             world_size=world_size,
             users_per_batch=users_per_batch,
-            user_share=user_share,
+            **chosen,
         )
         for rank in range(world_size)
     ]
@@ -281,6 +282,23 @@ def test_a_share_of_the_users_is_the_same_for_any_number_of_ranks(path, split):
     assert [user for own in shared(world_size=3).values() for user in served_users(own)] == drawn
     larger = served_users(evaluation_batches(make_config(path), split, user_share=0.5)[0])
     assert set(drawn) < set(larger)
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_users_whose_held_out_event_has_an_action_are_evaluated_by_themselves(tmp_path, chunk, split):
+    ends, found = {"valid": chunk.valid_at, "test": chunk.test_at}[split], {}
+    write_data_set(tmp_path, chunk, actions=["click", "like", "share", "view"])
+    read = partial(evaluation_batches, make_config(tmp_path), split)
+    for code, name in enumerate(("click", "like", "share", "view")):
+        batches = read(held_out_action=name)
+        found[name] = served_users(batches[0])
+        assert all(user_events(chunk, user, "action")[ends[user]] == code for user in found[name])
+    assert sorted(chain.from_iterable(found.values())) == served_users(read()[0])
+    assert all(found.values())
+    with pytest.raises(
+        ConfigError, match=r"evaluation.held-out-action must be an action of the data, .* got none"
+    ):
+        read(held_out_action="none")
 
 
 def test_recommendations_are_for_all_users_whatever_share_is_evaluated(path):

@@ -1,4 +1,4 @@
-"""GenRec on a tiny decoder of Hugging Face, made on the spot: our attention against transformers' own."""
+"""GenRec and URM on a tiny decoder of Hugging Face, made on the spot: our attention against transformers' own."""
 
 import sys
 from pathlib import Path
@@ -8,6 +8,9 @@ import torch
 
 from cluster.errors import ConfigError
 from models.genrec import GenRec
+from models.objectives.sampled_softmax import SampledSoftmax
+from models.tables import LookedUp
+from models.urm import URM
 from tests.generator_cases import MAX_LENGTH, NUM_ITEMS, semantic_ids
 from tests.models.test_genrec import loss_of, one_row_per_page, page_batch
 from tests.training_cases import make_batch
@@ -113,3 +116,34 @@ def test_without_transformers_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ConfigError, match="install the extra"):
         make_model("anywhere")
+
+
+def make_urm(folder: str) -> URM:
+    objective = SampledSoftmax.Config(num_negatives=6).build(num_items=NUM_ITEMS)
+    config = URM.Config(pretrained=folder, num_queries=3, by_action=True, item_width=8, init_scale=0.3)
+    return config.build(
+        num_items=NUM_ITEMS,
+        max_length=MAX_LENGTH,
+        item_feature_dim=0,
+        objective=objective,
+        actions=("cart", "click"),
+    ).eval()
+
+
+def test_urm_asks_with_the_states_of_transformers_on_one_sequence_per_prompt(folder):
+    from transformers import AutoModel
+
+    model, plain = make_urm(folder), AutoModel.from_pretrained(folder).eval()
+    sequences = [torch.tensor([5, 70, 31, 8]), torch.tensor([90, 2])]
+    batch = make_batch(sequences)
+    table = torch.randn(NUM_ITEMS, 8, generator=torch.Generator().manual_seed(0))
+    history = LookedUp(ids=batch.items.values, rows=table[batch.items.values])
+    queries = model.query({"history": history}, batch)
+    prompt = model.tokens.weight[[3 + 1, 0, 1, 2]]
+    for user, sequence in enumerate(sequences):
+        tokens = torch.cat((model.item_projection(table[sequence[:-1]]), prompt))
+        states = plain(inputs_embeds=tokens[None]).last_hidden_state[0, -3:]
+        expected = model.objective.queries(model.query_projection(states))
+        torch.testing.assert_close(queries[user], expected, atol=1e-4, rtol=1e-4)
+    queries.sum().backward()
+    assert all(weights.grad is not None for weights in model.parameters())

@@ -71,7 +71,12 @@ def search_everything(process: Process | None) -> dict[str, Tensor]:
     unfiltered, _ = index.search(own_queries, 20)
     restricted = build_index(process)
     restricted.restrict(OPEN_ITEMS)
+    several = several_queries(own_queries)
+    best_items, best_scores = index.search(several, 20, own_seen)
     return {
+        "items of several": best_items,
+        "scores of several": best_scores,
+        "ranks of several": index.ranks(several, own_targets, own_seen),
         "open": restricted.search(own_queries, len(OPEN_ITEMS), own_seen)[0],
         "ranks of open targets": restricted.ranks(own_queries, OPEN_ITEMS[first:last], own_seen),
         "ranks among open items": restricted.ranks(own_queries, own_targets, own_seen),
@@ -81,6 +86,11 @@ def search_everything(process: Process | None) -> dict[str, Tensor]:
         "ranks": index.ranks(own_queries, own_targets, own_seen),
         "unfiltered ranks": index.ranks(own_queries, own_targets),
     }
+
+
+def several_queries(queries: Tensor) -> Tensor:
+    """Three queries of each user, none of which is best for all items."""
+    return torch.stack((queries, queries.roll(1, dims=1), -0.8 * queries), dim=1)
 
 
 class Rows(Retriever):
@@ -140,6 +150,37 @@ def test_search_and_ranks_equal_brute_force(alone):
         assert alone["ranks"][user] == rank
     assert (alone["ranks"] % 1 == 0.5).any(), "the case must have ties"
     assert (alone["unfiltered ranks"] >= alone["ranks"]).all()
+
+
+def test_of_several_queries_the_best_counts_for_each_item(alone):
+    queries, targets, seen = make_users()
+    index = build_index(None)
+    # Each query by itself has the bits of the index; the best of the three is what counts.
+    per_query = [index.search(part, NUM_ITEMS) for part in several_queries(queries).unbind(1)]
+    scores = torch.full((3, NUM_USERS, NUM_ITEMS), -INFINITY)
+    for number, (items, found) in enumerate(per_query):
+        scores[number].scatter_(1, items, found)
+    best, winners = scores.max(0)
+    assert winners.unique().tolist() == [0, 1, 2]
+    assert torch.equal(alone["ranks of several"], rank_in_scores(best, targets, seen))
+    best[seen.row_index(), seen.values] = -INFINITY
+    items, found = best_of_scores(best, 20)
+    assert torch.equal(alone["items of several"], items)
+    assert torch.equal(alone["scores of several"], found)
+
+
+def test_one_query_in_a_group_of_its_own_gives_the_same_bits(alone):
+    queries, targets, seen = make_users()
+    index = build_index(None)
+    items, scores = index.search(queries[:, None], 20, seen)
+    assert torch.equal(items, alone["items"]) and torch.equal(scores, alone["scores"])
+    assert torch.equal(index.ranks(queries[:, None], targets, seen), alone["ranks"])
+
+
+def test_a_graph_is_refused_for_several_queries():
+    index = HnswIndex(ItemIndex(torch.randn(50, 4), num_items=50))
+    with pytest.raises(ConfigError, match=r"the model asks with 2; say --evaluation.index exact"):
+        index.find(torch.ones(1, 2, 4), k=3)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

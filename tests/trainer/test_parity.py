@@ -61,6 +61,13 @@ def test_climber_pilot_on_two_ranks_equals_the_unsharded_reference(model, object
     assert_same_training(case, 2, against=case)
 
 
+@pytest.mark.parametrize(("item_features", "zero_stage", "streams"), [(False, 1, 6), (True, 3, 2)])
+def test_urm_on_two_ranks_equals_the_unsharded_reference(item_features, zero_stage, streams):
+    # With two streams the second rank has no user from step 10 on.
+    case = Case(model="urm", item_features=item_features, zero_stage=zero_stage, steps=12, streams=streams)
+    assert_same_training(case, 2, against=case)
+
+
 @pytest.mark.parametrize(("model", "zero_stage"), [("mtgr", 1), ("mtgr of drawn windows", 3)])
 def test_mtgr_on_two_ranks_equals_the_unsharded_reference(model, zero_stage):
     case = Case(model=model, zero_stage=zero_stage, steps=12)
