@@ -11,7 +11,7 @@ from cluster.errors import ConfigError
 from data_streams.batch import SequenceBatch
 from launch.recipes import sasrec
 from models.drawn_positions import PLACES, drawn_events
-from models.kernels import best_query_softmax as kernel
+from models.kernels import cross_entropy
 from models.objectives.full_softmax import FullSoftmax
 from models.objectives.sampled_softmax import SampledSoftmax
 from models.recommender import StepContext
@@ -86,7 +86,7 @@ def loss_of(model, batch):
 def test_the_loss_over_several_queries_is_its_formula_and_the_best_query_alone_learns(
     log_q, normalised, monkeypatch
 ):
-    monkeypatch.setitem(kernel.block_rows.__globals__["BLOCK_CELLS"], "cpu", 64 * 15)
+    monkeypatch.setitem(cross_entropy.BLOCK_CELLS, "cpu", 64 * 15)
     config = replace(SAMPLED, num_negatives=5, log_q=log_q, normalised=normalised)
     objective = config.build(num_items=NUM_ITEMS)
     generator = torch.Generator().manual_seed(0)
