@@ -223,12 +223,12 @@ def _sleep_outside_of_collectives(process: Process, reporter: Reporter) -> None:
     time.sleep(3600)
 
 
-def test_a_gang_that_hangs_outside_of_collectives_is_ended_by_a_stop_and_by_time():
+def test_a_gang_that_hangs_outside_of_collectives_is_ended_by_a_stop_and_by_time(tmp_path):
     config = ClusterConfig(workers=2, start_timeout_s=60, collective_timeout_s=1, max_restarts=0)
     stop = StopSignal()
     threading.Timer(4, stop.request).start()
     begun = time.monotonic()
-    assert run_gang(_sleep_outside_of_collectives, config=config, run_dir="", stop=stop) is None
+    assert run_gang(_sleep_outside_of_collectives, config=config, run_dir=str(tmp_path), stop=stop) is None
     assert time.monotonic() - begun < 40
     with pytest.raises(ClusterError, match="a step has taken 6 s, and nothing in it gave up"):
-        run_gang(_sleep_outside_of_collectives, config=config, run_dir="")
+        run_gang(_sleep_outside_of_collectives, config=config, run_dir=str(tmp_path))

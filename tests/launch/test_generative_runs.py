@@ -75,13 +75,16 @@ def test_baselines_stand_beside_a_run_that_generates_unless_its_search_is_narrow
         assert f"{narrowed[0][2:]} would narrow the run's own search alone" in error
 
 
-def test_metrics_by_user_are_written_whole_into_a_folder_that_is_made(trained, tmp_path, capsys, monkeypatch):
+def test_metrics_by_user_are_written_whole_into_a_folder_that_is_made(
+    data, trained, tmp_path, capsys, monkeypatch
+):
     run_dir, _ = trained
     line = ["evaluate", str(run_dir), "--evaluation.bootstrap-resamples", "0", "--per-user"]
     assert grail([*line, str(tmp_path / "new" / "users.parquet")]) == 0
     users = pl.read_parquet(tmp_path / "new" / "users.parquet")
     content = json.loads((run_dir / "evaluation.json").read_text())
     assert users["user_row"].to_list() == list(range(content["num_users"]))
+    assert users["user_id"].n_unique() == content["num_users"]
     assert users["mrr"].mean() == pytest.approx(content["metrics"]["mrr"])
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["users.parquet"]
 
@@ -92,7 +95,7 @@ def test_metrics_by_user_are_written_whole_into_a_folder_that_is_made(trained, t
 
     monkeypatch.setattr(pl.DataFrame, "write_parquet", breaks_off)
     with pytest.raises(OSError, match="no space left"):
-        _write_per_user(str(tmp_path / "broken.parquet"), [1], {"mrr": [0.5]})
+        _write_per_user(str(tmp_path / "broken.parquet"), data, [1], {"mrr": [0.5]})
     assert not list(tmp_path.glob("broken*"))
 
 

@@ -11,10 +11,18 @@ from tests.pretended_device import PRETENDED, PretendedDevice
 from tests.training_cases import MODELS, OBJECTIVES, Case, join_pieces, make_learner, prepare, train
 
 CASES = [
-    *(Case(model=model, objective="full", steps=3) for model in MODELS),
+    *(
+        # Several queries of a position learn by sampled softmax alone.
+        Case(model=model, objective="sampled" if model == "urm" else "full", steps=3)
+        for model in MODELS
+    ),
     *(Case(objective=objective, steps=3) for objective in OBJECTIVES),
     *(Case(model=model, steps=3) for model in {**GENERATORS, **PAGE_WISE, **TREES}),
 ]
+
+
+PRETENDABLE = [case for case in CASES if case.model != "gru4rec"]
+"""A recurrent layer calls what only a real accelerator has."""
 
 
 def name_of(case: Case) -> str:
@@ -38,7 +46,7 @@ def assert_same_training(case: Case, device: torch.device, tolerance: float) -> 
         torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize("case", PRETENDABLE, ids=name_of)
 def test_no_operation_of_a_step_mixes_devices_and_only_the_check_of_the_loss_waits(case):
     with PretendedDevice() as device:
         assert_same_training(case, PRETENDED, 1e-5)
