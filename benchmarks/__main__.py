@@ -22,7 +22,7 @@ from benchmarks.setting.users import build_users
 from cluster.errors import GrailError
 from cluster.plugins import load_plugin, plugin_files
 
-TIMEOUT_S = 900.0
+TIMEOUT_S = 1800.0
 
 
 @dataclass(frozen=True, kw_only=True)
