@@ -242,20 +242,23 @@ class Pool:
 
     def _hand_out(self) -> None:
         silent: list[_Slot] = []
-        while self._queue and (self._idle or silent):
-            # One that hangs has an item's time for that, where nobody else is there.
-            answers, slot = (True, self._idle.pop()) if self._idle else (None, silent.pop())
+        while self._queue and self._idle:
+            slot = self._idle.pop()
             # What is for one member only goes to it, or is GONE with it.
-            if answers and self._queue[0].repeats:
-                answers = self._answers(slot)
-                if answers is None:
-                    silent.append(slot)
-                if not answers:
-                    continue
-            work = self._queue.popleft()
-            work.due = time.monotonic() + self.item_timeout_s
-            self._busy[slot.actor.work.remote(work.item)] = (slot, work)
+            answers = self._answers(slot) if self._queue[0].repeats else True
+            if answers:
+                self._give(slot)
+            elif answers is None:
+                silent.append(slot)
+        # One that hangs has an item's time for that, where nobody else is there.
+        while self._queue and silent:
+            self._give(silent.pop())
         self._idle[:0] = silent
+
+    def _give(self, slot: _Slot) -> None:
+        work = self._queue.popleft()
+        work.due = time.monotonic() + self.item_timeout_s
+        self._busy[slot.actor.work.remote(work.item)] = (slot, work)
 
     def _answers(self, slot: _Slot) -> bool | None:
         """Members may have died while they had nothing to do, and no item is to blame for that. None where one says

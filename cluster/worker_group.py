@@ -151,8 +151,9 @@ class _Gang:
         self._results: dict[int, Any] = {}
         self._failures: dict[int, Event] = {}
         self._failed_at = math.inf
-        self._told = self._may_grow = False
+        self._may_grow = False
         self._told_at = math.inf
+        """When the workers were told to stop."""
         self._looked_at = time.monotonic()
 
     @property
@@ -199,8 +200,8 @@ class _Gang:
                 self._take(event)
             if self.stop.error is not None:
                 raise self.stop.error
-            if (self.stop.requested or self.makes_room) and not self._told:
-                self._told, self._told_at = True, time.monotonic()
+            if (self.stop.requested or self.makes_room) and self._told_at == math.inf:
+                self._told_at = time.monotonic()
                 for actor in self.actors:
                     actor.request_stop.remote()
             if self._failures:

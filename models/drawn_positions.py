@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cluster.errors import ConfigError
 from cluster.seeds import purpose_seed
 from cluster.user_draws import uniform_of_events
 from data_streams.batch import SequenceBatch
@@ -18,8 +19,14 @@ CONTEXT = "prm_context"
 """Supervision: the places of the events that each drawn position may see, one position behind the other."""
 
 
+def check_positions(positions: int | None) -> None:
+    """Raises: ConfigError where nothing would be learnt at."""
+    if positions is not None and positions < 1:
+        raise ConfigError(f"model.positions must be at least 1, or None for all, got {positions}")
+
+
 def draw_positions(batch: SequenceBatch, context: StepContext, positions: int | None) -> SequenceBatch:
-    """Choose what the PRM learns at; by the seed, the step and the user alone. Host side only."""
+    """Choose what is learnt at; by the seed, the step and the user alone. Host side only."""
     lengths = batch.items.lengths
     if positions is None:
         places = batch.items.with_values(batch.items.places())
@@ -31,11 +38,17 @@ def draw_positions(batch: SequenceBatch, context: StepContext, positions: int | 
         uniform = torch.from_numpy(uniform_of_events(seed, users, numbers))
         drawn = torch.minimum((uniform * of_user).long(), of_user - 1)
         places = Jagged.from_lengths(drawn, torch.full_like(lengths, positions))
+    return replace(batch, supervision={**batch.supervision, PLACES: places})
+
+
+def with_seen_places(batch: SequenceBatch) -> SequenceBatch:
+    """With what `drawn_histories` reads: one number for each event that a drawn position sees. Host side only."""
+    lengths, places = batch.items.lengths, batch.supervision[PLACES]
     seen = places.values + 1
     histories = Jagged.from_lengths(torch.zeros(int(seen.sum()), dtype=torch.int64), seen)
     per_user = torch.zeros_like(lengths).index_add_(0, places.row_index(), seen)
     context_places = Jagged.from_lengths(histories.places(), per_user)
-    return replace(batch, supervision={**batch.supervision, PLACES: places, CONTEXT: context_places})
+    return replace(batch, supervision={**batch.supervision, CONTEXT: context_places})
 
 
 def drawn_events(batch: SequenceBatch) -> Tensor:

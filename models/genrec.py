@@ -24,10 +24,9 @@ from models.kernels.page_attention import PageLayout
 from models.layers.code_embedding import CodeEmbedding
 from models.layers.initialise import initialise
 from models.layers.linear import Linear
-from models.layers.page_decoder import PageDecoder
 from models.layers.shared_prompt_attention import PromptLayout
 from models.layers.token_merger import TokenMerger
-from models.pretrained_decoder import PretrainedDecoder
+from models.pretrained_decoder import build_decoder
 from models.recommender import LossSum, StepContext
 from models.semantic_ids import SemanticIds
 from models.tables import Ids, Rows, TableSpec
@@ -69,18 +68,6 @@ class GenRec(Generator):
             """Whether batches must come with pages."""
             return self.target == "page"
 
-        def build_decoder(self, num_positions: int) -> "PageDecoder | PretrainedDecoder":
-            if self.pretrained:
-                return PretrainedDecoder(self.pretrained)
-            return PageDecoder(
-                width=self.width,
-                num_blocks=self.num_blocks,
-                num_heads=self.num_heads,
-                feedforward_width=self.feedforward_width,
-                num_positions=num_positions,
-                dropout=self.dropout,
-            )
-
         def build(self, **parts: Any) -> "GenRec":
             return GenRec(self, **parts)
 
@@ -99,7 +86,7 @@ class GenRec(Generator):
         self.tokens_per_item = (1 if config.merge else num_levels) + config.separators
         self.register_buffer("item_codes", semantic_ids.codes, persistent=False)
         num_positions = max_length * self.tokens_per_item + config.page_items * num_levels
-        self.decoder = config.build_decoder(num_positions)
+        self.decoder = build_decoder(config, num_positions)
         width = self.decoder.width
         self.codes = CodeEmbedding(self.code_sizes, width)
         if config.merge:

@@ -10,7 +10,7 @@ Needs the extra `hf`. The parts of the vocabulary that stand for text are not ke
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from cluster.errors import ConfigError
 from models.generator import DecodeState
 from models.kernels.jagged_attention import jagged_attention
 from models.kernels.page_attention import PageLayout, page_attention
+from models.layers.page_decoder import PageDecoder
 from models.layers.shared_prompt_attention import (
     PromptKeyValues,
     PromptLayout,
@@ -35,6 +36,32 @@ class Plan(ABC):
     @abstractmethod
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Shapes: [N, heads, D] each -> [N, heads, D]."""
+
+
+@runtime_checkable
+class DecoderShape(Protocol):
+    """What a model's Config says of its decoder."""
+
+    pretrained: str
+    width: int
+    num_blocks: int
+    num_heads: int
+    feedforward_width: int
+    dropout: float
+
+
+def build_decoder(shape: DecoderShape, num_positions: int) -> "PageDecoder | PretrainedDecoder":
+    """From the folder that is named, whose own sizes then hold, or from scratch."""
+    if shape.pretrained:
+        return PretrainedDecoder(shape.pretrained)
+    return PageDecoder(
+        width=shape.width,
+        num_blocks=shape.num_blocks,
+        num_heads=shape.num_heads,
+        feedforward_width=shape.feedforward_width,
+        num_positions=num_positions,
+        dropout=shape.dropout,
+    )
 
 
 @dataclass(frozen=True)

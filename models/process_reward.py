@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_streams.batch import SequenceBatch
 from models.coded_history import CodedHistory, CodedHistoryConfig
-from models.drawn_positions import draw_positions
+from models.drawn_positions import draw_positions, with_seen_places
 from models.generator import DecodeState
 from models.layers.shared_prompt_attention import PromptLayout
 from models.path_reward import ROLES, Memory, PathReward, ProcessRewardConfig
@@ -43,7 +43,8 @@ class RewardedHistory(CodedHistory):
         return [*map(_for_paths_too, super().tables()), *self.prm.tables()]
 
     def training_batch(self, batch: SequenceBatch, context: StepContext) -> SequenceBatch:
-        return self.prm.with_negatives(draw_positions(batch, context, self.config.prm.positions), context)
+        drawn = with_seen_places(draw_positions(batch, context, self.config.prm.positions))
+        return self.prm.with_negatives(drawn, context)
 
     def ids(self, batch: SequenceBatch, context: StepContext) -> Ids:
         return {**self.prompt_ids(batch), **self.prm.training_ids(batch)}

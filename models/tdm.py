@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from cluster.errors import ConfigError
 from cluster.seeds import purpose_seed
 from data_streams.batch import SequenceBatch
-from models.drawn_positions import PLACES, draw_positions, drawn_events, drawn_share
+from models.drawn_positions import PLACES, check_positions, draw_positions, drawn_events, drawn_share
 from models.generator import DecodeState
 from models.layers.linear import Linear, without_autocast
 from models.layers.window_attention import LatestEvents, WindowAttention
@@ -82,10 +82,7 @@ class TDM(NodeScorer):
                     "width, attention-hidden, num-negatives, hidden and windows of TDM must be at least 1, and got "
                     f"{self.width}, {self.attention_hidden}, {self.num_negatives}, {self.hidden} and {self.windows}"
                 )
-            if self.positions is not None and self.positions < 1:
-                raise ConfigError(
-                    f"model.positions must be at least 1, or None for all, got {self.positions}"
-                )
+            check_positions(self.positions)
 
         def build(self, **parts: Any) -> "TDM":
             return TDM(self, **parts)

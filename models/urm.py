@@ -24,17 +24,17 @@ from torch import Tensor, nn
 from cluster.errors import ConfigError
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
-from models.drawn_positions import PLACES, draw_positions, drawn_events
+from models.answered_actions import EXPOSURE
+from models.drawn_positions import PLACES, check_positions, draw_positions, drawn_events
 from models.kernels.page_attention import PageLayout
 from models.layers.linear import Linear
-from models.layers.page_decoder import PageDecoder
 from models.objectives.retrieval import RetrievalObjective
-from models.pretrained_decoder import PretrainedDecoder
+from models.pretrained_decoder import build_decoder
 from models.recommender import LossSum, Retriever, StepContext
 from models.tables import Ids, LookedUp, Rows, TableSpec
 
 ITEM_TABLE, OUTPUT_TABLE = "item", "output"
-ACTION, EXPOSURE, CLICK = "action", "exposure", "click"
+ACTION, CLICK = "action", "click"
 
 
 class URM(Retriever):
@@ -77,10 +77,7 @@ class URM(Retriever):
         def __post_init__(self) -> None:
             if self.num_queries < 1:
                 raise ConfigError(f"model.num-queries must be at least 1, got {self.num_queries}")
-            if self.positions is not None and self.positions < 1:
-                raise ConfigError(
-                    f"model.positions must be at least 1, or None for all, got {self.positions}"
-                )
+            check_positions(self.positions)
 
         @property
         def event_columns(self) -> tuple[str, ...]:
@@ -90,18 +87,6 @@ class URM(Retriever):
         @property
         def needs_actions(self) -> bool:
             return self.by_action
-
-        def build_decoder(self, num_positions: int) -> "PageDecoder | PretrainedDecoder":
-            if self.pretrained:
-                return PretrainedDecoder(self.pretrained)
-            return PageDecoder(
-                width=self.width,
-                num_blocks=self.num_blocks,
-                num_heads=self.num_heads,
-                feedforward_width=self.feedforward_width,
-                num_positions=num_positions,
-                dropout=self.dropout,
-            )
 
         def build(self, **parts: Any) -> "URM":
             return URM(self, **parts)
@@ -131,7 +116,7 @@ class URM(Retriever):
         self.uses_item_features = config.item_features
         self.asked = action_code(asked, actions, config.by_action)
         self.prompt_length = config.by_action + config.num_queries
-        self.decoder = config.build_decoder(max_length + self.prompt_length)
+        self.decoder = build_decoder(config, max_length + self.prompt_length)
         width, read = self.decoder.width, item_feature_dim if config.item_features else 0
         self.item_projection = Linear(config.item_width + read, width)
         # The tokens of the objectives stand behind those of the queries.

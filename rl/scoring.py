@@ -72,7 +72,7 @@ class Scorer:
                 mixed = self._rewards_of([group for part in drawn for group in part.groups()])
         except PoolGoneError as error:
             logger.error("%s", error)
-            return [None] * len(drawn)
+            mixed = None
         if mixed is None:
             return [None] * len(drawn)
         advantages = mixed.advantages(self.estimator)

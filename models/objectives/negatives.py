@@ -119,9 +119,16 @@ class SharedNegativeObjective(RetrievalObjective):
         ids: Mapping[str, Tensor],
         context: StepContext,
     ) -> LossSum:
-        positive = (queries * vectors["target"]).sum(-1)
+        positive = target_scores(queries, vectors["target"])
         loss = self.loss(queries, vectors["negative"], positive, targets, ids["negative"])
         return LossSum(sum=loss, count=targets.shape[0])
+
+
+def target_scores(queries: Tensor, vectors: Tensor) -> Tensor:
+    """Of each position, by its best query where it has several. Shapes: [T, D] or [T, M, D], vectors [T, D] -> [T]."""
+    if queries.dim() == 2:
+        return (queries * vectors).sum(-1)
+    return (queries * vectors[:, None]).sum(-1).max(1).values
 
 
 class PairwiseObjective(SharedNegativeObjective):

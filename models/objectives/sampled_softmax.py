@@ -4,7 +4,6 @@ Source: the sampled softmax of Zhai et al., Actions Speak Louder than Words (202
 uniformly and per position. Deviation: one set of negatives per step, of which a share may be drawn by popularity.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +13,6 @@ from torch import Tensor
 from models.kernels.best_query_softmax import best_query_softmax
 from models.kernels.sampled_softmax import shared_negative_softmax
 from models.objectives.negatives import NegativeSampling, SharedNegativeObjective
-from models.recommender import LossSum, StepContext
 
 
 class SampledSoftmax(SharedNegativeObjective):
@@ -43,26 +41,8 @@ class SampledSoftmax(SharedNegativeObjective):
     def loss(
         self, queries: Tensor, negatives: Tensor, positive: Tensor, targets: Tensor, negative_ids: Tensor
     ) -> Tensor:
-        return shared_negative_softmax(
-            queries, negatives, positive, targets, negative_ids, self._weights(negative_ids)
-        )
-
-    def forward(
-        self,
-        queries: Tensor,
-        targets: Tensor,
-        vectors: Mapping[str, Tensor],
-        ids: Mapping[str, Tensor],
-        context: StepContext,
-    ) -> LossSum:
-        if queries.dim() == 2:
-            return super().forward(queries, targets, vectors, ids, context)
-        positive = (queries * vectors["target"][:, None]).sum(-1).max(1).values
-        loss = best_query_softmax(
-            *(queries, vectors["negative"], positive, targets, ids["negative"]),
-            self._weights(ids["negative"]),
-        )
-        return LossSum(sum=loss, count=targets.shape[0])
+        softmax = shared_negative_softmax if queries.dim() == 2 else best_query_softmax
+        return softmax(queries, negatives, positive, targets, negative_ids, self._weights(negative_ids))
 
     def _weights(self, negative_ids: Tensor) -> Tensor:
         """What the exponential of each negative's score is multiplied with. Shapes: [R] -> [R] fp32."""
