@@ -35,12 +35,11 @@ class Log:
     num_events: int
     num_items: int
     events_per_file: int
-    partitions: int | None = None
 
 
 LOGS = {
     "full": Log(num_events=20_000_000, num_items=1_000_000, events_per_file=1_000_000),
-    "small": Log(num_events=20_000, num_items=500, events_per_file=5_000, partitions=2),
+    "small": Log(num_events=20_000, num_items=500, events_per_file=5_000),
 }
 
 
@@ -48,7 +47,7 @@ def measure(process: Process, request: Request) -> dict[str, Any]:
     """Both sides read the same Parquet files and are commands of their own; one round each."""
     log, scratch = LOGS[request.scale], Path(request.scratch)
     pattern = write_log(scratch / "log", log)
-    ours = run_watched(_build_command(pattern, scratch / "shards", log), environment=_environment())
+    ours = run_watched(_build_command(pattern, scratch / "shards"), environment=_environment())
     _require_all(scratch / "shards", log)
     peer = run_watched(_peer_command(pattern, scratch / "users.parquet"), environment=_environment())
     return {
@@ -86,10 +85,9 @@ def write_log(folder: Path, log: Log) -> str:
     return str(folder / "*.parquet")
 
 
-def _build_command(pattern: str, out: Path, log: Log) -> list[str]:
-    partitions = ["--partitions", str(log.partitions)] if log.partitions else []
+def _build_command(pattern: str, out: Path) -> list[str]:
     command = [sys.executable, "-m", "launch.cli", "data", "build", "events", "--events", pattern]
-    return [*command, "--out", str(out), "--split", "leave-last-out", *partitions]
+    return [*command, "--out", str(out), "--split", "leave-last-out"]
 
 
 def _peer_command(pattern: str, out: Path) -> list[str]:

@@ -9,11 +9,12 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import psutil
 import ray
-from ray._private import services
+from ray._private import parameter, services
 from ray._private import utils as ray_utils
 from ray._private.authentication.authentication_token_setup import (
     maybe_enable_token_auth_if_token_available,
@@ -64,7 +65,7 @@ def _start_embedded(num_cpus: int) -> None:
     os.environ.pop("RAY_AUTH_MODE", None)
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    with _shielded_from_signals(), _keeping_sigterm():
+    with _shielded_from_signals(), _keeping_sigterm(), _packages_on_path(), _without_idle_daemons():
         ray.init(
             address="local",
             num_cpus=num_cpus,
@@ -72,7 +73,6 @@ def _start_embedded(num_cpus: int) -> None:
             object_store_memory=_OBJECT_STORE_BYTES,
             log_to_driver=False,
             logging_level="ERROR",
-            runtime_env={"env_vars": _worker_environment()},
         )
     if get_authentication_mode() != AuthenticationMode.TOKEN:
         ray.shutdown()
@@ -118,10 +118,36 @@ def _check_answers(address: str) -> None:
         ) from error
 
 
-def _worker_environment() -> dict[str, str]:
-    """Workers find the packages from any working directory, installed or not."""
+@contextmanager
+def _packages_on_path() -> Iterator[None]:
+    """Workers of the Ray started inside find the packages from any working directory, installed or not.
+
+    They inherit this. A `runtime_env` would say the same and cost every job seconds: its workers are made anew, after
+    an agent has looked at it, where those that Ray has ready are taken otherwise.
+    """
     inherited = os.environ.get("PYTHONPATH")
-    return {"PYTHONPATH": os.pathsep.join([str(root()), *([inherited] if inherited else [])])}
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(root()), *([inherited] if inherited else [])])
+    try:
+        yield
+    finally:
+        if inherited is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = inherited
+
+
+@contextmanager
+def _without_idle_daemons() -> Iterator[None]:
+    """Nothing scales one machine up, and workers report their logs by themselves: two processes less to start.
+
+    Ray 2.60 has no option for it.
+    """
+    complete = parameter.RayParams
+    parameter.RayParams = partial(complete, no_monitor=True, include_log_monitor=False)
+    try:
+        yield
+    finally:
+        parameter.RayParams = complete
 
 
 class _ShieldedProcess(services.ConsolePopen):
