@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
@@ -229,15 +229,17 @@ class EvaluationStream:
         users_per_batch: int,
         user_share: float = 1.0,
         held_out_action: str = "",
+        rows: Sequence[int] | None = None,
     ):
         """`users_per_batch` counts the users of all ranks; a share below 1 draws users of valid and test, always the
-        same ones; a named action leaves only those whose held-out event has it. Raises: as TrainStream."""
+        same ones; a named action leaves only those whose held-out event has it, and `rows` only the users of these.
+        Raises: as TrainStream."""
         if held_out_action:
             config = replace(config, columns=tuple(dict.fromkeys((*config.columns, ACTION))))
         storage, self.manifest = open_data(config)
         self._action = self.manifest.action_code(held_out_action) if held_out_action else None
         self._config, self._split = config, split
-        self._user_share = 1.0 if split == "serve" else user_share
+        self._user_share, self._rows = 1.0 if split == "serve" else user_share, rows
         self._batch_users = max(users_per_batch // world_size, 1)
         self._reading = EventReading(self.manifest, config, split)
         self._reader = ChunkReader(storage, self.manifest, config, self._reading)
@@ -302,6 +304,8 @@ class EvaluationStream:
         else:
             held_out = chunk.valid_at if self._split == "valid" else chunk.test_at
             known = self._reading.known_events(chunk, held_out)
+        if self._rows is not None:
+            known = np.where(np.isin(chunk.users, self._rows), known, -1)
         if self._user_share < 1:
             known = np.where(self._is_drawn(chunk.users), known, -1)
         if self._action is not None and self._split != "serve":

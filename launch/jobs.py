@@ -2,10 +2,12 @@
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from cluster.errors import DataError
 from cluster.process import Process
 from cluster.reporter import Reporter
 from cluster.storage import Storage
@@ -111,13 +113,19 @@ def _write_per_user(path: str, data_path: str, users: Any, metrics: Any) -> None
 
 
 def show_job(
-    process: Process, config: PretrainConfig, step: int, num_users: int, k: int, reporter: Reporter
+    process: Process,
+    config: PretrainConfig,
+    step: int,
+    num_users: int,
+    rows: list[int] | None,
+    k: int,
+    reporter: Reporter,
 ) -> list[dict[str, Any]]:
-    """History and recommendations of the first users, with titles; all of them are rank 0's."""
+    """History and recommendations of the first users, or of those of some rows in that order, with titles."""
     from trainer.evaluate import recommend
 
     assembly = _load(process, config, step)
-    users = assembly.users("serve")
+    users = assembly.users("serve", rows=rows, everyone=True)
     batches = _first_users(users.batches(), num_users) if process.rank == 0 else []
     titles, ids, shown = assembly.items.titles, user_ids(config.data.path), []
     found = recommend(
@@ -128,34 +136,44 @@ def show_job(
         filter_seen=config.evaluation.filter_seen,
     )
     # `found` stands first, so that it is exhausted on every rank.
-    for (rows, items, scores), batch in zip(found, batches, strict=False):
-        for index, row in enumerate(rows.tolist()):
+    for (own, items, scores), batch in zip(found, batches, strict=False):
+        for index, row in enumerate(own.tolist()):
             history = batch.items.values[batch.items.offsets[index] : batch.items.offsets[index + 1]].tolist()
             kept = [
                 (item, score) for item, score in zip(items[index], scores[index], strict=True) if item >= 0
             ]
             shown.append(
                 {
+                    "row": row,
                     "user": str(row if ids is None else ids[row]),
                     "num_events": len(history),
                     "history": [titles[item] for item in history[-SHOWN_HISTORY:]],
                     "recommended": [(titles[int(item)], float(score)) for item, score in kept],
                 }
             )
-    return shown
+    return shown if rows is None else sorted(shown, key=lambda user: rows.index(user["row"]))
 
 
 def write_job(
-    process: Process, config: PretrainConfig, step: int, out: str, k: int, reporter: Reporter
+    process: Process,
+    config: PretrainConfig,
+    step: int,
+    out: str,
+    rows: list[int] | None,
+    k: int,
+    reporter: Reporter,
 ) -> int:
-    """Write the recommendations for this rank's users to `out`.part-RANK; the number of rows of all ranks."""
+    """Write the recommendations for this rank's users, or for those of some rows alone, to `out`.part-RANK.
+
+    The number of lines of all ranks.
+    """
     import pyarrow.parquet as pq
 
     from sharding.collectives import exchange_integers
     from trainer.evaluate import recommend, recommendation_table
 
     assembly = _load(process, config, step)
-    users = assembly.users("serve")
+    users = assembly.users("serve", rows=rows)
     found = recommend(
         _search(assembly),
         users.batches(),
@@ -164,11 +182,11 @@ def write_job(
         filter_seen=config.evaluation.filter_seen,
     )
     writer, num_users, num_rows = None, 0, 0
-    for rows, items, scores in found:
-        table = recommendation_table(rows, items, scores)
+    for own, items, scores in found:
+        table = recommendation_table(own, items, scores)
         writer = writer or pq.ParquetWriter(part_file(out, process.rank), table.schema)
         writer.write_table(table)
-        num_users, num_rows = num_users + len(rows), num_rows + table.num_rows
+        num_users, num_rows = num_users + len(own), num_rows + table.num_rows
         reporter.progress(users=num_users)
     if writer:
         writer.close()
@@ -188,6 +206,20 @@ def user_ids(data_path: str) -> Any:
         return None
     with storage.filesystem.open(storage.path("users.parquet"), "rb") as file:
         return pl.read_parquet(file, columns=["user_id"])["user_id"]
+
+
+def user_rows(data_path: str, names: Sequence[str]) -> list[int]:
+    """The rows of users by their raw ids. Raises: DataError for one the data set does not have."""
+    ids = user_ids(data_path)
+    known = None if ids is None else ids.cast(str)
+    found = [name if known is None else known.index_of(name) for name in names]
+    missing = [name for name, row in zip(names, found, strict=True) if row is None or not str(row).isdigit()]
+    if missing:
+        raise DataError(
+            f"users must be of {data_path}, by the ids they had when it was built, and it has no "
+            f"{', '.join(missing)}; `grail data inspect {data_path}` shows some"
+        )
+    return [int(row) for row in found]
 
 
 def _load(process: Process, config: PretrainConfig, step: int) -> Any:

@@ -1,7 +1,7 @@
 """Puts a run's parts together from its configuration: data, model, tables, engine."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any, Literal
 
@@ -112,13 +112,20 @@ class Assembly:
         """What evaluation and serving ask items to meet."""
         return load_conditions(self.config)
 
-    def users(self, split: Literal["valid", "test", "serve"]) -> EvaluationStream:
-        """This rank's share of the users of a split."""
+    def users(
+        self,
+        split: Literal["valid", "test", "serve"],
+        *,
+        rows: Sequence[int] | None = None,
+        everyone: bool = False,
+    ) -> EvaluationStream:
+        """This rank's share of the users of a split, or everyone; of some user rows alone, where these are given."""
         return EvaluationStream(
             self.config.data,
             split=split,
-            rank=self.process.rank,
-            world_size=self.process.world_size,
+            rank=0 if everyone else self.process.rank,
+            world_size=1 if everyone else self.process.world_size,
+            rows=rows,
             users_per_batch=self.config.evaluation.users_per_batch,
             user_share=self.config.evaluation.user_share,
             held_out_action=self.config.evaluation.held_out_action,

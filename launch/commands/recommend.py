@@ -1,4 +1,4 @@
-"""Show or write recommendations of a run: grail recommend RUN_DIR --users 3 | --all --out FILE.parquet"""
+"""Show or write recommendations of a run: grail recommend RUN_DIR --users 3 | --user-ids A B | --all --out FILE"""
 
 import os
 from dataclasses import dataclass, field, replace
@@ -20,10 +20,12 @@ CATEGORIES = "categories"
 class RecommendOptions:
     users: int = 3
     """How many users are shown, with their history and titles."""
+    user_ids: tuple[str, ...] = ()
+    """The users that are shown, by the ids of the data, in place of the first ones."""
     all: bool = False
     """Recommend to every user and write the result to a file instead."""
     out: str = ""
-    """Parquet file for --all: user_id, rank, item_id, title, score."""
+    """Parquet file for --all, or for the users of --user-ids: user_id, rank, item_id, title, score."""
     k: int = 10
     """Recommendations per user."""
     condition: tuple[str, ...] = ()
@@ -39,18 +41,35 @@ class RecommendOptions:
 
 def run(arguments: list[str]) -> int:
     config, options = parse_served("recommend", arguments, RecommendOptions)
-    if options.all != bool(options.out):
-        raise ConfigError(
-            "--all needs --out FILE.parquet to write to, and --out is for --all; give both or none"
-        )
+    _check_who(options)
     if options.k < 1 or options.users < 1:
         raise ConfigError(f"--k and --users must be at least 1, got {options.k} and {options.users}")
     config = under_conditions(config, options.condition)
-    if options.all:
-        write_all(config, options.out, checkpoint=options.checkpoint, k=options.k)
+    rows = _rows(config, options.user_ids)
+    if options.out:
+        write_all(config, options.out, rows, checkpoint=options.checkpoint, k=options.k)
     else:
-        show(config, num_users=options.users, checkpoint=options.checkpoint, k=options.k)
+        num_users = len(rows or ()) or options.users
+        show(config, rows, num_users=num_users, checkpoint=options.checkpoint, k=options.k)
     return 0
+
+
+def _check_who(options: RecommendOptions) -> None:
+    if options.all and options.user_ids:
+        raise ConfigError("--all is for every user and --user-ids for some; give one of them")
+    if options.all != bool(options.out) and not options.user_ids:
+        raise ConfigError(
+            "--all needs --out FILE.parquet to write to, and --out is for --all or --user-ids; give both or none"
+        )
+
+
+def _rows(config: PretrainConfig, names: tuple[str, ...]) -> list[int] | None:
+    """User rows of raw ids, each once; None where no user is named."""
+    if not names:
+        return None
+    from launch.jobs import user_rows
+
+    return user_rows(config.data.path, list(dict.fromkeys(names)))
 
 
 def under_conditions(config: PretrainConfig, conditions: tuple[str, ...]) -> PretrainConfig:
@@ -87,8 +106,15 @@ def under_conditions(config: PretrainConfig, conditions: tuple[str, ...]) -> Pre
     return replace(config, evaluation=evaluation)
 
 
-def show(config: PretrainConfig, *, num_users: int, checkpoint: str = "best", k: int = 10) -> None:
-    """Print history and recommendations of a few users."""
+def show(
+    config: PretrainConfig,
+    rows: list[int] | None = None,
+    *,
+    num_users: int,
+    checkpoint: str = "best",
+    k: int = 10,
+) -> None:
+    """Print history and recommendations of the users of some rows, or of the first ones."""
     from rich.console import Console
 
     from cluster.workers import run_workers
@@ -96,7 +122,7 @@ def show(config: PretrainConfig, *, num_users: int, checkpoint: str = "best", k:
 
     start_console()
     shown = run_workers(
-        *(show_job, config, find_step(config, checkpoint), num_users, k),
+        *(show_job, config, find_step(config, checkpoint), num_users, rows, k),
         config=config.cluster,
         run_dir=config.run_dir,
     )
@@ -105,8 +131,15 @@ def show(config: PretrainConfig, *, num_users: int, checkpoint: str = "best", k:
         console.print(_user_table(user))
 
 
-def write_all(config: PretrainConfig, out: str, *, checkpoint: str = "best", k: int = 10) -> None:
-    """Write recommendations for every user; workers write parts, which are then merged in the users' order."""
+def write_all(
+    config: PretrainConfig,
+    out: str,
+    rows: list[int] | None = None,
+    *,
+    checkpoint: str = "best",
+    k: int = 10,
+) -> None:
+    """Write recommendations for every user, or those of some rows; workers write parts, which are merged in order."""
     from cluster.workers import run_workers
     from launch.jobs import part_file, write_job
 
@@ -118,7 +151,7 @@ def write_all(config: PretrainConfig, out: str, *, checkpoint: str = "best", k: 
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     try:
         num_rows = run_workers(
-            *(write_job, config, find_step(config, checkpoint), out, k),
+            *(write_job, config, find_step(config, checkpoint), out, rows, k),
             config=config.cluster,
             run_dir=config.run_dir,
         )

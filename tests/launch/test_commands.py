@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -99,12 +100,28 @@ def test_evaluation_is_printed_and_written(run_dir, command):
 def test_recommendations_are_shown_with_titles_and_written_for_everybody(folder, command):
     shown = command("recommend run --users 2 --k 3")
     assert shown.count("latest history, oldest first") == 2
+    first, second = re.findall(r"user (\S+), \d+ events", shown)
+    named = command(f"recommend run --user-ids {second} {first} --k 3")
+    assert re.findall(r"user (\S+), \d+ events", named) == [second, first]
+    command(f"recommend run --user-ids {second} --out one.parquet --k 3")
+    assert pl.read_parquet(folder / "one.parquet")["user_id"].cast(str).to_list() == [second] * 3
     command("recommend run --all --out all.parquet --k 3 --cluster.workers 2 --cluster.no-in-process")
     table = pl.read_parquet(folder / "all.parquet")
     assert table.columns == ["user_id", "rank", "item_id", "title", "score"]
     assert table["user_id"].n_unique() == 300 and table.height == 900
     assert table["title"].null_count() == 0 and table["title"][0] in shown
     assert not list(folder.glob("all.parquet.*"))
+
+
+def test_unknown_users_and_contradictions_are_refused(command, capsys):
+    for line, told in (
+        ("--user-ids nobody", "it has no nobody"),
+        ("--user-ids nobody --all --out x.parquet", "give one of them"),
+        ("--all", "--all needs --out"),
+        ("--out x.parquet", "--out is for --all or --user-ids"),
+    ):
+        assert cli.run(["recommend", "run", *line.split()]) != 0
+        assert told in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_checkpoint_can_be_looked_at_and_taken_out(folder, command):
