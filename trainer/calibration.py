@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from scipy.special import expit
 from torch import Tensor
 
@@ -94,6 +93,9 @@ def _fit(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     labels = labels.astype(np.float64)
     if labels.min(initial=1) == labels.max(initial=0) or not len(labels):
         return 1.0, 0.0
+
+    # Takes half a second, and every worker of every model would wait for it at its start.
+    from scipy.optimize import minimize
 
     def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
         scaled = parameters[0] * logits + parameters[1]
