@@ -18,6 +18,8 @@ INSTALL = "install it with: pip install 'grail[text]'"
 
 _TEXTS_PER_BLOCK = 2048
 _FIELDS = (("Title", "title"), ("Price", "price"), ("Brand", "brand"), ("Categories", "categories"))
+TEXT_COLUMNS = tuple(column for _, column in _FIELDS)
+"""Columns of the item table that `item_texts` writes, in this order."""
 
 
 def read_item_frame(path: str) -> pl.DataFrame:

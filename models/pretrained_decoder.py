@@ -4,10 +4,9 @@ Its layers, norms and rotary positions stay as they are; only what attends to wh
 attention interface: all tokens of a step are one sequence without padding, and the layout that travels with them says
 what each sees. Weights are read from safetensors alone, and no code that comes with a model is run.
 
-Needs the extra `hf`. The parts of the vocabulary that stand for text are not kept, since no text is read.
+Needs the extra `hf`. The vectors of the text's tokens are kept only where a model reads text.
 """
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -19,6 +18,7 @@ from cluster.errors import ConfigError
 from models.generator import DecodeState
 from models.kernels.jagged_attention import jagged_attention
 from models.kernels.page_attention import PageLayout, page_attention
+from models.layers.attention_plan import Plan
 from models.layers.page_decoder import PageDecoder
 from models.layers.shared_prompt_attention import (
     PromptKeyValues,
@@ -26,16 +26,9 @@ from models.layers.shared_prompt_attention import (
     SuffixKeyValues,
     shared_prompt_attention,
 )
+from models.layers.vocabulary import Vocabulary
 
 ATTENTION = "grail_shared_history"
-
-
-class Plan(ABC):
-    """What the tokens of one call see, layer by layer."""
-
-    @abstractmethod
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Shapes: [N, heads, D] each -> [N, heads, D]."""
 
 
 @runtime_checkable
@@ -113,16 +106,23 @@ class Nobody(Plan):
 
 
 class PretrainedDecoder(nn.Module):
-    """The same three calls as `PageDecoder`."""
+    """The same three calls as `PageDecoder`, and those of `models.layers.text_decoder.TextDecoder`."""
 
-    def __init__(self, folder: str):
-        """Raises: ConfigError where transformers is missing, or the folder holds no decoder that can be used."""
+    def __init__(self, folder: str, *, keep_vocabulary: bool = False):
+        """With the vocabulary, `vocabulary` embeds text and predicts it.
+
+        Raises: ConfigError where transformers is missing, or the folder holds no decoder that can be used.
+        """
         super().__init__()
         self.model = _load(folder)
         vocabulary = self.model.get_input_embeddings().weight.detach()
         self.vocabulary_mean, self.vocabulary_spread = vocabulary.mean(0), float(vocabulary.std(0).mean())
         self.width = vocabulary.shape[1]
         self.model.set_input_embeddings(nn.Identity())
+        if keep_vocabulary:
+            self.vocabulary = Vocabulary(vocabulary.clone())
+            self.is_tied = self.model.config.tie_word_embeddings
+            _check_layers(self.model, folder)
 
     def forward(self, tokens: Tensor, places: Tensor, layout: PageLayout) -> Tensor:
         """The states after all tokens of histories and, behind them, pages. Shapes: [N, D], [N] -> [N, D]."""
@@ -140,6 +140,33 @@ class PretrainedDecoder(nn.Module):
         plan = Extending(state, tokens.shape[1])
         hidden = self._run(tokens.flatten(0, 1), places.flatten(), plan)
         return hidden.view_as(tokens), state.with_suffix(plan.kept)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.model.layers)
+
+    def feedforwards(self) -> list[nn.Module]:
+        """The feed-forward part of each layer."""
+        return [layer.mlp for layer in self.model.layers]
+
+    def run_layers(self, hidden: Tensor, places: Tensor, plan: Plan, first: int, stop: int) -> Tensor:
+        """Layers first..stop (exclusive) alone, over at least one token. Shapes: [N, D], [N] -> [N, D]."""
+        hidden = hidden[None]
+        turns = self.model.rotary_emb(hidden, places[None])
+        for number in range(first, stop):
+            hidden = self.model.layers[number](
+                hidden,
+                attention_mask=None,
+                position_ids=places[None],
+                position_embeddings=turns,
+                use_cache=False,
+                grail_plan=plan,
+            )
+        return hidden[0]
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """The norm behind the last layer. Shapes: [n, D] -> [n, D]."""
+        return self.model.norm(hidden)
 
     def initialise_like_vocabulary(self, vectors: nn.Embedding) -> None:
         """New tokens begin around the mean of the old ones, as far apart as these are."""
@@ -171,6 +198,17 @@ def _attend(
     queries = query[0].transpose(0, 1) * (scaling * query.shape[-1] ** 0.5)
     keys, values = (part[0].transpose(0, 1).repeat_interleave(groups, dim=1) for part in (key, value))
     return options["grail_plan"].attend(module.layer_idx, queries, keys, values)[None], None
+
+
+def _check_layers(model: nn.Module, folder: str) -> None:
+    """Raises: ConfigError where the layers cannot be run some at a time."""
+    missing = [name for name in ("layers", "rotary_emb", "norm") if not hasattr(model, name)]
+    if missing:
+        raise ConfigError(
+            f"model.pretrained must be a decoder with rotary positions whose layers can be run one by one (such as "
+            f"Llama, Mistral or Qwen) to read text, and the {type(model).__name__} in {folder} has no "
+            f"{', '.join(missing)}; take another"
+        )
 
 
 def _load(folder: str) -> nn.Module:

@@ -32,6 +32,7 @@ from trainer.dense_module import DenseModule, resolve_precision
 from trainer.generative_search import GenerativeSearch, PrefixReward, check_prm
 from trainer.item_lists import allowed_rows
 from trainer.search import RetrievalSearch, Search
+from trainer.texts import load_texts
 from trainer.tree_search import TreeSearch
 
 logger = logging.getLogger(__name__)
@@ -202,6 +203,8 @@ def build_model(
             f"evaluation.objective {config.evaluation.objective} needs a model of several objectives (grail pretrain "
             f"urm), and this is a {type(config.model).__qualname__.split('.')[0]}; leave it out"
         )
+    if (texts := load_texts(config)) is not None:
+        parts["texts"] = texts
     if semantic_ids is not None:
         codes = torch.from_numpy(semantic_ids.codes).long()
         parts["semantic_ids"] = SemanticIds(codes=codes, code_sizes=semantic_ids.code_sizes)
@@ -237,6 +240,8 @@ def describe_model(assembly: Assembly) -> dict[str, Any]:
         "max_length": config.data.max_length,
         "num_items": assembly.items.num_items,
     }
+    if (texts := getattr(assembly.model, "texts", None)) is not None:
+        described["tokenizer"] = texts.fingerprint
     return described if table is None else {**described, "semantic_ids": table.fingerprint}
 
 

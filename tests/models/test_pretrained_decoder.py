@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from cluster.errors import ConfigError
+from data_streams.jagged import Jagged
 from models.genrec import GenRec
+from models.kernels.page_attention import PageLayout
 from models.objectives.sampled_softmax import SampledSoftmax
+from models.pretrained_decoder import Packed, PretrainedDecoder
 from models.tables import LookedUp
 from models.urm import URM
 from tests.generator_cases import MAX_LENGTH, NUM_ITEMS, semantic_ids
@@ -103,6 +106,32 @@ def test_new_tokens_begin_like_those_of_the_vocabulary(folder):
     model.decoder.initialise_like_vocabulary(model.codes.vectors)
     torch.testing.assert_close(vectors.mean(0), model.decoder.vocabulary_mean, atol=0.3, rtol=0)
     assert vectors.std(0).mean().item() == pytest.approx(model.decoder.vocabulary_spread, rel=0.3)
+
+
+def test_the_vocabulary_is_kept_where_it_is_asked_for_and_layers_run_some_at_a_time(folder):
+    from transformers import AutoModel
+
+    decoder, plain = PretrainedDecoder(folder, keep_vocabulary=True), AutoModel.from_pretrained(folder).eval()
+    tokens, length = torch.tensor([3, 49, 7, 7, 12]), 5
+    embedded = decoder.vocabulary(tokens)
+    torch.testing.assert_close(embedded, plain.get_input_embeddings()(tokens))
+    plan = Packed(one_sequence(length))
+    half = decoder.run_layers(embedded, torch.arange(length), plan, 0, 1)
+    states = decoder.finish(decoder.run_layers(half, torch.arange(length), plan, 1, decoder.num_layers))
+    expected = plain(input_ids=tokens[None]).last_hidden_state[0]
+    torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-4)
+    scores = decoder.vocabulary(states, predict=True)
+    torch.testing.assert_close(scores, states @ decoder.vocabulary.weight.T)
+    assert not hasattr(PretrainedDecoder(folder), "vocabulary")
+
+
+def one_sequence(length: int) -> PageLayout:
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return PageLayout.build(
+        Jagged.from_lengths(torch.zeros(length), torch.tensor([length])),
+        Jagged.from_lengths(nothing, nothing),
+        Jagged.from_lengths(nothing, torch.tensor([0])),
+    )
 
 
 def test_only_safetensors_are_read(tmp_path):

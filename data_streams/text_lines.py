@@ -1,0 +1,59 @@
+"""What a data set says in words: a line for each item, and one for each user of whom anything is known."""
+
+import io
+from collections.abc import Sequence
+
+import polars as pl
+
+from cluster.errors import ConfigError
+from cluster.storage import Storage
+from data_streams.text_embeddings import TEXT_COLUMNS, item_texts, read_item_frame
+
+USERS_NAME = "users.parquet"
+
+
+def item_lines(path: str, columns: Sequence[str]) -> list[str]:
+    """Each item as a line, as `item_texts` writes it, of the columns that are named and there.
+
+    Raises: ConfigError where a column is none of text, or nothing is written about the items; DataError as
+    `read_item_frame`.
+    """
+    unknown = [name for name in columns if name not in TEXT_COLUMNS]
+    if unknown or not columns:
+        raise ConfigError(
+            f"model.text.columns must be some of {', '.join(TEXT_COLUMNS)}, got {', '.join(columns) or 'none'}"
+        )
+    frame = read_item_frame(path)
+    lines = item_texts(frame.select(name for name in columns if name in frame.columns))
+    if not any(lines) or (set(columns) == {"title"} and _are_ids(frame)):
+        raise ConfigError(
+            f"the items of {path} must have text in {', '.join(columns)}, and there is none; build the data with "
+            "titles (--items of the source events), or name other columns with --model.text.columns"
+        )
+    return lines
+
+
+def _are_ids(items: pl.DataFrame) -> bool:
+    """Whether the titles are the raw ids, which the build writes where a source has none."""
+    titles = items["title"].cast(pl.String)
+    return (titles.is_null() | (titles == items["item_id"].cast(pl.String))).all()
+
+
+def user_lines(path: str) -> list[str] | None:
+    """What the user table says of each user beside the id; None where it says nothing.
+
+    Example: "Age: 24. Gender: M. Occupation: technician".
+    """
+    storage = Storage(path)
+    if not storage.exists(USERS_NAME):
+        return None
+    frame = pl.read_parquet(io.BytesIO(storage.read(USERS_NAME))).drop("user_id", strict=False)
+    if not frame.columns:
+        return None
+    labels = [name.replace("_", " ").capitalize() for name in frame.columns]
+    return [
+        ". ".join(
+            f"{label}: {value}" for label, value in zip(labels, row, strict=True) if value not in (None, "")
+        )
+        for row in frame.iter_rows()
+    ]

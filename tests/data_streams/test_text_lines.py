@@ -1,0 +1,43 @@
+"""Items and users as lines of text, from the tables of a data set."""
+
+import polars as pl
+import pytest
+
+from cluster.errors import ConfigError
+from data_streams.text_lines import item_lines, user_lines
+
+
+def write(folder, **columns) -> str:
+    pl.DataFrame(columns).write_parquet(folder / "items.parquet")
+    return str(folder)
+
+
+def test_items_are_written_with_the_columns_that_are_named_and_there(tmp_path):
+    data = write(
+        tmp_path, item_id=[7, 8], title=["Red polish", None], price=[4.5, 2.0], categories=[["Nails"], []]
+    )
+    assert item_lines(data, ("title", "brand")) == ["Title: Red polish", ""]
+    assert item_lines(data, ("title", "price", "categories")) == [
+        "Title: Red polish. Price: 4.5. Categories: Nails",
+        "Price: 2.0",
+    ]
+
+
+def test_data_without_text_is_refused(tmp_path):
+    data = write(tmp_path, item_id=["a", "b"], title=["a", "b"], categories=[["x"], None])
+    with pytest.raises(ConfigError, match="must have text in title, and there is none"):
+        item_lines(data, ("title",))
+    with pytest.raises(ConfigError, match="must have text in brand"):
+        item_lines(data, ("brand",))
+    assert item_lines(data, ("title", "categories")) == ["Title: a. Categories: x", "Title: b"]
+    with pytest.raises(ConfigError, match="some of title, price, brand, categories, got titel"):
+        item_lines(data, ("titel",))
+
+
+def test_users_are_written_with_what_their_table_says_beside_the_id(tmp_path):
+    assert user_lines(str(tmp_path)) is None
+    pl.DataFrame({"user_id": [1, 2]}).write_parquet(tmp_path / "users.parquet")
+    assert user_lines(str(tmp_path)) is None
+    table = {"user_id": [1, 2], "age": [24, None], "zip_code": ["", "94043"]}
+    pl.DataFrame(table).write_parquet(tmp_path / "users.parquet")
+    assert user_lines(str(tmp_path)) == ["Age: 24", "Zip code: 94043"]
