@@ -60,7 +60,7 @@ class LookedUp:
     ids: Tensor
     """[n] int64, as the model asked for them."""
     rows: Tensor
-    """[n, dim], in the order of the ids."""
+    """[n, dim], in the order of the ids; of width 0 where no table has the feature, which then only brings its ids."""
     item_features: Tensor | None = None
     """[n, E], frozen feature vectors of the items, where the model uses them."""
 

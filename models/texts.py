@@ -10,7 +10,7 @@ from data_streams.jagged import Jagged
 class TextConfig:
     columns: tuple[str, ...] = ("title", "brand", "categories")
     """Columns of the item table that are read, of title, price, brand and categories, where the data has them."""
-    max_tokens: int = 24
+    max_tokens: int = 32
     """Tokens of an item's text, or of a user's, that are read; the rest is cut off, counted and logged."""
     vocabulary_size: int = 2048
     """Tokens of the tokenizer that is trained on the items' texts where no language model brings one."""

@@ -59,8 +59,16 @@ def rows_of_request(
     positions: Mapping[str, Tensor],
     item_features: Mapping[str, Tensor],
 ) -> Rows:
-    """The rows of one request, taken from the distinct rows of its tables; gradients add up in the leaves."""
-    found: dict[str, LookedUp] = {}
+    """The rows of one request, taken from the distinct rows of its tables; gradients add up in the leaves.
+
+    Features of no table come back as they were asked for, with rows of width 0.
+    """
+    known = {name for spec in specs for name in spec.features}
+    found = {
+        name: LookedUp(ids=values, rows=torch.empty(len(values), 0, device=values.device))
+        for name, values in ids.items()
+        if name not in known
+    }
     for spec in specs:
         names = [name for name in spec.features if name in positions]
         if not names:

@@ -27,6 +27,7 @@ from sharding.configuration import ShardingConfig
 from sharding.lookup import ItemFeatures
 from tests.generator_cases import GENERATORS, PAGE_WISE, TREES, make_generator
 from tests.mixture_model import MixtureModel
+from tests.text_cases import TEXT_MODELS, TEXT_RANKERS, make_text_model
 from trainer.blocks import recompute_blocks
 from trainer.configuration import TrainConfig
 from trainer.dense_module import DenseModule
@@ -45,7 +46,7 @@ MODELS = {
     "mtgr": partial(MTGR.Config, hidden=24),
     "mtgr of drawn windows": partial(MTGR.Config, hidden=24, window="drawn", user_rows=50),
 }
-RANKERS = ("mtgr", "mtgr of drawn windows")
+RANKERS = ("mtgr", "mtgr of drawn windows", *TEXT_RANKERS)
 ACTIONS = ("cart", "click", "exposure")
 OBJECTIVES = {
     "sampled": SampledSoftmax.Config(num_negatives=16, log_q=True),
@@ -94,6 +95,9 @@ def make_model(case: Case) -> Recommender:
     torch.manual_seed(SEED)
     counts = {"item_counts": np.arange(NUM_ITEMS)} if OBJECTIVES[case.objective].needs_item_counts else {}
     objective = OBJECTIVES[case.objective].build(num_items=NUM_ITEMS, **counts)
+    if case.model in TEXT_MODELS:
+        parts = {"num_items": NUM_ITEMS, "objective": objective, "actions": ACTIONS}
+        return make_text_model(case.model, SEED, **parts)
     options = {"favour_first_half": True} if case.favour_first_half else {}
     config = MODELS[case.model](
         width=16,

@@ -81,11 +81,19 @@ def page_attention(queries: Tensor, keys: Tensor, values: Tensor, layout: PageLa
     in_history = jagged_attention(hq, hk, hv, layout.history)
     if cut[1] == 0:
         return in_history
-    own, own_weight = _attend_own(pq, pk, pv, layout.own)
-    before, before_weight = _attend_history(pq, hk, hv, layout)
+    return torch.cat((in_history, attend_pages((pq, pk, pv), (hk, hv), layout)))
+
+
+def attend_pages(pages: tuple[Tensor, ...], history: tuple[Tensor, ...], layout: PageLayout) -> Tensor:
+    """What the tokens of the pages see, of which there must be some.
+
+    Shapes: queries, keys, values [G, heads, D] of pages, keys, values [H, heads, D] of histories -> [G, heads, D].
+    """
+    own, own_weight = _attend_own(*pages, layout.own)
+    before, before_weight = _attend_history(pages[0], *history, layout)
     total = torch.logaddexp(own_weight, before_weight)
     share = (own_weight - total).exp()[..., None], (before_weight - total).exp()[..., None]
-    return torch.cat((in_history, (own * share[0] + before * share[1]).to(queries.dtype)))
+    return (own * share[0] + before * share[1]).to(pages[0].dtype)
 
 
 def _attend_own(queries: Tensor, keys: Tensor, values: Tensor, layout: BucketLayout) -> tuple[Tensor, Tensor]:

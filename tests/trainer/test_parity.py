@@ -75,6 +75,15 @@ def test_mtgr_on_two_ranks_equals_the_unsharded_reference(model, zero_stage):
 
 
 @pytest.mark.parametrize(
+    ("model", "zero_stage", "streams"), [("m6-rec", 1, 6), ("m6-rec-ranking of adapters", 3, 2)]
+)
+def test_models_of_text_on_two_ranks_equal_the_unsharded_reference(model, zero_stage, streams):
+    # With two streams the second rank has no user from step 10 on.
+    case = Case(model=model, objective="in-batch", zero_stage=zero_stage, steps=12, streams=streams)
+    assert_same_training(case, 2, against=case)
+
+
+@pytest.mark.parametrize(
     ("model", "zero_stage", "expert_parallel"),
     [
         ("decoder-only", 1, 1),

@@ -1,0 +1,16 @@
+"""M6-Rec from scratch as a ranker: answers to shown items, from text alone; needs exposures on recorded pages.
+
+As published: --model.joint-tokens all --model.region bidirectional --model.window request; see docs/m6rec.md.
+"""
+
+from data_streams.configuration import DataConfig
+from models.m6rec_ranking import M6RecRanking
+from trainer.configuration import PretrainConfig, TrainConfig
+
+
+def recipe() -> PretrainConfig:
+    return PretrainConfig(
+        data=DataConfig(max_length=400, tokens_per_step=4096, history_exposures=True),
+        model=M6RecRanking.Config(joint_tokens="last", region="behaviours", window="span"),
+        train=TrainConfig(epochs=6, learning_rate=3e-3, selection_metric="auc"),
+    )

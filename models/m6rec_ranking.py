@@ -1,0 +1,193 @@
+"""M6-Rec as ranker: the user is read both ways, each shown item as text behind it, and what the last mark says answers.
+
+All candidates of a user share one copy of the user's region, and none sees another. `scoring classifier` asks the state
+at [EOS] for each action; with soft prompts, the answers are the last of these: the log-odds of an action are <h, yes> -
+<h, no>, so that the softmax over the two options is the probability. `scoring likelihood` needs no head: a candidate
+counts by the mean log-likelihood of its words after the user's, learnt from the words of what was clicked.
+
+Source: M6-Rec (Alibaba, 2022), arXiv 2205.08084; `models.text_encoder` tells of the language model. RECONSTRUCTED: a
+pair of options for each action; the form of the likelihood. Deviations: [EOS'] sees the region and is not seen by it;
+there are no cross features, no times and no places, which rankers are not given when they serve; the words of clicked
+items may be learnt beside the answers (`language_weight`), in place of pretraining by infilling.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cluster.errors import ConfigError
+from data_streams.batch import SequenceBatch
+from data_streams.jagged import Jagged
+from models.answered_actions import answered_actions
+from models.exposure_windows import ANSWERS, CANDIDATES, NUM_STATIC, VISIBLE, exposure_windows
+from models.layers.linear import Linear
+from models.recommender import LossSum, Ranker, StepContext
+from models.tables import Ids, Rows, TableSpec
+from models.text_encoder import States, TextEncoder, TextEncoderConfig, log_trained_share
+from models.text_reading import Reading
+from models.texts import Texts
+
+SPOKEN, PLACED = "spoken", "placed"
+WORDS_AT_A_TIME = 2048
+"""Words that are predicted together when serving: each takes a number for every word there is."""
+
+
+class M6RecRanking(Ranker):
+    @dataclass(frozen=True, kw_only=True)
+    class Config(TextEncoderConfig):
+        window: Literal["request", "span"] = "request"
+        """Whose exposures are candidates: those of one random request per user and step, with what was taken before it
+        as history; or span, of all requests, each of which needs a copy of its history where that is read both ways."""
+        scoring: Literal["classifier", "likelihood"] = "classifier"
+        """Score by a classifier of the last state, or by the mean log-likelihood of the candidate's words."""
+        language_weight: float = 0.0
+        """Weight of the loss of the words of clicked candidates beside that of the answers."""
+        actions: tuple[str, ...] = ()
+        """Answers it predicts, the first of which makes up the histories; left out, all of the data but exposures,
+        click first."""
+
+        event_columns = ("action", "page_id", "timestamp_s")
+        """Event columns it reads."""
+        needs_actions = True
+        """Whether `build` is to be given the names of the codes in the column `action`."""
+        needs_exposures = True
+        """Whether histories must hold what was only shown."""
+        has_own_objective = True
+        """Whether the loss is the model's own."""
+        selection_metrics = ("auc", "gauc")
+        """What validation can choose the best step by."""
+
+        @property
+        def reads_words(self) -> bool:
+            """Whether the words of candidates are predicted."""
+            return self.scoring == "likelihood" or self.language_weight > 0
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.reads_words and self.joint_tokens != "all":
+                raise ConfigError(
+                    "model.scoring likelihood and model.language-weight predict word after word, and need "
+                    f"--model.joint-tokens all, got {self.joint_tokens}"
+                )
+
+        def build(self, **parts: Any) -> "M6RecRanking":
+            return M6RecRanking(self, **parts)
+
+    def __init__(self, config: Config, *, actions: tuple[str, ...], texts: Texts, **_: Any):
+        """`actions` are the names of the codes in the data's column `action`.
+
+        Raises: ConfigError where the data has no answers, or the language model cannot predict words.
+        """
+        super().__init__()
+        self.config, self.texts, self.codes = config, texts, tuple(actions)
+        self.actions = answered_actions(config.actions, self.codes, "m6-rec-ranking")
+        self.num_options = 2 * len(self.actions) * (config.scoring == "classifier")
+        self.encoder = TextEncoder(config, texts, num_options=self.num_options)
+        if config.reads_words and not self.encoder.decoder.is_tied:
+            raise ConfigError(
+                f"words are predicted by the vectors they are read by, and {config.pretrained} has others for that; "
+                "leave model.scoring likelihood and model.language-weight out, or take a model with tied vectors"
+            )
+        self.added_parameters = self.encoder.added_parameters("encoder.")
+        if self.num_options and not config.has_frozen_base:
+            self.classifier = Linear(self.encoder.width, len(self.actions))
+        log_trained_share(self, self.encoder)
+
+    def tables(self) -> list[TableSpec]:
+        return []
+
+    def training_batch(self, batch: SequenceBatch, context: StepContext) -> SequenceBatch:
+        """With the candidates of each user's window, and what is known to which."""
+        is_request = self.config.window == "request"
+        batch = exposure_windows(batch, context, codes=self.codes, actions=self.actions, drawn=is_request)
+        return _first_request(batch) if is_request else batch
+
+    def num_targets(self, batch: SequenceBatch) -> int:
+        return batch.supervision[CANDIDATES].values.shape[0]
+
+    def ids(self, batch: SequenceBatch, context: StepContext) -> Ids:
+        parts = batch.supervision
+        reading = self._read(batch, parts[VISIBLE], parts[CANDIDATES].values)
+        if not self.config.reads_words:
+            return reading.as_ids()
+        clicked = parts[ANSWERS].values[:, 0][reading.slots]
+        return {**reading.as_ids(), SPOKEN: reading.words(self.texts.vocabulary_size, clicked)}
+
+    def candidate_ids(self, batch: SequenceBatch, candidates: Tensor) -> Ids:
+        shown = (candidates >= 0).sum(1)
+        lengths = batch.items.lengths.repeat_interleave(shown)
+        reading = self._read(batch, Jagged.from_lengths(lengths, shown), candidates[candidates >= 0])
+        found = {**reading.as_ids(), PLACED: torch.nonzero(candidates.flatten() >= 0)[:, 0]}
+        if self.config.scoring == "likelihood":
+            found[SPOKEN] = reading.words(self.texts.vocabulary_size)
+        return found
+
+    def _read(self, batch: SequenceBatch, visible: Jagged, candidates: Tensor) -> Reading:
+        return self.encoder.reader.scoring(batch, visible, candidates.numpy())
+
+    def forward(self, rows: Rows, batch: SequenceBatch, context: StepContext) -> LossSum:
+        reading = Reading.of(rows)
+        states = self.encoder(reading)
+        answers = batch.supervision[ANSWERS].values.float()
+        total, metrics = states.prompts.sum().float() * 0, {}
+        if self.config.scoring == "classifier":
+            losses = F.binary_cross_entropy_with_logits(self.classify(states), answers, reduction="none")
+            total, metrics = losses.sum(), dict(zip(self.actions, losses.detach().sum(0), strict=True))
+        if self.config.reads_words:
+            weight = self.config.language_weight if self.config.scoring == "classifier" else 1.0
+            words = -self.log_likelihoods(states, reading, rows[SPOKEN].ids).sum()
+            total, metrics = total + weight * words, {**metrics, "words": words.detach()}
+        return LossSum(sum=total, count=self.num_targets(batch), metrics=metrics)
+
+    def logits(self, rows: Rows, batch: SequenceBatch, candidates: Tensor) -> Tensor:
+        reading = Reading.of(rows)
+        states = self.encoder(reading)
+        if self.config.scoring == "classifier":
+            found = self.classify(states)
+        else:
+            likelihoods = self.log_likelihoods(states, reading, rows[SPOKEN].ids)
+            found = likelihoods[:, None].expand(-1, len(self.actions))
+        scores = found.new_zeros(candidates.numel(), len(self.actions))
+        return scores.index_copy(0, rows[PLACED].ids, found).unflatten(0, candidates.shape)
+
+    def classify(self, states: States) -> Tensor:
+        """Log-odds of each action for each prompt. Shapes: [P, A] fp32."""
+        if not self.config.has_frozen_base:
+            return self.classifier(states.prompts).float()
+        no, yes = self.encoder.options(self.num_options).unflatten(0, (-1, 2)).unbind(1)
+        return F.linear(states.prompts.float(), (yes - no).float())
+
+    def log_likelihoods(self, states: States, reading: Reading, places: Tensor) -> Tensor:
+        """The mean over the words of each prompt that are followed at `places`; 0 for a prompt without.
+
+        Shapes: places [M] among the tokens of the prompts -> [P] fp32, in the order of the slots.
+        """
+        tokens = reading.segments.values[reading.prompts.values]
+        owner = reading.slots[reading.prompts.row_index()[places]]
+        found = []
+        for part in places.split(WORDS_AT_A_TIME):
+            scores = self.encoder.decoder.vocabulary(states.tokens.index_select(0, part), predict=True)
+            found.append(-F.cross_entropy(scores, tokens[part + 1], reduction="none"))
+        sums, counts = (states.tokens.new_zeros(len(reading.slots), dtype=torch.float32) for _ in range(2))
+        sums = sums.index_add(0, owner, torch.cat(found))
+        return sums / counts.index_add(0, owner, torch.ones_like(owner).float()).clamp(min=1)
+
+
+def _first_request(batch: SequenceBatch) -> SequenceBatch:
+    """Of drawn windows, the candidates that know no more than was known when they begin, and that alone as history."""
+    parts, items = batch.supervision, batch.items
+    candidates, visible, answers = (parts[name] for name in (CANDIDATES, VISIBLE, ANSWERS))
+    begins, user = parts[NUM_STATIC].values, candidates.row_index()
+    kept = visible.values == begins[user]
+    lengths = torch.bincount(user[kept], minlength=batch.num_users)
+    return replace(
+        batch,
+        items=Jagged.from_lengths(items.values[items.places() < begins[items.row_index()]], begins),
+        supervision={
+            name: Jagged.from_lengths(rows.values[kept], lengths)
+            for name, rows in ((CANDIDATES, candidates), (VISIBLE, visible), (ANSWERS, answers))
+        },
+    )

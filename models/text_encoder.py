@@ -1,0 +1,247 @@
+"""The language model of M6-Rec over what was laid out for it: lower layers segment by segment, upper layers jointly.
+
+The lower layers see every segment alone, with places that begin at 0, so a segment's states do not depend on where it
+stands: an item is computed once however many users have it. The upper layers see regions and the prompts behind them,
+with places that go on through both.
+
+Source: M6-Rec (Alibaba, 2022), arXiv 2205.08084. MEMORY: places are restarted in segments; the form of the adapters.
+RECONSTRUCTED: the upper layers count places anew, by rotary positions; the options are the soft prompts' own vectors,
+and not what the layers make of them; the marks between texts are learnt in every mode of tuning.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from cluster.errors import ConfigError
+from models.kernels.length_buckets import BucketLayout, bucket_layout
+from models.kernels.masked_attention import masked_attention, prefix_masks
+from models.kernels.region_attention import RegionLayout, region_attention
+from models.layers.adapter import add_adapter, freeze
+from models.layers.attention_plan import Plan
+from models.layers.text_decoder import TextDecoder
+from models.pretrained_decoder import PretrainedDecoder
+from models.text_reader import NUM_MARKS, TextReader
+from models.text_reading import Reading
+from models.texts import TextConfig, Texts
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderConfig:
+    """Options of every model that reads users and items as text."""
+
+    text: TextConfig = field(default_factory=TextConfig)
+    pretrained: str = ""
+    """Folder of a Hugging Face decoder with its tokenizer (config.json, *.safetensors, tokenizer.json) to start from,
+    whose own sizes then hold, without dropout; left out, from scratch with those below. Needs the folder in every
+    use."""
+    width: int = 64
+    """Size of the residual stream."""
+    num_blocks: int = 4
+    """Layers in all (L)."""
+    num_heads: int = 4
+    """Attention heads per layer."""
+    feedforward_width: int = 128
+    """Hidden size of the feed-forward part."""
+    dropout: float = 0.1
+    """Dropout on what layers add."""
+    init_scale: float = 0.1
+    """Standard deviation of the initial vectors of tokens."""
+    separate_blocks: int = 2
+    """Lower layers that see each segment alone (L'); 0 reads everything jointly."""
+    joint_tokens: Literal["all", "last"] = "all"
+    """What of behaviours and candidates the upper layers see: all tokens, as in the paper, or the last one of each,
+    which is far cheaper."""
+    region: Literal["bidirectional", "behaviours"] = "bidirectional"
+    """How the history is read: both ways, as in the paper, in a copy for each prompt that knows other events; or so
+    that behaviours see no later one, and all prompts of a user share one copy."""
+    tuning: Literal["full", "option", "option-adapter"] = "full"
+    """What is trained: all weights; soft prompts with a frozen language model; or adapters in its feed-forward parts
+    too. The last two need a model that has learnt: pretrained, or the run of --init-from."""
+    num_soft_prompts: int = 16
+    """Soft prompts (K) of the tuning modes that have them."""
+    adapter_width: int = 16
+    """Hidden size of the adapters."""
+
+    needs_texts = True
+    """Whether `build` is to be given the texts of items and users."""
+
+    @property
+    def has_frozen_base(self) -> bool:
+        return self.tuning != "full"
+
+    def __post_init__(self) -> None:
+        if self.joint_tokens == "last" and not self.separate_blocks:
+            raise ConfigError(
+                "model.joint-tokens last needs lower layers that read each text, and model.separate-blocks is 0; raise "
+                "it, or take --model.joint-tokens all"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class States:
+    """What the last layer says. Shapes: R regions, P prompts in the order of their slots, G tokens of prompts."""
+
+    regions: Tensor
+    """[R, D], the last token of each region."""
+    prompts: Tensor
+    """[P, D], the last token of each prompt."""
+    tokens: Tensor
+    """[G, D], all tokens of the prompts, in the order of the reading."""
+
+
+class TextEncoder(nn.Module):
+    def __init__(self, config: TextEncoderConfig, texts: Texts, *, num_options: int = 0):
+        """`num_options` of the soft prompts, the last ones, stand for answers.
+
+        Raises: ConfigError where sizes do not fit each other or the language model.
+        """
+        super().__init__()
+        self.config = config
+        self.decoder = _build_decoder(config, texts)
+        self.width = self.decoder.width
+        self.num_separate = self._checked_separate()
+        self.marks = nn.Embedding(NUM_MARKS, self.width)
+        self.decoder.initialise_like_vocabulary(self.marks)
+        num_soft_prompts = 0
+        if config.has_frozen_base:
+            num_soft_prompts = config.num_soft_prompts
+            if num_soft_prompts < max(num_options, 1):
+                raise ConfigError(
+                    f"model.num-soft-prompts must be at least {max(num_options, 1)} with model.tuning {config.tuning}, "
+                    f"two for each action that is predicted, got {num_soft_prompts}"
+                )
+            self._tune(num_soft_prompts)
+        self.reader = TextReader(
+            texts=texts,
+            num_soft_prompts=num_soft_prompts,
+            is_bidirectional=config.region == "bidirectional",
+            only_last=config.joint_tokens == "last",
+        )
+
+    def _checked_separate(self) -> int:
+        chosen, there = self.config.separate_blocks, self.decoder.num_layers
+        if not 0 <= chosen <= there:
+            raise ConfigError(
+                f"model.separate-blocks must be 0 to {there}, the layers of the language model, got {chosen}"
+            )
+        return chosen
+
+    def _tune(self, num_soft_prompts: int) -> None:
+        freeze(self.decoder)
+        self.soft_prompts = nn.Embedding(num_soft_prompts, self.width)
+        self.decoder.initialise_like_vocabulary(self.soft_prompts)
+        if self.config.tuning == "option-adapter":
+            for layer in self.decoder.feedforwards():
+                add_adapter(layer, self.width, self.config.adapter_width)
+
+    def added_parameters(self, prefix: str) -> tuple[str, ...]:
+        """Names of what tuning has added to the language model, behind a prefix."""
+        names = (name for name, _ in self.named_parameters())
+        return tuple(prefix + name for name in names if ".adapter." in name or "soft_prompts" in name)
+
+    def forward(self, reading: Reading) -> States:
+        hidden = self.separate(reading)
+        source = torch.cat((reading.regions.values, reading.prompts.values))
+        return self.join(hidden.index_select(0, source), reading)
+
+    def separate(self, reading: Reading) -> Tensor:
+        """The states of all segments below the joint layers. Shapes: [N, D]."""
+        layout = bucket_layout(reading.segments)
+        plan = Separate(layout=layout, masks=tuple(prefix_masks(reading.segment_limits, layout)))
+        hidden = self.embed(reading.segments.values)
+        return self.decoder.run_layers(hidden, reading.segments.places(), plan, 0, self.num_separate)
+
+    def join(self, hidden: Tensor, reading: Reading) -> States:
+        """The joint layers over regions and prompts. Shapes: hidden [H + G, D]."""
+        regions, prompts, visible = reading.regions, reading.prompts, reading.visible
+        behind = visible.values[prompts.row_index()] + prompts.places()
+        places = torch.cat((regions.places(), behind))
+        plan = Joint(RegionLayout.build(regions, reading.region_limits, prompts, visible))
+        hidden = self.decoder.run_layers(hidden, places, plan, self.num_separate, self.decoder.num_layers)
+        hidden = self.decoder.finish(hidden)
+        of_regions, of_prompts = hidden.split((len(regions.values), len(prompts.values)))
+        last = of_prompts.index_select(0, prompts.offsets[1:] - 1)
+        return States(
+            regions=of_regions.index_select(0, regions.offsets[1:] - 1),
+            prompts=torch.zeros_like(last).index_copy(0, reading.slots, last),
+            tokens=of_prompts,
+        )
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Words, marks and soft prompts. Shapes: [N] -> [N, D]."""
+        size = self.reader.texts.vocabulary_size
+        vectors = self.decoder.vocabulary(tokens.clamp(max=size - 1))
+        own = self.marks((tokens - size).clamp(0, NUM_MARKS - 1))
+        vectors = torch.where((tokens < size)[:, None], vectors, own)
+        if not self.config.has_frozen_base:
+            return vectors
+        number = tokens - size - NUM_MARKS
+        prompts = self.soft_prompts(number.clamp(0, self.soft_prompts.num_embeddings - 1))
+        return torch.where((number < 0)[:, None], vectors, prompts)
+
+    def options(self, number: int) -> Tensor:
+        """The last soft prompts, which stand for answers. Shapes: [number, D]."""
+        count = self.soft_prompts.num_embeddings
+        device = self.soft_prompts.weight.device
+        return self.soft_prompts(torch.arange(count - number, count, device=device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Separate(Plan):
+    """Segments that each see themselves alone."""
+
+    layout: BucketLayout
+    masks: Sequence[Tensor]
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return masked_attention(queries, keys, values, self.masks, self.layout)
+
+
+@dataclass(frozen=True)
+class Joint(Plan):
+    """Regions and the prompts behind them."""
+
+    layout: RegionLayout
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return region_attention(queries, keys, values, self.layout)
+
+
+def log_trained_share(model: nn.Module, encoder: TextEncoder) -> None:
+    """Say how much of a model is trained."""
+    trained = sum(weights.numel() for weights in model.parameters())
+    frozen = (
+        sum(weights.numel() for weights in encoder.decoder.buffers()) if encoder.config.has_frozen_base else 0
+    )
+    logger.info(
+        "Tuning %s trains %d of %d weights (%.2f %%).",
+        *(encoder.config.tuning, trained, trained + frozen, 100 * trained / (trained + frozen)),
+    )
+
+
+def _build_decoder(config: TextEncoderConfig, texts: Texts) -> TextDecoder | PretrainedDecoder:
+    if not config.pretrained:
+        return TextDecoder(
+            vocabulary_size=texts.vocabulary_size,
+            width=config.width,
+            num_blocks=config.num_blocks,
+            num_heads=config.num_heads,
+            feedforward_width=config.feedforward_width,
+            dropout=config.dropout,
+            init_scale=config.init_scale,
+        )
+    decoder = PretrainedDecoder(config.pretrained, keep_vocabulary=True)
+    if decoder.vocabulary.size < texts.vocabulary_size:
+        raise ConfigError(
+            f"model.pretrained must know all {texts.vocabulary_size} tokens of the run's tokenizer, and "
+            f"{config.pretrained} has vectors for {decoder.vocabulary.size}; give a model and a tokenizer that belong "
+            "together"
+        )
+    return decoder

@@ -1,0 +1,180 @@
+"""How users, items and candidates become what a text model reads. Host side.
+
+    region of a user     [soft prompts] [BOS'] attributes | item [SEP] | item [SEP] | ...
+    prompt of a query    [EOS']
+    prompt of an item    [EOS'] | [BOS] candidate [EOS]
+    region of an item    item [SEP]
+
+Between the bars are segments, each of which the lower layers see alone.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from data_streams.batch import SequenceBatch
+from data_streams.jagged import Jagged
+from models.text_reading import Reading, Segments, spans
+from models.texts import Texts
+
+ITEM_END, REGION_BEGIN, REGION_END, TEXT_BEGIN, TEXT_END = range(5)
+"""Marks, whose vectors stand behind those of the words: [SEP], [BOS'], [EOS'], [BOS] and [EOS]."""
+NUM_MARKS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextReader:
+    texts: Texts
+    num_soft_prompts: int = 0
+    is_bidirectional: bool = True
+    """Whether a region is read both ways; else behaviours see no later one, and all prompts of a user share it."""
+    only_last: bool = False
+    """Whether of a behaviour or candidate its last token alone reaches the upper layers."""
+
+    def retrieval(self, batch: SequenceBatch, visible: Jagged, items: np.ndarray) -> Reading:
+        """A query for each prompt, which knows so many events of its user, and a region for each item.
+
+        Shapes: visible [P], a row per user; items [n], distinct and in order; the regions of items come first.
+        """
+        segments, known = Segments(), np.union1d(batch.items.values.numpy(), items)
+        first_item = self._add_items(segments, known)
+        users = self._add_users(segments, batch)
+        alone = first_item + np.searchsorted(known, items)
+        regions = _regions(batch, visible, known, users, first_item, is_shared=not self.is_bidirectional)
+        closes = np.full(len(visible.values), users.close)
+        return _put_together(segments, alone, regions, (closes, np.ones_like(closes)), users.close, self)
+
+    def items(self, items: np.ndarray) -> Reading:
+        """A region for each item, distinct and in order, and no users. Shapes: [n]."""
+        nobody = torch.zeros(0, dtype=torch.int64)
+        empty = Jagged.from_lengths(nobody, nobody)
+        return self.retrieval(SequenceBatch(user_ids=nobody, items=empty), empty, items)
+
+    def scoring(self, batch: SequenceBatch, visible: Jagged, candidates: np.ndarray) -> Reading:
+        """A prompt for each candidate, which knows so many events of its user.
+
+        Shapes: visible [P], a row per user; candidates [P] item rows.
+        """
+        segments, known = Segments(), np.unique(batch.items.values.numpy())
+        first_item = self._add_items(segments, known)
+        users = self._add_users(segments, batch)
+        distinct, number = np.unique(candidates, return_inverse=True)
+        first_candidate = segments.add(
+            self.texts.items,
+            distinct,
+            before=[self.mark(TEXT_BEGIN)],
+            after=[self.mark(TEXT_END)],
+            is_causal=True,
+            only_last=self.only_last,
+        )
+        regions = _regions(batch, visible, known, users, first_item, is_shared=not self.is_bidirectional)
+        # In the order of the prompts, which are grouped by region.
+        shown = first_candidate + number[regions.slots]
+        pairs = np.stack((np.full(len(shown), users.close), shown), axis=1)
+        alone = np.zeros(0, dtype=np.int64)
+        return _put_together(
+            segments, alone, regions, (pairs.ravel(), np.full(len(shown), 2)), users.close, self
+        )
+
+    def mark(self, number: int) -> int:
+        return self.texts.vocabulary_size + number
+
+    def soft_prompts(self) -> list[int]:
+        first = self.texts.vocabulary_size + NUM_MARKS
+        return list(range(first, first + self.num_soft_prompts))
+
+    def _add_items(self, segments: Segments, items: np.ndarray) -> int:
+        return segments.add(self.texts.items, items, after=[self.mark(ITEM_END)], only_last=self.only_last)
+
+    def _add_users(self, segments: Segments, batch: SequenceBatch) -> "_Users":
+        before = [*self.soft_prompts(), self.mark(REGION_BEGIN)]
+        profiles, numbers = self.texts.users, np.arange(batch.num_users)
+        if profiles is None:
+            # All users begin alike: one segment serves them all.
+            first, numbers = segments.add(_NO_TEXT, np.zeros(1, dtype=np.int64), before=before), 0 * numbers
+        else:
+            first = segments.add(profiles, batch.user_ids.numpy(), before=before)
+        close = segments.add(_NO_TEXT, np.zeros(1, dtype=np.int64), before=[self.mark(REGION_END)])
+        return _Users(segments=first + numbers, close=close)
+
+
+_NO_TEXT = Jagged.from_lengths(torch.zeros(0, dtype=torch.int32), torch.zeros(1, dtype=torch.int64))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Users:
+    segments: np.ndarray
+    """[B] segment that each user's region begins with."""
+    close: int
+    """The segment of [EOS']."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Regions:
+    """Shapes: R regions of X segments, P prompts."""
+
+    segments: np.ndarray
+    """[X]"""
+    lengths: np.ndarray
+    """[R] segments of each."""
+    num_prompts: np.ndarray
+    """[R]"""
+    num_visible: np.ndarray
+    """[P] segments each prompt sees, grouped by region."""
+    slots: np.ndarray
+    """[P] which of the prompts asked for stands there."""
+
+
+def _regions(
+    batch: SequenceBatch,
+    visible: Jagged,
+    known: np.ndarray,
+    users: _Users,
+    first_item: int,
+    *,
+    is_shared: bool,
+) -> _Regions:
+    """One region for all prompts of a user, or for those that know the same events.
+
+    Shapes: visible [P] events, a row per user; known [K] items in order, whose segments begin at `first_item`.
+    """
+    user, events = visible.row_index().numpy(), visible.values.numpy()
+    key = user if is_shared else user * (batch.items.max_length + 1) + events
+    found, first, region = np.unique(key, return_index=True, return_inverse=True)
+    longest = np.zeros(len(found), dtype=np.int64)
+    np.maximum.at(longest, region, events)
+    lengths, owner = longest + 1, user[first]
+    segments = np.empty(int(lengths.sum()), dtype=np.int64)
+    begins = np.cumsum(lengths) - lengths
+    segments[begins] = users.segments[owner]
+    history = batch.items.values.numpy()[spans(batch.items.offsets.numpy()[owner], longest)]
+    segments[spans(begins + 1, longest)] = first_item + np.searchsorted(known, history)
+    slots = np.argsort(region, kind="stable")
+    return _Regions(
+        segments=segments,
+        lengths=lengths,
+        num_prompts=np.bincount(region, minlength=len(found)),
+        num_visible=1 + events[slots],
+        slots=slots,
+    )
+
+
+def _put_together(
+    segments: Segments,
+    alone: np.ndarray,
+    regions: _Regions,
+    prompts: tuple[np.ndarray, np.ndarray],
+    close: int,
+    reader: TextReader,
+) -> Reading:
+    """Segments that are a region each in front, and a last region of [EOS'], so that there is always one."""
+    lengths = np.concatenate((np.ones_like(alone), regions.lengths, [1]))
+    return segments.reading(
+        (np.concatenate((alone, regions.segments, [close])), lengths),
+        prompts,
+        num_prompts=np.concatenate((np.zeros_like(alone), regions.num_prompts, [0])),
+        num_visible=regions.num_visible,
+        slots=regions.slots,
+        is_bidirectional=reader.is_bidirectional,
+    )

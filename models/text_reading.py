@@ -1,0 +1,184 @@
+"""What a text model reads in one step: distinct segments, put together to regions and to prompts behind them.
+
+A segment is an item as behaviour, a user's attributes, or a candidate. All of it is laid out on the host ahead of the
+step, so that the device only gathers: a reading travels as ids that no table has.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_streams.jagged import Jagged
+from models.tables import Ids, Rows
+
+JAGGED = ("segments", "regions", "prompts", "visible")
+PLAIN = ("segment_limits", "region_limits", "slots")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Shapes: N tokens in S segments, H tokens in R regions, G tokens in P prompts; at least one region."""
+
+    segments: Jagged
+    """[N] int64 tokens, a row per segment, each once."""
+    segment_limits: Tensor
+    """[N] int64, how many tokens of its segment each sees."""
+    regions: Jagged
+    """[H] int64, which of the N stands there."""
+    region_limits: Tensor
+    """[H] int64, how many tokens of its region each sees."""
+    prompts: Jagged
+    """[G] int64, which of the N stands there; grouped by region."""
+    visible: Jagged
+    """[P] int64 in R rows, how many tokens of its region each prompt sees."""
+    slots: Tensor
+    """[P] int64, where what comes of each prompt belongs, in the order it was asked for."""
+
+    def as_ids(self) -> Ids:
+        """The same as features of a step's lookup."""
+        found = {name: getattr(self, name) for name in PLAIN}
+        for name in JAGGED:
+            rows = getattr(self, name)
+            found |= {name: rows.values, f"{name} lengths": rows.lengths}
+            # Its shape tells the length of the longest row, on the host, on every device.
+            found[f"{name} longest"] = torch.zeros(rows.max_length, dtype=torch.int64)
+        return found
+
+    def words(self, vocabulary_size: int, kept: Tensor | None = None) -> Tensor:
+        """Where among the tokens of the prompts a word comes next, in all of them or those that are kept. Host side.
+
+        Shapes: kept [P] bool -> [M].
+        """
+        # Every prompt begins with a mark, so what comes before a word is of the same one.
+        follows = self.segments.values[self.prompts.values][1:] < vocabulary_size
+        if kept is not None:
+            follows &= kept[self.prompts.row_index()[1:]]
+        return torch.nonzero(follows)[:, 0]
+
+    @staticmethod
+    def of(rows: Rows) -> "Reading":
+        """The way back from `as_ids`, wherever the rows lie."""
+        jagged = {
+            name: Jagged(
+                values=rows[name].ids,
+                offsets=torch.nn.functional.pad(rows[f"{name} lengths"].ids.cumsum(0), (1, 0)),
+                max_length=rows[f"{name} longest"].ids.shape[0],
+            )
+            for name in JAGGED
+        }
+        return Reading(**jagged, **{name: rows[name].ids for name in PLAIN})
+
+
+class Segments:
+    """Segments in the making; each kind of them is added once."""
+
+    def __init__(self) -> None:
+        self.tokens: list[np.ndarray] = []
+        self.lengths: list[np.ndarray] = []
+        self.is_causal: list[np.ndarray] = []
+        self.only_last: list[np.ndarray] = []
+        self.count = 0
+
+    def add(
+        self,
+        texts: Jagged,
+        wanted: np.ndarray,
+        *,
+        before: Sequence[int] = (),
+        after: Sequence[int] = (),
+        is_causal: bool = False,
+        only_last: bool = False,
+    ) -> int:
+        """A segment for each wanted row of the texts, between marks -> the number of the first one.
+
+        `only_last`: of such a segment the last token alone is put into regions and prompts.
+        """
+        tokens, lengths = framed(texts, wanted, before, after)
+        self.tokens.append(tokens)
+        self.lengths.append(lengths)
+        self.is_causal.append(np.full(len(lengths), is_causal))
+        self.only_last.append(np.full(len(lengths), only_last))
+        first, self.count = self.count, self.count + len(lengths)
+        return first
+
+    def reading(
+        self,
+        regions: tuple[np.ndarray, np.ndarray],
+        prompts: tuple[np.ndarray, np.ndarray],
+        *,
+        num_prompts: np.ndarray,
+        num_visible: np.ndarray,
+        slots: np.ndarray,
+        is_bidirectional: bool,
+    ) -> Reading:
+        """Regions and prompts as lists of segments.
+
+        Shapes: regions and prompts are numbers of segments and how many each has ([X], [R]) and ([Y], [P]); num_prompts
+        [R]; num_visible [P] segments, at least 1. Without `is_bidirectional`, segments of a region see no later one.
+        """
+        lengths, is_causal, last = (
+            np.concatenate(part) for part in (self.lengths, self.is_causal, self.only_last)
+        )
+        starts = np.cumsum(lengths) - lengths
+        kept_starts, kept = np.where(last, starts + lengths - 1, starts), np.where(last, 1, lengths)
+        (region_segments, per_region), (prompt_segments, per_prompt) = regions, prompts
+        ends, totals = sums_within(kept[region_segments], per_region)
+        _, prompt_totals = sums_within(kept[prompt_segments], per_prompt)
+        limits = np.repeat(totals, per_region) if is_bidirectional else ends
+        first_segment = np.cumsum(per_region) - per_region
+        seen = ends[np.repeat(first_segment, num_prompts) + num_visible - 1]
+        within = np.arange(lengths.sum()) - np.repeat(starts, lengths)
+        sees = np.where(np.repeat(is_causal, lengths), within + 1, np.repeat(lengths, lengths))
+        return Reading(
+            segments=_jagged(np.concatenate(self.tokens), lengths),
+            segment_limits=torch.from_numpy(sees),
+            regions=_jagged(spans(kept_starts[region_segments], kept[region_segments]), totals),
+            region_limits=torch.from_numpy(np.repeat(limits, kept[region_segments])),
+            prompts=_jagged(spans(kept_starts[prompt_segments], kept[prompt_segments]), prompt_totals),
+            visible=_jagged(seen, num_prompts),
+            slots=torch.from_numpy(slots),
+        )
+
+
+def framed(
+    texts: Jagged, wanted: np.ndarray, before: Sequence[int], after: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of tokens between marks, one behind the other, and their lengths.
+
+    Example: rows (3, 5) and () between (8,) and (9, 9) are 8 3 5 9 9 8 9 9, of lengths 5 and 3.
+    """
+    offsets = texts.offsets.numpy()
+    starts, own = offsets[wanted], np.diff(offsets)[wanted]
+    lengths = own + len(before) + len(after)
+    tokens = np.empty(int(lengths.sum()), dtype=np.int64)
+    at = np.cumsum(lengths) - lengths
+    for place, mark in enumerate(before):
+        tokens[at + place] = mark
+    tokens[spans(at + len(before), own)] = texts.values.numpy()[spans(starts, own)]
+    for place, mark in enumerate(after):
+        tokens[at + len(before) + own + place] = mark
+    return tokens, lengths
+
+
+def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Ranges of numbers, one behind the other. Example: starts 4 and 9, lengths 2 and 3 -> 4 5 9 10 11."""
+    first = np.cumsum(lengths) - lengths
+    return np.arange(int(lengths.sum())) + np.repeat(starts - first, lengths)
+
+
+def sums_within(values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Running sums within each row, and the whole sum of each. Shapes: [X] in rows of lengths [R] -> [X], [R].
+
+    Example: rows (2, 3), () and (4) -> 2 5 4 and 5 0 4.
+    """
+    running = np.concatenate(([0], np.cumsum(values)))
+    stops = np.cumsum(lengths)
+    before = running[stops - lengths]
+    return running[1:] - np.repeat(before, lengths), running[stops] - before
+
+
+def _jagged(values: np.ndarray, lengths: np.ndarray) -> Jagged:
+    return Jagged.from_lengths(torch.from_numpy(values), torch.from_numpy(lengths))
