@@ -91,7 +91,8 @@ class M6RecRanking(Ranker):
                 f"words are predicted by the vectors they are read by, and {config.pretrained} has others for that; "
                 "leave model.scoring likelihood and model.language-weight out, or take a model with tied vectors"
             )
-        self.added_parameters = self.encoder.added_parameters("encoder.")
+        # So a ranker can start from a retriever.
+        self.added_parameters = (*self.encoder.added_parameters("encoder."), "classifier.")
         if self.num_options and not config.has_frozen_base:
             self.classifier = Linear(self.encoder.width, len(self.actions))
         log_trained_share(self, self.encoder)

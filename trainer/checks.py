@@ -29,6 +29,11 @@ def check(config: PretrainConfig) -> None:
             "--data.semantic-ids, the folder of their table; make one with "
             f"{getattr(config.model, 'semantic_ids_command', 'grail tokenize')}"
         )
+    if getattr(config.model, "has_frozen_base", False) and not (config.model.pretrained or config.init_from):
+        raise ConfigError(
+            f"model.tuning {config.model.tuning} keeps the language model frozen as it is, so it needs one that has "
+            "learnt: --init-from RUN of a run with --model.tuning full, or --model.pretrained"
+        )
     if getattr(config.model, "needs_exposures", False) and not config.data.history_exposures:
         raise ConfigError(
             f"{type(config.model).__qualname__.split('.')[0]} learns from exposures, and "

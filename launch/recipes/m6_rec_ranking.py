@@ -11,6 +11,15 @@ from trainer.configuration import PretrainConfig, TrainConfig
 def recipe() -> PretrainConfig:
     return PretrainConfig(
         data=DataConfig(max_length=400, tokens_per_step=4096, history_exposures=True),
-        model=M6RecRanking.Config(joint_tokens="last", region="behaviours", window="span"),
-        train=TrainConfig(epochs=6, learning_rate=3e-3, selection_metric="auc"),
+        model=M6RecRanking.Config(
+            width=128,
+            num_blocks=3,
+            num_heads=2,
+            feedforward_width=256,
+            separate_blocks=1,
+            joint_tokens="last",
+            region="behaviours",
+            window="span",
+        ),
+        train=TrainConfig(epochs=4, learning_rate=2e-3, warmup_steps=30, selection_metric="auc"),
     )

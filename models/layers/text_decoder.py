@@ -13,9 +13,18 @@ from models.layers.norm import RMSNorm
 from models.layers.rotary import turns_of
 from models.layers.vocabulary import Vocabulary
 
+MARK_SCALE = 0.1
+"""Marks begin smaller than words, so that what they say is what they have read."""
+QUERY_SCALE = 0.5
+"""Queries and keys begin small, so that attention begins nearly even."""
+
 
 class TextBlock(nn.Module):
-    """Pre-norm attention with rotary positions and a gated feed-forward part, as of Llama."""
+    """Pre-norm attention with rotary positions and a gated feed-forward part, as of Llama.
+
+    At first each token adds the mean of what it sees, unchanged: so a mark begins as the mean of the words it closes,
+    and texts are alike as far as they share words. From random projections all users and items fell into one vector.
+    """
 
     def __init__(self, *, width: int, num_heads: int, feedforward_width: int, dropout: float):
         super().__init__()
@@ -25,6 +34,14 @@ class TextBlock(nn.Module):
         self.output = Linear(width, width, bias=False)
         self.feedforward = FeedForward(width, feedforward_width, init_scale=width**-0.5)
         self.dropout = Dropout(dropout)
+        self._begin_as_mean(width)
+
+    def _begin_as_mean(self, width: int) -> None:
+        nn.init.normal_(self.query_key_value.weight, std=QUERY_SCALE * width**-0.5)
+        with torch.no_grad():
+            self.query_key_value.weight[-width:] = torch.eye(width)
+        nn.init.eye_(self.output.weight)
+        nn.init.zeros_(self.feedforward.contract.weight)
 
     def forward(self, hidden: Tensor, turns: Tensor, plan: Plan, layer: int) -> Tensor:
         """Shapes: hidden [N, D], turns [N, 2, D / heads / 2] -> [N, D]."""
@@ -99,5 +116,5 @@ class TextDecoder(nn.Module):
         return self.final_norm(hidden)
 
     def initialise_like_vocabulary(self, vectors: nn.Embedding) -> None:
-        """New tokens begin as words do."""
-        nn.init.normal_(vectors.weight, std=self.init_scale)
+        """New tokens begin around zero, and smaller than words."""
+        nn.init.normal_(vectors.weight, std=MARK_SCALE * self.init_scale)

@@ -10,15 +10,18 @@ from torch import Tensor
 from cluster.errors import ConfigError
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
+from launch.recipes import m6_rec
 from models.layers.attention_plan import Plan
 from models.objectives.sampled_softmax import SampledSoftmax
 from models.recommender import StepContext
 from models.tables import LookedUp
 from models.text_reader import ITEM_END, REGION_BEGIN, REGION_END, TEXT_BEGIN, TEXT_END
+from models.text_reading import Reading
 from sharding.lookup import make_lookup
 from sharding.unsharded import UnshardedTables
 from tests.models.test_mtgr import CODES, log_of_two_users, random_log
 from tests.text_cases import TEXT_RANKERS, WORDS, make_text_model
+from trainer.checks import check
 from trainer.configuration import TrainConfig
 from trainer.dense_module import DenseModule
 from trainer.plain_engine import PlainEngine
@@ -267,8 +270,6 @@ def test_behaviours_that_see_no_later_one_hide_it_bit_by_bit():
 
 
 def reading_of(model, ids):
-    from models.text_reading import Reading
-
     return Reading.of(looked_up(model, ids))
 
 
@@ -315,7 +316,7 @@ def test_options_leave_the_language_model_as_it_is_and_nothing_is_kept_for_it():
     assert {f"exp_avg/{name}" for name in before} == {name for name in names if "exp_avg/" in name}
     # Checkpoints keep the frozen part all the same.
     assert {f"dense/{name}" for name in (*before, *frozen)} <= names
-    assert set(model.added_parameters) == {name for name in before if "marks" not in name}
+    assert set(model.added_parameters) == {*(name for name in before if "marks" not in name), "classifier."}
 
 
 def test_a_model_knows_no_items_but_by_their_words():
@@ -348,3 +349,12 @@ def test_sizes_that_do_not_fit_are_refused():
         make_model(FORWARD, width=6, num_heads=2)
     with pytest.raises(ConfigError, match="max-tokens must be at least 1"):
         replace(make_model(FORWARD).config.text, max_tokens=0)
+
+
+def test_a_frozen_language_model_must_have_learnt():
+    recipe = m6_rec.recipe()
+    tuned = replace(recipe, model=replace(recipe.model, tuning="option"))
+    check(recipe)
+    check(replace(tuned, init_from="runs/a"))
+    with pytest.raises(ConfigError, match=r"frozen as it is.*--init-from RUN"):
+        check(tuned)
