@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from cluster.errors import ConfigError
 from data_streams.batch import SequenceBatch
@@ -30,7 +30,9 @@ from models.text_encoder import States, TextEncoder, TextEncoderConfig, log_trai
 from models.text_reading import Reading
 from models.texts import Texts
 
-SPOKEN, PLACED = "spoken", "placed"
+SPOKEN, PLACED, ALONE = "spoken", "placed", "alone"
+LIKENESS = 5.0
+"""What the cosine is multiplied by at first."""
 WORDS_AT_A_TIME = 2048
 """Words that are predicted together when serving: each takes a number for every word there is."""
 
@@ -43,6 +45,10 @@ class M6RecRanking(Ranker):
         as history; or span, of all requests, each of which needs a copy of its history where that is read both ways."""
         scoring: Literal["classifier", "likelihood"] = "classifier"
         """Score by a classifier of the last state, or by the mean log-likelihood of the candidate's words."""
+        likeness: bool = False
+        """Add to the log-odds a learnt multiple of the cosine of the user's and the item's vectors, as the retriever
+        makes them. Not in the paper: from a few thousand users, attention alone learns little of what users and
+        candidates have in common."""
         language_weight: float = 0.0
         """Weight of the loss of the words of clicked candidates beside that of the answers."""
         actions: tuple[str, ...] = ()
@@ -92,9 +98,12 @@ class M6RecRanking(Ranker):
                 "leave model.scoring likelihood and model.language-weight out, or take a model with tied vectors"
             )
         # So a ranker can start from a retriever.
-        self.added_parameters = (*self.encoder.added_parameters("encoder."), "classifier.")
+        self.added_parameters = (*self.encoder.added_parameters("encoder."), "classifier.", "likeness.")
         if self.num_options and not config.has_frozen_base:
             self.classifier = Linear(self.encoder.width, len(self.actions))
+        if config.likeness:
+            self.likeness = Linear(1, len(self.actions), bias=False)
+            nn.init.constant_(self.likeness.weight, LIKENESS)
         log_trained_share(self, self.encoder)
 
     def tables(self) -> list[TableSpec]:
@@ -111,23 +120,29 @@ class M6RecRanking(Ranker):
 
     def ids(self, batch: SequenceBatch, context: StepContext) -> Ids:
         parts = batch.supervision
-        reading = self._read(batch, parts[VISIBLE], parts[CANDIDATES].values)
-        if not self.config.reads_words:
-            return reading.as_ids()
-        clicked = parts[ANSWERS].values[:, 0][reading.slots]
-        return {**reading.as_ids(), SPOKEN: reading.words(self.texts.vocabulary_size, clicked)}
+        reading, found = self._read(batch, parts[VISIBLE], parts[CANDIDATES].values)
+        if self.config.reads_words:
+            clicked = parts[ANSWERS].values[:, 0][reading.slots]
+            found[SPOKEN] = reading.words(self.texts.vocabulary_size, clicked)
+        return found
 
     def candidate_ids(self, batch: SequenceBatch, candidates: Tensor) -> Ids:
         shown = (candidates >= 0).sum(1)
         lengths = batch.items.lengths.repeat_interleave(shown)
-        reading = self._read(batch, Jagged.from_lengths(lengths, shown), candidates[candidates >= 0])
-        found = {**reading.as_ids(), PLACED: torch.nonzero(candidates.flatten() >= 0)[:, 0]}
+        reading, found = self._read(batch, Jagged.from_lengths(lengths, shown), candidates[candidates >= 0])
+        found[PLACED] = torch.nonzero(candidates.flatten() >= 0)[:, 0]
         if self.config.scoring == "likelihood":
             found[SPOKEN] = reading.words(self.texts.vocabulary_size)
         return found
 
-    def _read(self, batch: SequenceBatch, visible: Jagged, candidates: Tensor) -> Reading:
-        return self.encoder.reader.scoring(batch, visible, candidates.numpy())
+    def _read(
+        self, batch: SequenceBatch, visible: Jagged, candidates: Tensor
+    ) -> tuple[Reading, dict[str, Tensor]]:
+        """What is read, the same as ids, and which of the items' regions belongs to each candidate."""
+        reading = self.encoder.reader.scoring(
+            batch, visible, candidates.numpy(), with_items=self.config.likeness
+        )
+        return reading, {**reading.as_ids(), ALONE: candidates.unique(return_inverse=True)[1]}
 
     def forward(self, rows: Rows, batch: SequenceBatch, context: StepContext) -> LossSum:
         reading = Reading.of(rows)
@@ -135,7 +150,9 @@ class M6RecRanking(Ranker):
         answers = batch.supervision[ANSWERS].values.float()
         total, metrics = states.prompts.sum().float() * 0, {}
         if self.config.scoring == "classifier":
-            losses = F.binary_cross_entropy_with_logits(self.classify(states), answers, reduction="none")
+            losses = F.binary_cross_entropy_with_logits(
+                self.classify(states, rows[ALONE].ids), answers, reduction="none"
+            )
             total, metrics = losses.sum(), dict(zip(self.actions, losses.detach().sum(0), strict=True))
         if self.config.reads_words:
             weight = self.config.language_weight if self.config.scoring == "classifier" else 1.0
@@ -147,19 +164,25 @@ class M6RecRanking(Ranker):
         reading = Reading.of(rows)
         states = self.encoder(reading)
         if self.config.scoring == "classifier":
-            found = self.classify(states)
+            found = self.classify(states, rows[ALONE].ids)
         else:
             likelihoods = self.log_likelihoods(states, reading, rows[SPOKEN].ids)
             found = likelihoods[:, None].expand(-1, len(self.actions))
         scores = found.new_zeros(candidates.numel(), len(self.actions))
         return scores.index_copy(0, rows[PLACED].ids, found).unflatten(0, candidates.shape)
 
-    def classify(self, states: States) -> Tensor:
-        """Log-odds of each action for each prompt. Shapes: [P, A] fp32."""
-        if not self.config.has_frozen_base:
-            return self.classifier(states.prompts).float()
-        no, yes = self.encoder.options(self.num_options).unflatten(0, (-1, 2)).unbind(1)
-        return F.linear(states.prompts.float(), (yes - no).float())
+    def classify(self, states: States, item: Tensor) -> Tensor:
+        """Log-odds of each action for each prompt. Shapes: item [P], the region of the candidate -> [P, A] fp32."""
+        if self.config.has_frozen_base:
+            no, yes = self.encoder.options(self.num_options).unflatten(0, (-1, 2)).unbind(1)
+            found = F.linear(states.prompts.float(), (yes - no).float())
+        else:
+            found = self.classifier(states.prompts).float()
+        if not self.config.likeness:
+            return found
+        items = states.regions.index_select(0, item).float()
+        cosine = F.cosine_similarity(states.begins.float(), items, dim=-1)
+        return found + self.likeness(cosine[:, None]).float()
 
     def log_likelihoods(self, states: States, reading: Reading, places: Tensor) -> Tensor:
         """The mean over the words of each prompt that are followed at `places`; 0 for a prompt without.

@@ -92,6 +92,8 @@ class States:
     """[R, D], the last token of each region."""
     prompts: Tensor
     """[P, D], the last token of each prompt."""
+    begins: Tensor
+    """[P, D], the first token of each prompt, [EOS'], which sees the region alone."""
     tokens: Tensor
     """[G, D], all tokens of the prompts, in the order of the reading."""
 
@@ -167,10 +169,13 @@ class TextEncoder(nn.Module):
         hidden = self.decoder.run_layers(hidden, places, plan, self.num_separate, self.decoder.num_layers)
         hidden = self.decoder.finish(hidden)
         of_regions, of_prompts = hidden.split((len(regions.values), len(prompts.values)))
-        last = of_prompts.index_select(0, prompts.offsets[1:] - 1)
+        first, last = (
+            of_prompts.index_select(0, at) for at in (prompts.offsets[:-1], prompts.offsets[1:] - 1)
+        )
         return States(
             regions=of_regions.index_select(0, regions.offsets[1:] - 1),
             prompts=torch.zeros_like(last).index_copy(0, reading.slots, last),
+            begins=torch.zeros_like(first).index_copy(0, reading.slots, first),
             tokens=of_prompts,
         )
 

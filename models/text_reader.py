@@ -51,15 +51,21 @@ class TextReader:
         empty = Jagged.from_lengths(nobody, nobody)
         return self.retrieval(SequenceBatch(user_ids=nobody, items=empty), empty, items)
 
-    def scoring(self, batch: SequenceBatch, visible: Jagged, candidates: np.ndarray) -> Reading:
+    def scoring(
+        self, batch: SequenceBatch, visible: Jagged, candidates: np.ndarray, *, with_items: bool = False
+    ) -> Reading:
         """A prompt for each candidate, which knows so many events of its user.
+
+        `with_items`: in front, a region for each of the distinct candidates, in order, as for `retrieval`.
 
         Shapes: visible [P], a row per user; candidates [P] item rows.
         """
-        segments, known = Segments(), np.unique(batch.items.values.numpy())
-        first_item = self._add_items(segments, known)
-        users = self._add_users(segments, batch)
         distinct, number = np.unique(candidates, return_inverse=True)
+        items = distinct if with_items else distinct[:0]
+        segments, known = Segments(), np.union1d(batch.items.values.numpy(), items)
+        first_item = self._add_items(segments, known)
+        alone = first_item + np.searchsorted(known, items)
+        users = self._add_users(segments, batch)
         first_candidate = segments.add(
             self.texts.items,
             distinct,
@@ -72,7 +78,6 @@ class TextReader:
         # In the order of the prompts, which are grouped by region.
         shown = first_candidate + number[regions.slots]
         pairs = np.stack((np.full(len(shown), users.close), shown), axis=1)
-        alone = np.zeros(0, dtype=np.int64)
         return _put_together(
             segments, alone, regions, (pairs.ravel(), np.full(len(shown), 2)), users.close, self
         )

@@ -24,7 +24,9 @@ SMALL = {
 TEXT_MODELS = {
     "m6-rec": partial(M6Rec.Config, **SMALL, region="behaviours"),
     "m6-rec as published": partial(M6Rec.Config, **SMALL, positions=2),
-    "m6-rec-ranking": partial(M6RecRanking.Config, **SMALL, region="behaviours", window="span"),
+    "m6-rec-ranking": partial(
+        M6RecRanking.Config, **SMALL, region="behaviours", window="span", likeness=True
+    ),
     "m6-rec-ranking as published": partial(M6RecRanking.Config, **SMALL, language_weight=0.5),
     "m6-rec-ranking of adapters": partial(
         M6RecRanking.Config, **SMALL, tuning="option-adapter", num_soft_prompts=6, adapter_width=4

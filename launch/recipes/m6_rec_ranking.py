@@ -1,6 +1,7 @@
 """M6-Rec from scratch as a ranker: answers to shown items, from text alone; needs exposures on recorded pages.
 
-As published: --model.joint-tokens all --model.region bidirectional --model.window request; see docs/m6rec.md.
+As published: --model.joint-tokens all --model.region bidirectional --model.window request --model.no-likeness; see
+docs/m6rec.md.
 """
 
 from data_streams.configuration import DataConfig
@@ -20,6 +21,7 @@ def recipe() -> PretrainConfig:
             joint_tokens="last",
             region="behaviours",
             window="span",
+            likeness=True,
         ),
         train=TrainConfig(epochs=4, learning_rate=2e-3, warmup_steps=30, selection_metric="auc"),
     )

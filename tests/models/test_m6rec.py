@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from cluster.errors import ConfigError
 from data_streams.batch import SequenceBatch
@@ -34,7 +34,7 @@ PUBLISHED, FORWARD = "m6-rec as published", "m6-rec"
 
 def make_model(name: str, **options):
     objective = SampledSoftmax.Config(num_negatives=6, temperature=0.5).build(num_items=NUM_ITEMS)
-    return make_text_model(
+    model = make_text_model(
         name,
         5,
         num_items=NUM_ITEMS,
@@ -42,7 +42,11 @@ def make_model(name: str, **options):
         objective=objective,
         actions=CODES,
         **options,
-    ).eval()
+    )
+    for weights in [*model.parameters(), *model.encoder.buffers()]:
+        # What a new model begins with would hide mistakes.
+        nn.init.normal_(weights, std=0.3)
+    return model.eval()
 
 
 def make_users(histories=HISTORIES) -> SequenceBatch:
@@ -83,7 +87,7 @@ class Written:
     """The encoder of a model by its definition: segment by segment, then one sequence with one dense mask."""
 
     def __init__(self, model):
-        self.encoder, self.texts = model.encoder, model.texts
+        self.model, self.encoder, self.texts = model, model.encoder, model.texts
         self.config = model.config
 
     def text(self, rows: Jagged, row: int) -> list[int]:
@@ -201,15 +205,24 @@ def test_candidates_get_the_scores_and_likelihoods_of_one_sequence_for_each(name
     for user, slot in (candidates >= 0).nonzero().tolist():
         item = int(candidates[user, slot])
         states = written.shown(user, HISTORIES[user], item)
-        torch.testing.assert_close(found[user, slot], by_hand(model, states[-1]), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found[user, slot], by_hand(written, states, item), atol=1e-4, rtol=1e-4)
         words = torch.tensor(written.text(model.texts.items, item))
         scores = F.linear(states[1 : 1 + len(words)], model.encoder.decoder.vocabulary.weight)
         expected = -F.cross_entropy(scores, words)
         torch.testing.assert_close(likelihoods[user, slot], expected.expand(2), atol=1e-4, rtol=1e-4)
 
 
-def by_hand(model, state: Tensor) -> Tensor:
-    """Log-odds of click and cart."""
+def by_hand(written: Written, states: Tensor, item: int) -> Tensor:
+    """Log-odds of click and cart, from the states of [EOS'] and all of a candidate."""
+    model = written.model
+    found = options_by_hand(model, states[-1])
+    if not model.config.likeness:
+        return found
+    cosine = F.normalize(states[0], dim=0) @ F.normalize(written.item_state(item), dim=0)
+    return found + cosine * model.likeness.weight[:, 0]
+
+
+def options_by_hand(model, state: Tensor) -> Tensor:
     if model.config.tuning == "full":
         return model.classifier(state)
     no_click, yes_click, no_cart, yes_cart = model.encoder.soft_prompts.weight[-4:]
@@ -234,7 +247,7 @@ def test_the_loss_of_answers_and_words_equals_a_loop_over_candidates(name, windo
         item = int(candidates.values[number])
         states = written.shown(int(batch.user_ids[user]), history, item)
         total += F.binary_cross_entropy_with_logits(
-            model.classifier(states[-1]), answers[number], reduction="sum"
+            by_hand(written, states, item), answers[number], reduction="sum"
         )
         words = torch.tensor(written.text(model.texts.items, item))
         scores = F.linear(states[1 : 1 + len(words)], model.encoder.decoder.vocabulary.weight)
@@ -316,7 +329,11 @@ def test_options_leave_the_language_model_as_it_is_and_nothing_is_kept_for_it():
     assert {f"exp_avg/{name}" for name in before} == {name for name in names if "exp_avg/" in name}
     # Checkpoints keep the frozen part all the same.
     assert {f"dense/{name}" for name in (*before, *frozen)} <= names
-    assert set(model.added_parameters) == {*(name for name in before if "marks" not in name), "classifier."}
+    assert set(model.added_parameters) == {
+        *(name for name in before if "marks" not in name),
+        "classifier.",
+        "likeness.",
+    }
 
 
 def test_a_model_knows_no_items_but_by_their_words():
