@@ -107,3 +107,12 @@ def test_a_language_model_that_does_not_fit_is_refused(folder, tmp_path):
         make_model(folder, longer)
     with pytest.raises(ConfigError, match="has others for that"):
         make_model(save(tmp_path, is_tied=False), scoring="likelihood")
+
+
+def test_a_language_model_whose_layers_cannot_be_run_alone_is_refused(tmp_path):
+    import transformers
+
+    sizes = {"n_embd": WIDTH, "n_layer": 1, "n_head": 2, "vocab_size": WORDS}
+    transformers.GPT2Model(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"GPT2Model in .* has no layers, rotary_emb, norm"):
+        make_model(str(tmp_path))
