@@ -29,6 +29,8 @@ from models.text_reading import Reading
 from models.texts import Texts
 
 ITEM, KNOWN = "item", "known items"
+ITEMS_AT_A_TIME = 2048
+"""Items whose texts are encoded together when serving."""
 
 
 class M6Rec(Retriever):
@@ -95,8 +97,11 @@ class M6Rec(Retriever):
     def item_vectors(self, rows: LookedUp) -> Tensor:
         """Waits for the device: the texts lie on the host. Outside of training steps, which never call it."""
         known, number = rows.ids.cpu().unique(return_inverse=True)
-        reading = self.encoder.reader.items(known.numpy()).as_ids()
-        device = rows.ids.device
+        states = torch.cat([self._item_states(part, rows) for part in known.split(ITEMS_AT_A_TIME)])
+        return self.objective.candidates(states).index_select(0, number.to(states.device))
+
+    def _item_states(self, items: Tensor, rows: LookedUp) -> Tensor:
+        """Shapes: items [n] on the host, distinct and in order -> [n, D]."""
+        reading, device = self.encoder.reader.items(items.numpy()).as_ids(), rows.ids.device
         found = {name: LookedUp(ids=ids.to(device), rows=rows.rows[:0]) for name, ids in reading.items()}
-        states = self.encoder(Reading.of(found)).regions[: len(known)]
-        return self.objective.candidates(states).index_select(0, number.to(device))
+        return self.encoder(Reading.of(found)).regions[: len(items)]
