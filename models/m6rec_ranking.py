@@ -8,7 +8,8 @@ counts by the mean log-likelihood of its words after the user's, learnt from the
 Source: M6-Rec (Alibaba, 2022), arXiv 2205.08084; `models.text_encoder` tells of the language model. RECONSTRUCTED: a
 pair of options for each action; the form of the likelihood. Deviations: [EOS'] sees the region and is not seen by it;
 there are no cross features, no times and no places, which rankers are not given when they serve; the words of clicked
-items may be learnt beside the answers (`language_weight`), in place of pretraining by infilling.
+items may be learnt beside the answers (`language_weight`), in place of pretraining by infilling; the likeness of user
+and item, as a retriever sees it, may be added to the log-odds (`likeness`).
 """
 
 from dataclasses import dataclass, replace
@@ -67,6 +68,11 @@ class M6RecRanking(Ranker):
         """What validation can choose the best step by."""
 
         @property
+        def has_likeness(self) -> bool:
+            """Whether the cosine is added; a likelihood stands alone."""
+            return self.likeness and self.scoring == "classifier"
+
+        @property
         def reads_words(self) -> bool:
             """Whether the words of candidates are predicted."""
             return self.scoring == "likelihood" or self.language_weight > 0
@@ -101,7 +107,7 @@ class M6RecRanking(Ranker):
         self.added_parameters = (*self.encoder.added_parameters("encoder."), "classifier.", "likeness.")
         if self.num_options and not config.has_frozen_base:
             self.classifier = Linear(self.encoder.width, len(self.actions))
-        if config.likeness:
+        if config.has_likeness:
             self.likeness = Linear(1, len(self.actions), bias=False)
             nn.init.constant_(self.likeness.weight, LIKENESS)
         log_trained_share(self, self.encoder)
@@ -140,7 +146,7 @@ class M6RecRanking(Ranker):
     ) -> tuple[Reading, dict[str, Tensor]]:
         """What is read, the same as ids, and which of the items' regions belongs to each candidate."""
         reading = self.encoder.reader.scoring(
-            batch, visible, candidates.numpy(), with_items=self.config.likeness
+            batch, visible, candidates.numpy(), with_items=self.config.has_likeness
         )
         return reading, {**reading.as_ids(), ALONE: candidates.unique(return_inverse=True)[1]}
 
@@ -178,7 +184,7 @@ class M6RecRanking(Ranker):
             found = F.linear(states.prompts.float(), (yes - no).float())
         else:
             found = self.classifier(states.prompts).float()
-        if not self.config.likeness:
+        if not self.config.has_likeness:
             return found
         items = states.regions.index_select(0, item).float()
         cosine = F.cosine_similarity(states.begins.float(), items, dim=-1)
