@@ -36,7 +36,7 @@ def test_runs_of_text_are_resumed_evaluated_asked_and_tuned_from_each_other(tmp_
     assert any("steps-00000002-00000002" in file.name for file in (tmp_path / "run" / "audit").iterdir())
     titles = pl.read_parquet(tmp_path / "shards" / "items.parquet")["title"]
     assert sum(title in shown for title in titles) >= 5
-    assert "Tuning option-adapter trains" in shown
+    assert shown.count("Finished at step 2") == 3
     written = [json.loads((tmp_path / run / "evaluation.json").read_text()) for run in ("run", "spoken")]
     assert 0 <= written[0]["metrics"]["recall@10"] <= 1 and 0 < written[1]["metrics"]["gauc/purchase"] < 1
     tokenizers = [(tmp_path / run / "tokenizer.json").read_text() for run in ("run", "tuned")]
