@@ -43,10 +43,12 @@ class DecoderShape(Protocol):
     dropout: float
 
 
-def build_decoder(shape: DecoderShape, num_positions: int) -> "PageDecoder | PretrainedDecoder":
-    """From the folder that is named, whose own sizes then hold, or from scratch."""
+def build_decoder(
+    shape: DecoderShape, num_positions: int, *, num_words: int = 0
+) -> "PageDecoder | PretrainedDecoder":
+    """From the folder that is named, whose own sizes and words then hold, or from scratch, which knows no words."""
     if shape.pretrained:
-        return PretrainedDecoder(shape.pretrained)
+        return PretrainedDecoder(shape.pretrained, num_words=num_words)
     return PageDecoder(
         width=shape.width,
         num_blocks=shape.num_blocks,
@@ -108,8 +110,8 @@ class Nobody(Plan):
 class PretrainedDecoder(nn.Module):
     """The same three calls as `PageDecoder`, and those of `models.layers.text_decoder.TextDecoder`."""
 
-    def __init__(self, folder: str, *, keep_vocabulary: bool = False):
-        """With the vocabulary, `vocabulary` embeds text and predicts it.
+    def __init__(self, folder: str, *, num_words: int = 0):
+        """`vocabulary` embeds and predicts text, where there are words to know.
 
         Raises: ConfigError where transformers is missing, or the folder holds no decoder that can be used.
         """
@@ -119,7 +121,8 @@ class PretrainedDecoder(nn.Module):
         self.vocabulary_mean, self.vocabulary_spread = vocabulary.mean(0), float(vocabulary.std(0).mean())
         self.width = vocabulary.shape[1]
         self.model.set_input_embeddings(nn.Identity())
-        if keep_vocabulary:
+        if num_words:
+            _check_words(num_words, len(vocabulary), folder)
             self.vocabulary = Vocabulary(vocabulary.clone())
             self.is_tied = self.model.config.tie_word_embeddings
             _check_layers(self.model, folder)
@@ -198,6 +201,14 @@ def _attend(
     queries = query[0].transpose(0, 1) * (scaling * query.shape[-1] ** 0.5)
     keys, values = (part[0].transpose(0, 1).repeat_interleave(groups, dim=1) for part in (key, value))
     return options["grail_plan"].attend(module.layer_idx, queries, keys, values)[None], None
+
+
+def _check_words(wanted: int, known: int, folder: str) -> None:
+    if known < wanted:
+        raise ConfigError(
+            f"model.pretrained must know all {wanted} tokens of the run's tokenizer, and {folder} has vectors for "
+            f"{known}; give a model and a tokenizer that belong together"
+        )
 
 
 def _check_layers(model: nn.Module, folder: str) -> None:

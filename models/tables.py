@@ -4,7 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
+
+from data_streams.jagged import Jagged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,3 +73,22 @@ Rows = Mapping[str, LookedUp]
 
 Lookup = Callable[[Ids], Rows]
 """Looks rows up outside of a training step (decoding, evaluation); a collective call on all workers."""
+
+
+def carried(name: str, rows: Jagged) -> Ids:
+    """Rows of numbers as ids that no table has: so what the host lays out for a step travels with its lookup."""
+    return {
+        name: rows.values,
+        f"{name} lengths": rows.lengths,
+        # Its shape tells the length of the longest row, on the host, on every device.
+        f"{name} longest": torch.zeros(rows.max_length, dtype=torch.int64),
+    }
+
+
+def carried_back(name: str, rows: Rows) -> Jagged:
+    """The way back from `carried`, wherever the rows lie."""
+    return Jagged(
+        values=rows[name].ids,
+        offsets=torch.nn.functional.pad(rows[f"{name} lengths"].ids.cumsum(0), (1, 0)),
+        max_length=rows[f"{name} longest"].ids.shape[0],
+    )

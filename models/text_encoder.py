@@ -242,11 +242,4 @@ def _build_decoder(config: TextEncoderConfig, texts: Texts) -> TextDecoder | Pre
             dropout=config.dropout,
             init_scale=config.init_scale,
         )
-    decoder = PretrainedDecoder(config.pretrained, keep_vocabulary=True)
-    if decoder.vocabulary.size < texts.vocabulary_size:
-        raise ConfigError(
-            f"model.pretrained must know all {texts.vocabulary_size} tokens of the run's tokenizer, and "
-            f"{config.pretrained} has vectors for {decoder.vocabulary.size}; give a model and a tokenizer that belong "
-            "together"
-        )
-    return decoder
+    return PretrainedDecoder(config.pretrained, num_words=texts.vocabulary_size)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data_streams.jagged import Jagged
-from models.tables import Ids, Rows
+from models.tables import Ids, Rows, carried, carried_back
 
 JAGGED = ("segments", "regions", "prompts", "visible")
 PLAIN = ("segment_limits", "region_limits", "slots")
@@ -41,10 +41,7 @@ class Reading:
         """The same as features of a step's lookup."""
         found = {name: getattr(self, name) for name in PLAIN}
         for name in JAGGED:
-            rows = getattr(self, name)
-            found |= {name: rows.values, f"{name} lengths": rows.lengths}
-            # Its shape tells the length of the longest row, on the host, on every device.
-            found[f"{name} longest"] = torch.zeros(rows.max_length, dtype=torch.int64)
+            found |= carried(name, getattr(self, name))
         return found
 
     def words(self, vocabulary_size: int, kept: Tensor | None = None) -> Tensor:
@@ -61,14 +58,7 @@ class Reading:
     @staticmethod
     def of(rows: Rows) -> "Reading":
         """The way back from `as_ids`, wherever the rows lie."""
-        jagged = {
-            name: Jagged(
-                values=rows[name].ids,
-                offsets=torch.nn.functional.pad(rows[f"{name} lengths"].ids.cumsum(0), (1, 0)),
-                max_length=rows[f"{name} longest"].ids.shape[0],
-            )
-            for name in JAGGED
-        }
+        jagged = {name: carried_back(name, rows) for name in JAGGED}
         return Reading(**jagged, **{name: rows[name].ids for name in PLAIN})
 
 

@@ -1,5 +1,6 @@
 """What models read that know items and users by text: tokens of the whole catalogue, kept on the host."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cluster.errors import ConfigError
@@ -30,6 +31,8 @@ class Texts:
     """A row of tokens per item row."""
     users: Jagged | None
     """A row per user row; None where nothing is known of users, or it is not to be read."""
+    encode: Callable[[Sequence[str]], Jagged]
+    """Further texts in the same tokens, a row for each, cut off as those of items are. Host side."""
     vocabulary_size: int
     fingerprint: str
     """Of the tokenizer."""

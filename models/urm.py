@@ -1,21 +1,24 @@
 """URM: one decoder as retriever of several objectives, asked by M query tokens in a single pass.
 
-A prompt is the user's items, one token each, the token of an objective (which action is wanted) and M learnt query
-tokens. Their states, projected to the width of item vectors, are M queries, and an item's score is its best product
-with them: score(u, o, v) = max_m <h_m W_h, w_v>. An item's vector is w_v = row + Linear(frozen features), in a table of
-its own or that of the inputs. The prompts of a user share one copy of the history: each sees what lies before it, and
-itself. From scratch, or from a language model on disk (`models.pretrained_decoder`).
+A prompt is the user's items, one token each, the objective (which action is wanted) as a token of its own or in words,
+and M learnt query tokens. Their states, projected to the width of item vectors, are M queries, and an item's score is
+its best product with them: score(u, o, v) = max_m <h_m W_h, w_v>. An item's vector is w_v = row + Linear(frozen
+features), in a table of its own or that of the inputs. The prompts of a user share one copy of the history: each sees
+what lies before it, and itself. From scratch, or from a language model on disk (`models.pretrained_decoder`).
+With `reads_text` the objective is told in words, and what is known of the user stands in words in front of the history.
 
 Source: URM (Alimama, 2025), arXiv 2502.03041. RECONSTRUCTED: query tokens are causal among each other; the layer that
 makes a token of an item is linear; an item's vector is the sum of its row and the projected features; sampled softmax
 with the correction for how often a negative is drawn; every position of a user is learnt at, or a few that are drawn,
-each with the same weight in the loss. Deviations: objectives are learnt tokens and not text; no profile and no text is
-read, and so no loss over text is added; scores are cosines in the recipe; the newest item may be added to the tokens
-behind the history; the search is exact where the paper walks a graph of neighbours.
+each with the same weight in the loss; the words of an objective. Deviations: objectives are learnt tokens unless
+`reads_text` says otherwise; no queries are in the data, so no loss over text is added; the profile stands in front of
+the history and the objective behind it, so that one copy of the history serves all objectives; scores are cosines in
+the recipe; the newest item may be added to the tokens behind the history; the search is exact where the paper walks a
+graph of neighbours.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -24,17 +27,19 @@ from torch import Tensor, nn
 from cluster.errors import ConfigError
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
-from models.answered_actions import EXPOSURE
 from models.drawn_positions import PLACES, check_positions, draw_positions, drawn_events
 from models.kernels.page_attention import PageLayout
 from models.layers.linear import Linear
+from models.layers.vocabulary import Vocabulary
+from models.objective_prompts import PromptLayout, make_prompter
 from models.objectives.retrieval import RetrievalObjective
 from models.pretrained_decoder import build_decoder
 from models.recommender import LossSum, Retriever, StepContext
 from models.tables import Ids, LookedUp, Rows, TableSpec
+from models.texts import TextConfig, Texts
 
 ITEM_TABLE, OUTPUT_TABLE = "item", "output"
-ACTION, CLICK = "action", "click"
+HISTORY, ACTION = "history", "action"
 
 
 class URM(Retriever):
@@ -45,7 +50,13 @@ class URM(Retriever):
         num_queries: int = 4
         """Query tokens per prompt (M); the best one counts for each item."""
         by_action: bool = False
-        """Tell the model by a token which action the target event has, so that it can be asked for one."""
+        """Tell the model which action the target event has, so that it can be asked for one."""
+        reads_text: bool = False
+        """Tell the objectives in words and not by a token of each action, and what the data's user table says of the
+        user. Needs the extra `hf`."""
+        descriptions: tuple[str, ...] = ()
+        """What is told of an action, as ACTION=WORDS; of the others it is "the next item to ACTION"."""
+        text: TextConfig = field(default_factory=TextConfig)
         item_width: int = 64
         """Size of items' rows, as inputs and as outputs."""
         shared_rows: bool = False
@@ -78,6 +89,14 @@ class URM(Retriever):
             if self.num_queries < 1:
                 raise ConfigError(f"model.num-queries must be at least 1, got {self.num_queries}")
             check_positions(self.positions)
+            if self.descriptions and not (self.reads_text and self.by_action):
+                raise ConfigError(
+                    f"model.descriptions need --model.reads-text and --model.by-action, got {self.descriptions} without"
+                )
+
+        @property
+        def needs_texts(self) -> bool:
+            return self.reads_text
 
         @property
         def event_columns(self) -> tuple[str, ...]:
@@ -101,10 +120,13 @@ class URM(Retriever):
         objective: RetrievalObjective,
         actions: Sequence[str] = (),
         asked: str = "",
+        texts: Texts | None = None,
     ):
-        """`actions` are the data's, in the order of their codes; `asked` is the one that `query` is to find.
+        """`actions` are the data's, in the order of their codes; `asked` is what `query` is to find: one of them, or
+        with `texts` anything that can be said.
 
-        Raises: ConfigError where the objective cannot train several queries, or no such action is known.
+        Raises: ConfigError where the objective cannot train several queries, no such action is known, or there is
+        nothing to read.
         """
         super().__init__()
         if config.num_queries > 1 and not objective.takes_several_queries:
@@ -112,15 +134,19 @@ class URM(Retriever):
                 f"model.num-queries {config.num_queries} needs --objective sampled-softmax, and the objective is "
                 f"{type(objective).__name__}; take that, or --model.num-queries 1"
             )
-        self.config, self.num_items, self.objective = config, num_items, objective
+        self.config, self.num_items, self.objective, self.texts = config, num_items, objective, texts
         self.uses_item_features = config.item_features
-        self.asked = action_code(asked, actions, config.by_action)
-        self.prompt_length = config.by_action + config.num_queries
-        self.decoder = build_decoder(config, max_length + self.prompt_length)
+        self.prompter, self.asked = make_prompter(config, actions, asked, texts)
+        longest, num_words = int(config.by_action), 0
+        if texts is not None:
+            longest, num_words = 2 * config.text.max_tokens, texts.vocabulary_size
+        num_positions = longest + max_length + config.num_queries
+        self.decoder = build_decoder(config, num_positions, num_words=num_words)
         width, read = self.decoder.width, item_feature_dim if config.item_features else 0
         self.item_projection = Linear(config.item_width + read, width)
-        # The tokens of the objectives stand behind those of the queries.
-        self.tokens = nn.Embedding(config.num_queries + (len(actions) if config.by_action else 0), width)
+        self.tokens = nn.Embedding(self.prompter.num_learnt, width)
+        if num_words and not config.pretrained:
+            self.vocabulary = Vocabulary(torch.randn(num_words, width) * config.init_scale)
         self.query_projection = Linear(width, config.item_width, bias=False)
         if config.item_features:
             self.feature_projection = Linear(item_feature_dim, config.item_width, bias=False)
@@ -140,7 +166,7 @@ class URM(Retriever):
             "init_scale": self.config.init_scale,
             "placement": "row_wise",
         }
-        inputs, outputs = ("history",), self.objective.features
+        inputs, outputs = (HISTORY,), self.objective.features
         if self.config.shared_rows:
             return [TableSpec(name=ITEM_TABLE, features=(*inputs, *outputs), **shared)]
         return [
@@ -155,61 +181,54 @@ class URM(Retriever):
         return batch.supervision[PLACES].values.shape[0]
 
     def ids(self, batch: SequenceBatch, context: StepContext) -> Ids:
-        targets = batch.targets[drawn_events(batch)]
-        return {**self.query_ids(batch), **self.objective.ids(targets, context)}
+        places, events = batch.supervision[PLACES], drawn_events(batch)
+        objectives = (
+            batch.target_features[ACTION][events] if self.config.by_action else torch.zeros_like(events)
+        )
+        prompts = self.prompter.lay_out(batch, places.with_values(places.values + 1), objectives.long())
+        history = {HISTORY: batch.items.values, **prompts.as_ids()}
+        return {**history, **self.objective.ids(batch.targets[events], context)}
 
     def forward(self, rows: Rows, batch: SequenceBatch, context: StepContext) -> LossSum:
-        places, events = batch.supervision[PLACES], drawn_events(batch)
-        actions = batch.target_features[ACTION][events].long() if self.config.by_action else None
-        queries = self.ask(rows["history"], batch, places.with_values(places.values + 1), actions)
         vectors = {name: self.item_vectors(rows[name]) for name in self.objective.features}
         ids = {name: rows[name].ids for name in self.objective.features}
-        return self.objective(queries, batch.targets[events], vectors, ids, context)
+        return self.objective(self.ask(rows), batch.targets[drawn_events(batch)], vectors, ids, context)
 
     def query_ids(self, batch: SequenceBatch) -> Ids:
-        return {"history": batch.items.values}
+        one_each = torch.arange(batch.num_users + 1)
+        whole = Jagged(values=batch.items.lengths, offsets=one_each, max_length=min(batch.num_users, 1))
+        prompts = self.prompter.lay_out(batch, whole, torch.full_like(whole.values, self.asked))
+        return {HISTORY: batch.items.values, **prompts.as_ids()}
 
     def query(self, rows: Rows, batch: SequenceBatch) -> Tensor:
-        one_each = torch.arange(batch.num_users + 1, device=batch.items.offsets.device)
-        whole = Jagged(values=batch.items.lengths, offsets=one_each, max_length=min(batch.num_users, 1))
-        actions = torch.full_like(whole.values, self.asked) if self.config.by_action else None
-        return self.ask(rows["history"], batch, whole, actions)
+        return self.ask(rows)
 
-    def ask(self, history: LookedUp, batch: SequenceBatch, visible: Jagged, actions: Tensor | None) -> Tensor:
-        """The queries of prompts that see so many of their user's events, each for an action.
-
-        Shapes: visible [P], a row per user; actions [P], None where the model knows none -> [P, M, D] fp32, or [P, D]
-        for one query.
-        """
-        items = self.item_tokens(history)
-        tokens = self.prompt_tokens(len(visible.values), actions)
+    def ask(self, rows: Rows) -> Tensor:
+        """The queries of the prompts that were laid out. Shapes: [P, M, D] fp32, or [P, D] for one query."""
+        layout, items = PromptLayout.of(rows), self.item_tokens(rows[HISTORY])
+        told = self.read(layout.profiles).to(items.dtype)
+        history, prompts, visible = layout.order, layout.prompts, layout.visible
+        known = torch.cat((told, items)).index_select(0, history.values)
+        asked, prompt = self.read(prompts.values).to(items.dtype), prompts.row_index()
         if self.config.newest_item:
-            newest = batch.items.offsets[visible.row_index()] + visible.values - 1
-            tokens = tokens + items[newest, None]
-        per_prompt = torch.arange(len(visible.values) + 1, device=visible.values.device) * self.prompt_length
-        prompts = Jagged(values=tokens.flatten(0, 1), offsets=per_prompt, max_length=self.prompt_length)
-        places = visible.values[:, None] + torch.arange(self.prompt_length, device=visible.values.device)
-        hidden = self.decoder(
-            torch.cat((items, prompts.values.to(items.dtype))),
-            torch.cat((batch.items.places(), places.flatten())),
-            PageLayout.build(batch.items, prompts, visible),
-        )
-        states = hidden[len(items) :].unflatten(0, places.shape)[:, -self.config.num_queries :]
-        queries = self.objective.queries(self.query_projection(states.flatten(0, 1))).unflatten(
-            0, states.shape[:2]
-        )
-        return queries[:, 0] if self.config.num_queries == 1 else queries
+            newest = history.offsets[visible.row_index()] + visible.values - 1
+            asked = asked + known.index_select(0, newest.index_select(0, prompt))
+        places = torch.cat((history.places(), visible.values.index_select(0, prompt) + prompts.places()))
+        hidden = self.decoder(torch.cat((known, asked)), places, PageLayout.build(history, prompts, visible))
+        ends = torch.arange(-self.config.num_queries, 0, device=places.device)
+        states = hidden[len(known) :][prompts.offsets[1:, None] + ends]
+        queries = self.objective.queries(self.query_projection(states.flatten(0, 1)))
+        return queries if self.config.num_queries == 1 else queries.unflatten(0, states.shape[:2])
 
-    def prompt_tokens(self, num_prompts: int, actions: Tensor | None) -> Tensor:
-        """What stands behind the history: the objective, where the model knows any, and the query tokens.
-
-        Shapes: actions [P] -> [P, prompt length, width].
-        """
-        numbers = torch.arange(self.config.num_queries, device=self.tokens.weight.device)
-        numbers = numbers.expand(num_prompts, -1)
-        if actions is not None:
-            numbers = torch.cat((self.config.num_queries + actions[:, None], numbers), dim=1)
-        return self.tokens(numbers)
+    def read(self, symbols: Tensor) -> Tensor:
+        """Learnt tokens and, behind those in number, words. Shapes: [S] -> [S, width]."""
+        if self.texts is None:
+            return self.tokens(symbols)
+        vocabulary = self.decoder.vocabulary if self.config.pretrained else self.vocabulary
+        num_learnt = self.tokens.num_embeddings
+        learnt = self.tokens(symbols.clamp(max=num_learnt - 1))
+        words = vocabulary((symbols - num_learnt).clamp(min=0))
+        return torch.where((symbols < num_learnt)[:, None], learnt, words)
 
     def item_tokens(self, rows: LookedUp) -> Tensor:
         """Items as the decoder reads them. Shapes: [n, width]."""
@@ -224,22 +243,3 @@ class URM(Retriever):
         if not self.config.item_features:
             return self.objective.candidates(rows.rows)
         return self.objective.candidates(rows.rows + self.feature_projection(rows.item_features.float()))
-
-
-def action_code(asked: str, actions: Sequence[str], by_action: bool) -> int:
-    """The code of the action to be asked for; left open, that of clicks, or the first that is no exposure.
-
-    Raises: ConfigError where the model does not know it.
-    """
-    known = [name for name in actions if name != EXPOSURE] if by_action else []
-    if asked and asked not in known:
-        raise ConfigError(
-            f"evaluation.objective must be an action that a model with --model.by-action was trained for, of "
-            f"{', '.join(known) or 'none'}; got {asked}"
-        )
-    if by_action and not known:
-        raise ConfigError(
-            f"model.by-action needs data with actions, and the data has {', '.join(actions) or 'none'}; build it with "
-            "--sequence-actions, or leave the option out"
-        )
-    return actions.index(asked or (CLICK if CLICK in known else known[0])) if known else 0

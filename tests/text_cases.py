@@ -1,5 +1,6 @@
 """Small models that read text, and made-up texts for them."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -47,9 +48,16 @@ def make_texts(num_items: int, num_users: int = 0) -> Texts:
     return Texts(
         items=rows(num_items, 1),
         users=rows(num_users, 0) if num_users else None,
+        encode=by_letters,
         vocabulary_size=WORDS,
         fingerprint="made up",
     )
+
+
+def by_letters(texts: Sequence[str]) -> Jagged:
+    """A token per letter."""
+    values = [ord(letter) % WORDS for text in texts for letter in text]
+    return Jagged.from_lengths(torch.tensor(values).int(), torch.tensor([len(text) for text in texts]))
 
 
 def make_text_model(

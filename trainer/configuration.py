@@ -82,7 +82,7 @@ class EvaluationConfig:
     """The conditions; left out, the narrowest one that the held-out item meets, which only evaluation knows."""
     objective: str = ""
     """Action, such as purchase, that a model of several objectives (URM) is asked for; left out, click, or where there
-    is none the data's first."""
+    is none the data's first. One that reads text may be asked in any words."""
     filter_from: int = 10
     """Post-filtering looks at this many times the longest list; a search.width must be as wide."""
     index: Literal["exact", "hnsw"] = "exact"

@@ -26,6 +26,7 @@ def load_texts(config: PretrainConfig) -> Texts | None:
     return Texts(
         items=_encode(tokenizer, lines, text.max_tokens, "items"),
         users=None if profiles is None else _encode(tokenizer, profiles, text.max_tokens, "users"),
+        encode=lambda texts: tokenizer.encode(texts, text.max_tokens)[0],
         vocabulary_size=tokenizer.size,
         fingerprint=tokenizer.fingerprint,
     )

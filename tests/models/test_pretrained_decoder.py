@@ -16,6 +16,7 @@ from models.tables import LookedUp
 from models.urm import URM
 from tests.generator_cases import MAX_LENGTH, NUM_ITEMS, semantic_ids
 from tests.models.test_genrec import loss_of, one_row_per_page, page_batch
+from tests.text_cases import by_letters, make_texts
 from tests.training_cases import make_batch
 
 WIDTH, HEADS, KEY_HEADS = 16, 4, 2
@@ -111,7 +112,7 @@ def test_new_tokens_begin_like_those_of_the_vocabulary(folder):
 def test_the_vocabulary_is_kept_where_it_is_asked_for_and_layers_run_some_at_a_time(folder):
     from transformers import AutoModel
 
-    decoder, plain = PretrainedDecoder(folder, keep_vocabulary=True), AutoModel.from_pretrained(folder).eval()
+    decoder, plain = PretrainedDecoder(folder, num_words=50), AutoModel.from_pretrained(folder).eval()
     tokens, length = torch.tensor([3, 49, 7, 7, 12]), 5
     embedded = decoder.vocabulary(tokens)
     torch.testing.assert_close(embedded, plain.get_input_embeddings()(tokens))
@@ -147,30 +148,43 @@ def test_without_transformers_the_error_names_the_extra(monkeypatch):
         make_model("anywhere")
 
 
-def make_urm(folder: str) -> URM:
+def make_urm(folder: str, words: bool) -> URM:
     objective = SampledSoftmax.Config(num_negatives=6).build(num_items=NUM_ITEMS)
-    config = URM.Config(pretrained=folder, num_queries=3, by_action=True, item_width=8, init_scale=0.3)
+    config = URM.Config(
+        pretrained=folder, num_queries=3, by_action=True, reads_text=words, item_width=8, init_scale=0.3
+    )
     return config.build(
         num_items=NUM_ITEMS,
         max_length=MAX_LENGTH,
         item_feature_dim=0,
         objective=objective,
         actions=("cart", "click"),
+        texts=make_texts(NUM_ITEMS, num_users=2) if words else None,
     ).eval()
 
 
-def test_urm_asks_with_the_states_of_transformers_on_one_sequence_per_prompt(folder):
+@pytest.mark.parametrize("words", [False, True])
+def test_urm_asks_with_the_states_of_transformers_on_one_sequence_per_prompt(folder, words):
     from transformers import AutoModel
 
-    model, plain = make_urm(folder), AutoModel.from_pretrained(folder).eval()
+    model, plain = make_urm(folder, words), AutoModel.from_pretrained(folder).eval()
     sequences = [torch.tensor([5, 70, 31, 8]), torch.tensor([90, 2])]
     batch = make_batch(sequences)
     table = torch.randn(NUM_ITEMS, 8, generator=torch.Generator().manual_seed(0))
-    history = LookedUp(ids=batch.items.values, rows=table[batch.items.values])
-    queries = model.query({"history": history}, batch)
-    prompt = model.tokens.weight[[3 + 1, 0, 1, 2]]
+    rows = {
+        name: LookedUp(ids=ids, rows=table[ids] if name == "history" else torch.empty(len(ids), 0))
+        for name, ids in model.query_ids(batch).items()
+    }
+    queries = model.query(rows, batch)
+    objective, profiles = model.tokens.weight[4:], [torch.zeros(0, model.decoder.width)] * 2
+    if words:
+        vocabulary = plain.get_input_embeddings()
+        objective = vocabulary(by_letters(["the next item to click"]).values)
+        users = model.texts.users
+        profiles = [vocabulary(part) for part in users.values.split(users.lengths.tolist())]
     for user, sequence in enumerate(sequences):
-        tokens = torch.cat((model.item_projection(table[sequence[:-1]]), prompt))
+        items = model.item_projection(table[sequence[:-1]])
+        tokens = torch.cat((profiles[user], items, objective, model.tokens.weight[:3]))
         states = plain(inputs_embeds=tokens[None]).last_hidden_state[0, -3:]
         expected = model.objective.queries(model.query_projection(states))
         torch.testing.assert_close(queries[user], expected, atol=1e-4, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""URM: several queries per user against naive loops, prompts that see no later event, packed as one by one."""
+"""URM: several queries per user against naive loops, no later event seen, packed as one by one; told in words."""
 
 import math
 from dataclasses import replace
@@ -9,15 +9,18 @@ import torch.nn.functional as F
 
 from cluster.errors import ConfigError
 from data_streams.batch import SequenceBatch
+from data_streams.jagged import Jagged
 from launch.recipes import sasrec
 from models.drawn_positions import PLACES, drawn_events
 from models.kernels import cross_entropy
+from models.kernels.page_attention import PageLayout
 from models.objectives.full_softmax import FullSoftmax
 from models.objectives.sampled_softmax import SampledSoftmax
 from models.recommender import StepContext
 from models.tables import LookedUp
 from models.urm import ACTION, URM
 from sharding.item_index import ItemIndex
+from tests.text_cases import by_letters, make_texts
 from tests.trainer.test_evaluate import make_items
 from tests.training_cases import NUM_ITEMS, make_batch
 from trainer.assembly import build_model
@@ -29,13 +32,15 @@ ACTIONS = ("cart", "click", "exposure")
 SAMPLED = SampledSoftmax.Config(num_negatives=6, log_q=True, temperature=0.5)
 
 
-def make_model(objective=SAMPLED, asked="", **options) -> URM:
+def make_model(objective=SAMPLED, asked="", num_users=5, **options) -> URM:
     torch.manual_seed(5)
     sizes = {"width": 16, "num_heads": 2, "feedforward_width": 24, "item_width": ITEM_WIDTH}
     config = URM.Config(
         **{**sizes, "dropout": 0.0, "init_scale": 0.5, "num_queries": 3, "positions": 8, **options}
     )
     parts = {"actions": ACTIONS} if config.by_action else {}
+    if config.reads_text:
+        parts["texts"] = make_texts(NUM_ITEMS, num_users)
     return config.build(
         num_items=NUM_ITEMS,
         max_length=MAX_LENGTH,
@@ -51,14 +56,14 @@ def sequences(lengths=(2, 12, 5, 5, 1)) -> list[torch.Tensor]:
     return [torch.randint(NUM_ITEMS, (length + 1,), generator=generator) for length in lengths]
 
 
-def make_users(users=None) -> SequenceBatch:
-    batch = make_batch(sequences() if users is None else users)
+def make_users(users=None, first=0) -> SequenceBatch:
+    batch = make_batch(sequences() if users is None else users, first)
     return replace(batch, target_features={ACTION: batch.targets.to(torch.int8) % 2})
 
 
 def rows_of(model, ids, requires_grad=False):
     """Rows of each feature from the table it belongs to, and the items' features."""
-    found = {}
+    found = {name: LookedUp(ids=values, rows=torch.empty(len(values), 0)) for name, values in ids.items()}
     for number, table in enumerate(model.tables()):
         generator = torch.Generator().manual_seed(number)
         rows = torch.randn(table.num_rows, table.dim, generator=generator)
@@ -167,19 +172,22 @@ def test_one_query_without_an_objective_is_plain_retrieval_with_any_loss():
         torch.testing.assert_close(loss_of(model, batch).sum, expected.sum, rtol=1e-5, atol=1e-4)
 
 
-def test_packed_users_are_users_one_by_one():
-    model = make_model(by_action=True, positions=None, newest_item=True)
+@pytest.mark.parametrize("words", [False, True])
+def test_packed_users_are_users_one_by_one(words):
+    model = make_model(by_action=True, positions=None, newest_item=True, reads_text=words)
     packed, batch = loss_of(model, make_users()), make_users()
-    alone = [loss_of(model, make_users([user])) for user in sequences()]
+    single = [make_users([user], first=number) for number, user in enumerate(sequences())]
+    alone = [loss_of(model, user) for user in single]
     torch.testing.assert_close(packed.sum, sum(loss.sum for loss in alone), rtol=1e-5, atol=1e-4)
     assert packed.count == sum(loss.count for loss in alone) == batch.num_tokens
-    queries = torch.cat([queries_of(model, make_users([user])) for user in sequences()])
+    queries = torch.cat([queries_of(model, user) for user in single])
     torch.testing.assert_close(queries_of(model, batch), queries, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("newest", [False, True])
-def test_no_query_depends_on_a_later_event_bit_for_bit(newest):
-    model, batch = make_model(by_action=True, positions=None, newest_item=newest), make_users()
+@pytest.mark.parametrize(("newest", "words"), [(False, False), (True, False), (True, True)])
+def test_no_query_depends_on_a_later_event_bit_for_bit(newest, words):
+    options = {"positions": None, "newest_item": newest, "reads_text": words}
+    model, batch = make_model(by_action=True, **options), make_users()
     prepared = model.training_batch(batch, CONTEXT)
     changed = prepared.items.values.clone()
     start, stop = int(batch.items.offsets[1]), int(batch.items.offsets[2])
@@ -190,10 +198,8 @@ def test_no_query_depends_on_a_later_event_bit_for_bit(newest):
 
 
 def all_queries(model, batch, items):
-    places, events = batch.supervision[PLACES], drawn_events(batch)
-    visible = places.with_values(places.values + 1)
-    history = rows_of(model, {"history": items})["history"]
-    return model.ask(history, batch, visible, batch.target_features[ACTION][events].long())
+    batch = replace(batch, items=batch.items.with_values(items))
+    return model.ask(rows_of(model, model.ids(batch, CONTEXT)))
 
 
 def test_the_last_query_token_knows_those_before_it_and_none_behind_it():
@@ -227,15 +233,52 @@ def test_a_row_serves_both_ends_or_each_has_its_own(shared):
     assert names == (["item"] if shared else ["item", "output"])
     prepared = model.training_batch(batch, CONTEXT)
     ids = model.ids(prepared, CONTEXT)
-    assert sorted(ids) == sorted(name for table in model.tables() for name in table.features)
+    features = {name for table in model.tables() for name in table.features}
+    assert features < set(ids)
     rows = rows_of(model, ids, requires_grad=True)
     model(rows, prepared, CONTEXT).sum.backward()
-    assert all(part.rows.grad.any() for part in rows.values())
+    assert all(rows[name].rows.grad.any() for name in features)
     assert all(weights.grad is not None and weights.grad.any() for weights in model.parameters())
 
 
+def test_a_prompt_in_words_is_the_profile_the_items_the_objective_and_the_queries_in_one_row():
+    model, batch = make_model(by_action=True, reads_text=True, asked="cart"), make_users()
+    history = rows_of(model, model.query_ids(batch))["history"]
+    items = model.item_tokens(history)
+    said = by_letters(["the next item to cart"])
+    for user, queries in enumerate(queries_of(model, batch)):
+        start, stop = batch.items.offsets[user : user + 2]
+        words = [row_of(model.texts.users, user), said.values]
+        profile, objective = (model.vocabulary(part.long()) for part in words)
+        row = torch.cat((profile, items[start:stop], objective, model.tokens.weight))
+        states = model.decoder(row, torch.arange(len(row)), only_history(len(row)))[-3:]
+        expected = F.normalize(model.query_projection(states).float(), dim=-1)
+        torch.testing.assert_close(F.normalize(queries, dim=-1), expected, rtol=1e-5, atol=1e-5)
+
+
+def only_history(length: int) -> PageLayout:
+    none = torch.zeros(0, dtype=torch.int64)
+    pages, visible = Jagged.from_lengths(none, none), Jagged.from_lengths(none, torch.zeros(1).long())
+    return PageLayout.build(Jagged.from_lengths(torch.zeros(length), torch.tensor([length])), pages, visible)
+
+
+def row_of(rows: Jagged, number: int) -> torch.Tensor:
+    return rows.values[rows.offsets[number] : rows.offsets[number + 1]]
+
+
+def test_an_objective_may_be_told_in_any_words():
+    said = {"descriptions": ("cart=goes into the cart",), "by_action": True, "reads_text": True}
+    batch = make_users()
+    by_name, in_words, in_others = (
+        queries_of(make_model(asked=asked, **said), batch)
+        for asked in ("cart", "goes into the cart", "is returned")
+    )
+    torch.testing.assert_close(by_name, in_words, rtol=0, atol=0)
+    assert not torch.isclose(by_name, in_others).all(-1).any()
+
+
 def test_a_rank_without_users_takes_part():
-    model, nobody = make_model(by_action=True), make_users([])
+    model, nobody = make_model(by_action=True, reads_text=True), make_users([])
     loss = loss_of(model, nobody)
     loss.sum.backward()
     assert (loss.sum, loss.count) == (0, 0)
@@ -253,6 +296,17 @@ def test_what_cannot_work_is_refused():
         make_model(by_action=True, asked="exposure")
     with pytest.raises(ConfigError, match=r"must be an action .* of none; got click"):
         make_model(asked="click")
+    with pytest.raises(ConfigError, match=r"model.reads-text needs something to read"):
+        make_model(reads_text=True, num_users=0)
+    with pytest.raises(
+        ConfigError, match=r"model.descriptions need --model.reads-text and --model.by-action"
+    ):
+        URM.Config(descriptions=("cart=goes into the cart",), reads_text=True)
+    for wrong in ("like=is liked", "cart"):
+        with pytest.raises(
+            ConfigError, match=r"must be ACTION=WORDS with an action of cart, click, exposure"
+        ):
+            make_model(by_action=True, reads_text=True, descriptions=(wrong,))
     with pytest.raises(ConfigError, match=r"model.by-action needs data with actions"):
         URM.Config(by_action=True).build(
             num_items=9, max_length=4, item_feature_dim=0, objective=SAMPLED.build(num_items=9)
