@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -143,3 +144,8 @@ class SequenceBatch:
 def _select_rows(jagged: Jagged, start: int, stop: int) -> Jagged:
     first, last = int(jagged.offsets[start]), int(jagged.offsets[stop])
     return Jagged.from_lengths(jagged.values[first:last], jagged.lengths[start:stop])
+
+
+def page_key(user: np.ndarray, page: np.ndarray) -> np.ndarray:
+    """A number for each page of each user, and one for what lies on no page (-1). Shapes: [T], [T] -> [T] int64."""
+    return user.astype(np.int64) * (int(page.max(initial=0)) + 2) + page + 1

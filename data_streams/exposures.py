@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from cluster.errors import DataError
-from data_streams.batch import SequenceBatch
+from data_streams.batch import SequenceBatch, page_key
 from data_streams.canonical import ChunkReader, Deal
 from data_streams.configuration import DataConfig
+from data_streams.held_out_windows import held_out_window
 from data_streams.jagged import Jagged
 from data_streams.schema import EXPOSURE
 from data_streams.shards import Chunk
@@ -34,10 +35,11 @@ class ExposureBatch:
 
 
 class ExposureStream:
-    """The pages between a user's last training click and the held-out one, which is on the last of them.
+    """The pages between a user's last answer and the held-out event, which is on the last of them.
 
-    Since the pages end with a click, each of them alone has too many clicks; over many users the share of clicks
-    is right (Wald). Users without a history, a held-out click or exposures are left out.
+    Training leaves them out, and validation those that the test has too. Each window ends with what was held out, so
+    more of it is answered than of all pages. Users without a history, a held-out event on a page or exposures are left
+    out.
     """
 
     def __init__(
@@ -89,16 +91,16 @@ class ExposureStream:
         user = np.repeat(np.arange(chunk.num_users), chunk.lengths)
         action, page = chunk.columns["action"], chunk.columns["page_id"]
         within = np.arange(chunk.num_events) - chunk.offsets[user]
-        taken = action == self._codes[0]
-        start, stop = self._window(chunk, user, page, within, taken)
-        is_shown = (action == self._exposure) & (within > start[user]) & (within < stop[user])
+        taken, is_exposure = action == self._codes[0], action == self._exposure
+        start, stop = self._window(chunk, is_exposure)
+        is_shown = is_exposure & (page >= 0) & (within > start[user]) & (within < stop[user])
         is_past = taken & (within <= start[user])
         kept = _has(is_shown, user, chunk.num_users) & _has(is_past, user, chunk.num_users)
         if not kept.any():
             return None
         new_row = np.cumsum(kept) - 1
         is_shown, is_past = is_shown & kept[user], is_past & kept[user]
-        same = (user * (int(page.max()) + 1) + page) * self.manifest.num_items + chunk.items
+        same = page_key(user, page) * self.manifest.num_items + chunk.items
         answers = np.stack([np.isin(same[is_shown], same[action == code]) for code in self._codes], axis=-1)
         rows, columns = new_row[user[is_shown]], _place(user[is_shown])
         candidates = np.full((kept.sum(), columns.max() + 1), NO_ITEM, dtype=np.int64)
@@ -111,22 +113,13 @@ class ExposureStream:
             answers=torch.from_numpy(padded),
         )
 
-    def _window(
-        self, chunk: Chunk, user: np.ndarray, page: np.ndarray, within: np.ndarray, taken: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Last click before the page of the held-out one, and the end of that page, by place within the user.
-
-        Shapes: twice [U]; an empty window where nothing is held out.
-        """
-        held_out = {"valid": chunk.valid_at, "test": chunk.test_at}[self._split].astype(np.int64)
-        there = held_out >= 0
-        target = page[chunk.offsets[:-1] + np.maximum(held_out, 0)]
-        on_page = page == target[user]
-        start, stop = np.full(chunk.num_users, -1), np.zeros(chunk.num_users, dtype=np.int64)
-        before = taken & ~on_page & (within < held_out[user])
-        np.maximum.at(start, user[before], within[before])
-        np.maximum.at(stop, user[on_page], within[on_page] + 1)
-        return start, np.where(there, stop, 0)
+    def _window(self, chunk: Chunk, is_exposure: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `held_out_window`; for validation without what the test evaluates. Shapes: [T] -> twice [U]."""
+        start, stop = held_out_window(chunk, self._split, is_exposure)
+        if self._split == "test":
+            return start, stop
+        test_start, test_stop = held_out_window(chunk, "test", is_exposure)
+        return start, np.where(test_stop > 0, np.minimum(stop, test_start + 1), stop)
 
     def _histories(
         self, chunk: Chunk, user: np.ndarray, is_past: np.ndarray, kept: np.ndarray

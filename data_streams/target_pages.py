@@ -15,9 +15,11 @@ import numpy as np
 from cluster.errors import ConfigError
 from data_streams.batch import CLICKED, EXPOSED, ORDERED
 from data_streams.configuration import DataConfig
+from data_streams.held_out_windows import in_held_out_windows
 from data_streams.manifest import Manifest
 from data_streams.page_table import PageTable
 from data_streams.ranges import offsets_of
+from data_streams.schema import EXPOSURE
 from data_streams.shards import Chunk
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,8 @@ class EventReading:
         """Raises: ConfigError where the data set cannot give the pages or the lag that are asked for."""
         self._config, self._read_for, self._manifest = config, read_for, manifest
         self._beside = [] if config.history_exposures else manifest.beside_codes()
+        trains = config.history_exposures and read_for == "train"
+        self._exposure = manifest.actions.index(EXPOSURE) if trains and EXPOSURE in manifest.actions else None
         self._strength = np.array([_strength(name, config) for name in manifest.actions], dtype=np.int8)
         self.pages_from = _pages_from(manifest, config) if read_for != "serve" else "none"
         if self.has_lag and "timestamp_s" not in manifest.columns:
@@ -48,7 +52,8 @@ class EventReading:
         """Event columns that must be read beside those the model asks for."""
         has_pages, known = self.pages_from != "none", self._manifest.columns
         wanted = ("action", "page_id", "position", "timestamp_s") if has_pages else ()
-        needed = (*(("action",) if self._beside else ()), *(("timestamp_s",) if self.has_lag else ()))
+        shown = ("action", "page_id") if self._exposure is not None else ()
+        needed = (*(("action",) if self._beside else ()), *shown, *(("timestamp_s",) if self.has_lag else ()))
         return tuple(name for name in dict.fromkeys((*needed, *wanted)) if name in known)
 
     @property
@@ -77,10 +82,16 @@ class EventReading:
             logger.info("Target pages are %s; at most %d items each", how[self.pages_from], config.page_items)
 
     def history(self, chunk: Chunk) -> Chunk:
-        """The chunk as if it held nothing beside the sequences."""
-        if not self._beside:
+        """The chunk as if it held nothing beside the sequences; in training, no exposures that evaluate a model."""
+        if not self._beside and self._exposure is None:
             return chunk
         kept = self._in_history(chunk)
+        if self._exposure is not None:
+            is_exposure = chunk.columns["action"] == self._exposure
+            # One without a page has no answer that is known to be its own.
+            kept &= ~is_exposure | (
+                ~in_held_out_windows(chunk, is_exposure) & (chunk.columns["page_id"] >= 0)
+            )
         upto = np.concatenate([[0], np.cumsum(kept)])
         offsets = upto[chunk.offsets]
         borders = np.stack([chunk.train_end, chunk.valid_at, chunk.test_at])

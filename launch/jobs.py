@@ -210,16 +210,20 @@ def user_ids(data_path: str) -> Any:
 
 def user_rows(data_path: str, names: Sequence[str]) -> list[int]:
     """The rows of users by their raw ids. Raises: DataError for one the data set does not have."""
-    ids = user_ids(data_path)
+    from data_streams.manifest import Manifest
+
+    ids, num_users = user_ids(data_path), Manifest.load(Storage(data_path)).num_users
     known = None if ids is None else ids.cast(str)
-    found = [name if known is None else known.index_of(name) for name in names]
-    missing = [name for name, row in zip(names, found, strict=True) if row is None or not str(row).isdigit()]
+    found = [int(name) if known is None and name.isdecimal() else None for name in names]
+    if known is not None:
+        found = [known.index_of(name) for name in names]
+    missing = [name for name, row in zip(names, found, strict=True) if row is None or row >= num_users]
     if missing:
         raise DataError(
             f"users must be of {data_path}, by the ids they had when it was built, and it has no "
             f"{', '.join(missing)}; `grail data inspect {data_path}` shows some"
         )
-    return [int(row) for row in found]
+    return found
 
 
 def _load(process: Process, config: PretrainConfig, step: int) -> Any:

@@ -15,6 +15,10 @@ def answered_actions(given: Sequence[str], codes: Sequence[str], recipe: str) ->
     answers = [name for name in codes if name != EXPOSURE]
     actions = tuple(given) or tuple(sorted(answers, key=lambda name: (name != "click", name)))
     missing = [name for name in (EXPOSURE, *actions) if name not in codes]
+    if EXPOSURE in given or len(set(given)) < len(given):
+        raise ConfigError(
+            f"model.actions of {recipe} must be answers to exposures, each once, got {', '.join(given)}"
+        )
     if missing or not actions:
         raise ConfigError(
             f"{recipe} learns from exposures and the answers to them, and the data has the actions "

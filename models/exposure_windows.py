@@ -2,8 +2,7 @@
 
 The requests (pages) of a window are answered from what the user took before: before the window (the static sequence),
 or in it (the real-time sequence). An exposed item is answered with an action if the same user did that on the same
-page. The last page of a training span is left out: the event held out by the split lies on it, so what is known of its
-answers is incomplete.
+page. The exposures that evaluate a model are not in its training data (`data_streams.held_out_windows`).
 """
 
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from cluster.seeds import purpose_seed
 from cluster.user_draws import uniform_of_events
-from data_streams.batch import SequenceBatch
+from data_streams.batch import SequenceBatch, page_key
 from data_streams.jagged import Jagged
 from models.answered_actions import EXPOSURE
 from models.recommender import StepContext
@@ -79,7 +78,7 @@ def exposure_windows(
     events = _Events.of(batch, codes)
     is_taken = events.action == codes.index(actions[0])
     taken, num_before = _taken_before(events, is_taken)
-    is_candidate = (events.action == codes.index(EXPOSURE)) & (events.page != events.last_page)
+    is_candidate = events.action == codes.index(EXPOSURE)
     num_static = np.zeros(batch.num_users, dtype=np.int64)
     if drawn:
         begin = _window_begins(events, is_candidate, batch, context)
@@ -120,32 +119,28 @@ class _Events:
     user: np.ndarray
     action: np.ndarray
     page: np.ndarray
-    last_page: np.ndarray
-    """Page of the user's last event."""
     time_s: np.ndarray
     request_s: np.ndarray
     """When the event's page begins."""
 
     @staticmethod
     def of(batch: SequenceBatch, codes: tuple[str, ...]) -> "_Events":
-        user, offsets = batch.items.row_index().numpy(), batch.items.offsets.numpy()
+        user = batch.items.row_index().numpy()
         action, page, time_s = (batch.features[name].numpy() for name in ("action", "page_id", "timestamp_s"))
-        key = user * (int(page.max(initial=0)) + 1) + page
+        key = page_key(user, page)
         # Pages may overlap: a page begins with the first of its events, wherever the others are.
         _, first, number = np.unique(key, return_index=True, return_inverse=True)
         return _Events(
             user=user,
             action=action,
             page=page,
-            last_page=page[np.maximum(offsets[1:] - 1, 0)][user] if len(page) else page,
             time_s=time_s,
             request_s=time_s[first][number],
         )
 
     def page_and_item(self, items: np.ndarray) -> np.ndarray:
         """One number for each (user, page, item). Shapes: [T] -> [T] int64."""
-        of_page = self.user * (int(self.page.max(initial=0)) + 1) + self.page
-        return of_page * (int(items.max(initial=0)) + 1) + items
+        return page_key(self.user, self.page) * (int(items.max(initial=0)) + 1) + items
 
     def moments(self, times_s: np.ndarray) -> np.ndarray:
         """Numbers in the order of (user, time). Shapes: [T] -> [T] int64."""

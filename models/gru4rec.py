@@ -5,8 +5,10 @@ Recurrent Neural Networks with Top-k Gains (2018), and the published code, in it
 embeddings: one table embeds inputs and scores outputs. Its losses are the objectives `sampled-softmax`, `bpr-max`,
 `top1` and the like. Deviations: a step takes whole sessions side by side, in the order of the run, and gradients go
 back to the session's first item, where the published code carries states from step to step as constants through slots
-sorted by time; candidates are the shared negatives of the step without the other rows' targets; no bias by item is
-added to scores, and no activation is put on them; the optimizers are those of all recipes.
+sorted by time; candidates are the shared negatives of the step without the other rows' targets; scores are cosines over
+a temperature in the recipes (`--objective.no-normalised --objective.temperature 1` are the published products), and
+embedded items are multiplied by the root of the width; no bias by item is added to scores, and no activation is put on
+them; the optimizers are those of all recipes.
 """
 
 from dataclasses import dataclass

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cluster.errors import ConfigError
 from data_streams.batch import SequenceBatch
 from models.answered_actions import answered_actions
 from models.exposure_windows import ANSWERS, CANDIDATES, Window, exposure_windows
@@ -96,6 +97,17 @@ class MTGR(Ranker):
         actions: tuple[str, ...] = ()
         """Answers it predicts, the first of which makes up the sequences; left out, all of the data but exposures,
         click first."""
+
+        def __post_init__(self) -> None:
+            positive = ("width", "num_blocks", "num_heads", "hidden", "cross_width", "num_negatives")
+            wrong = [name for name in positive if getattr(self, name) < 1]
+            wrong += [name for name in ("user_rows", "auxiliary_weight") if getattr(self, name) < 0]
+            if wrong:
+                given = ", ".join(f"{name.replace('_', '-')} {getattr(self, name)}" for name in wrong)
+                raise ConfigError(
+                    "sizes of mtgr must be at least 1, and user-rows and auxiliary-weight at least 0; got "
+                    f"{given}"
+                )
 
         event_columns = ("action", "page_id", "timestamp_s")
         """Event columns it reads."""

@@ -8,8 +8,8 @@ Deep Interest Evolution Network) ties items together that are taken after each o
 taught little but the items' general appeal within three epochs of the synthetic world.
 
 It learns from exposures: an exposed item is answered with an action if the same user did that on the same page. Only
-what the user took on earlier pages is its history. The last page of a training span is left out: the event held out by
-the split lies on it, so what is known of its answers is incomplete.
+what the user took on earlier pages is its history. The exposures that evaluate a model are not in its training data
+(`data_streams.held_out_windows`).
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_streams.batch import SequenceBatch
+from data_streams.batch import SequenceBatch, page_key
 from data_streams.jagged import Jagged
 from models.answered_actions import EXPOSURE, answered_actions
 from models.kernels.interest_attention import interest_attention
@@ -109,8 +109,7 @@ class RewardSim(Ranker):
         is_key = action == self.codes.index(self.actions[0])
         columns = _history_columns(is_key, _page_starts(user, page), user, offsets)
         same = _page_and_item(user, page, batch.items.values.numpy())
-        last_page = page[np.maximum(offsets[1:] - 1, 0)][user] if len(page) else page
-        columns[SHOWN] = (action == self.codes.index(EXPOSURE)) & (page != last_page)
+        columns[SHOWN] = action == self.codes.index(EXPOSURE)
         for name in self.actions:
             columns[ANSWER.format(name)] = np.isin(same, same[action == self.codes.index(name)])
         return replace(batch, features={name: torch.from_numpy(values) for name, values in columns.items()})
@@ -219,5 +218,4 @@ def _history_columns(
 
 def _page_and_item(user: np.ndarray, page: np.ndarray, item: np.ndarray) -> np.ndarray:
     """One number for each (user, page, item). Shapes: three times [T] -> [T] int64."""
-    of_page = user * (int(page.max(initial=0)) + 1) + page
-    return of_page * (int(item.max(initial=0)) + 1) + item
+    return page_key(user, page) * (int(item.max(initial=0)) + 1) + item

@@ -67,7 +67,8 @@ class TDM(NodeScorer):
         """Let the network read each window times the node as well; without, as in the paper, attention alone tells how
         alike they are."""
         num_negatives: int = 100
-        """Nodes drawn for each positive and its ancestors together, more of them near the leaves."""
+        """Nodes drawn for each positive and its ancestors together, more of them near the leaves; fewer where levels
+        have fewer others, or there are but two."""
         level_negatives: tuple[int, ...] = ()
         """The same for each level by itself, the first one below the root first."""
         positions: int | None = 4
@@ -104,6 +105,14 @@ class TDM(NodeScorer):
             raise ConfigError(
                 f"model.level-negatives must hold {self.nodes.depth} numbers, one for each level of the tree below its "
                 f"root, and it holds {given}"
+            )
+        single = [
+            depth for depth in self.nodes.depths if given and given[depth - 1] and self.nodes.is_single(depth)
+        ]
+        if single:
+            raise ConfigError(
+                f"model.level-negatives must be 0 where a level has one node, as level {single[0]} has, and it holds "
+                f"{given}"
             )
         return given or self.nodes.negatives_per_depth(self.config.num_negatives)
 

@@ -31,8 +31,9 @@ class Texts:
     """A row of tokens per item row."""
     users: Jagged | None
     """A row per user row; None where nothing is known of users, or it is not to be read."""
-    encode: Callable[[Sequence[str]], Jagged]
-    """Further texts in the same tokens, a row for each, cut off as those of items are. Host side."""
     vocabulary_size: int
     fingerprint: str
     """Of the tokenizer."""
+    encode: Callable[[Sequence[str]], Jagged] | None = None
+    """Further texts in the same tokens, a row for each, cut off as those of items are; None where there are none to
+    read. Host side."""

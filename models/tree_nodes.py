@@ -43,6 +43,10 @@ class TreeNodes:
     def depths(self) -> range:
         return range(1, self.depth + 1)
 
+    def is_single(self, depth: int) -> bool:
+        """Whether a node of this depth has no other beside it."""
+        return self.trie.num_nodes(depth) == 1
+
     def above(self, depth: int, items: Tensor) -> Tensor:
         """The place of this depth above each item. Shapes: [...] -> [...] int64."""
         return self.leaves[items] // math.prod(self.code_sizes[depth:])

@@ -74,9 +74,11 @@ def reassign(assembly: Assembly, *, levels: int, positions: int | None, seed: in
     """A collective call, whose result is the same on every rank.
 
     Cost: the training users once for each segment of `levels`, and N * b^levels numbers.
-    Raises: ConfigError for a model without a tree of equal branching.
+    Raises: ConfigError for a model without a tree of equal branching, or without positions to score.
     """
     model = assembly.model
+    if positions is not None and positions < 1:
+        raise ConfigError(f"--positions must be at least 1, or None for all, and is {positions}")
     if not isinstance(model, NodeScorer) or len(set(model.code_sizes)) != 1:
         raise ConfigError(
             "--how joint needs a run of a model over a tree from grail tokenize tree, and "

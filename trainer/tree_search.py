@@ -24,11 +24,13 @@ class TreeSearch(GenerativeSearch):
 
     def __init__(self, *parts: Any, config: SearchConfig, **options: Any):
         """Raises: ConfigError for another search than a beam over the items' paths."""
-        if config.method != "beam" or config.space != "catalogue" or config.prm:
+        beam = SearchConfig()
+        names = ("method", "space", "prm", "temperature", "over")
+        changed = [name for name in names if getattr(config, name) != getattr(beam, name)]
+        if changed:
             raise ConfigError(
-                "a tree is searched by a beam over its own nodes, and got "
-                f"search.method {config.method}, search.space {config.space}{' and search.prm' * config.prm}; leave "
-                "them out"
+                "a tree is searched by a beam over its own nodes, ordered by their scores, and got "
+                f"{', '.join(f'search.{name} {getattr(config, name)}' for name in changed)}; leave that out"
             )
         super().__init__(*parts, config=config, **options)
 

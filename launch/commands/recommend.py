@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.configuration import ClusterConfig
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, DataError
 from cluster.storage import renamed_at_end
 from launch.progress import start_console
 from launch.run_directory import local_file
@@ -126,6 +126,7 @@ def show(
         config=config.cluster,
         run_dir=config.run_dir,
     )
+    _tell_missing(rows, len(shown), config.data.path)
     console = Console()
     for user in shown:
         console.print(_user_table(user))
@@ -157,11 +158,23 @@ def write_all(
         )
         there = [part for part in parts if os.path.exists(part)]
         _require_rows(there, num_rows, out)
-        num_users = _merge(there, config.data.path, out)
+        num_users = _merge(there, config.data.path, out) if there else 0
+        _tell_missing(rows, num_users, config.data.path)
     finally:
         for part in parts:
             Path(part).unlink(missing_ok=True)
     print(f"Recommendations for {num_users:,} users written to {out}")
+
+
+def _tell_missing(rows: list[int] | None, num_found: int, data_path: str) -> None:
+    """Say how many of the named users get nothing. Raises: DataError where nobody gets anything."""
+    if not num_found:
+        raise DataError(
+            f"users must have a history to get recommendations, and {'none of the named ones' if rows else 'nobody'} "
+            f"has one in {data_path}; name others"
+        )
+    if rows and num_found < len(rows):
+        print(f"{len(rows) - num_found} of the {len(rows)} named users have no history and get nothing.")
 
 
 def _require_rows(parts: list[str], wanted: int, out: str) -> None:

@@ -10,7 +10,7 @@ def recipe() -> PretrainConfig:
     return PretrainConfig(
         data=DataConfig(max_length=50, tokens_per_step=2048),
         model=GRU4Rec.Config(width=128),
-        # Negatives as published: popular items more often, and the scores corrected for that.
+        # Negatives are drawn as published: popular items more often, and the scores corrected for that.
         objective=SampledSoftmax.Config(num_negatives=2048, popularity_share=1.0, log_q=True),
         train=TrainConfig(epochs=10, learning_rate=2e-3, table_learning_rate=0.07, patience=3),
     )

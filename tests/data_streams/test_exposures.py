@@ -11,6 +11,7 @@ from data_streams.configuration import DataConfig
 from data_streams.exposures import ExposureStream
 from data_streams.manifest import Manifest
 from data_streams.sources.events import EventsSource
+from data_streams.stream import TrainStream
 
 PAGES = (
     (0, "ab", "a", ""),
@@ -21,15 +22,22 @@ PAGES = (
     (5, "k", "", ""),
 )
 """page, what was shown, clicked, and bought; the last but one click is i, the last is j, on the same page."""
+MORE = (*PAGES, (6, "lm", "", ""), (7, "no", "o", ""))
+"""The last click is o, the last but one j."""
 
 
-def build_pages(folder, **options):
+def build_pages(folder, pages=PAGES, **options):
     rows, time = [], 0
-    for page, shown, clicked, bought in PAGES:
+    for page, shown, clicked, bought in pages:
         for action, items in (("exposure", shown), ("click", clicked), ("purchase", bought)):
             for item in items:
                 time += 1
                 rows.append(("u", item, time, action, page))
+    return build_rows(folder, rows, **options)
+
+
+def build_rows(folder, rows, **options):
+    """Of user, item, second, action and page."""
     names = ["user_id", "item_id", "timestamp_s", "action", "page_id"]
     folder.mkdir(exist_ok=True)
     pl.DataFrame(rows, schema=names, orient="row").write_parquet(folder / "events.parquet")
@@ -43,26 +51,99 @@ def letters(items):
     return "".join(sorted(chr(ord("a") + item) for item in items))
 
 
+def known_actions(path):
+    return tuple(name for name in Manifest.load(Storage(path)).actions if name != "exposure")
+
+
 def read(path, split, max_length=10):
     config = DataConfig(path=path, max_length=max_length)
-    stream = ExposureStream(config, split=split, actions=("click", "purchase"), rank=0, world_size=1)
+    stream = ExposureStream(config, split=split, actions=known_actions(path), rank=0, world_size=1)
     return list(stream.batches())
 
 
-@pytest.mark.parametrize("split", ["valid", "test"])
-def test_the_pages_since_the_last_click_are_candidates_with_their_answers(tmp_path, split):
-    (batch,) = read(build_pages(tmp_path / "data"), split)
-    # Items are numbered in the order of their names.
-    assert letters(batch.histories.items.values.tolist()) == "ae"
+def seen(batch):
+    """The history, what was shown, what of it was clicked and what bought."""
     shown = batch.candidates[0].tolist()
-    assert letters(shown) == "ghij"
-    clicked, bought = (
+    answered = [
         letters(item for item, yes in zip(shown, batch.answers[0, :, answer], strict=True) if yes)
-        for answer in range(2)
-    )
-    assert (clicked, bought) == ("ij", "j")
-    (short,) = read(tmp_path / "data" / "shards", split, max_length=1)
+        for answer in range(batch.answers.shape[2])
+    ]
+    return letters(batch.histories.items.values.tolist()), letters(shown), *answered
+
+
+def test_the_pages_since_the_last_answer_are_candidates_with_their_answers(tmp_path):
+    path = build_pages(tmp_path / "data", MORE)
+    # Items are numbered in the order of their names.
+    (valid,), (test,) = read(path, "valid"), read(path, "test")
+    assert seen(valid) == ("ae", "ghij", "ij", "j")
+    assert seen(test) == ("aeij", "klmno", "o", "")
+    (short,) = read(path, "valid", max_length=1)
     assert letters(short.histories.items.values.tolist()) == "e"
+
+
+def test_a_page_with_both_held_out_clicks_is_of_the_test_alone(tmp_path):
+    path = build_pages(tmp_path / "data")
+    (test,) = read(path, "test")
+    assert seen(test) == ("ae", "ghij", "ij", "j")
+    assert read(path, "valid") == []
+
+
+@pytest.mark.parametrize("pages", [PAGES, MORE])
+def test_no_exposure_is_trained_on_that_evaluates_a_model(tmp_path, pages):
+    path = build_pages(tmp_path / "data", pages)
+    assert trained_exposures(path) == "abcdef"
+
+
+def trained_exposures(path):
+    config = DataConfig(path=path, history_exposures=True, columns=("action", "page_id"), tokens_per_step=512)
+    names = Manifest.load(Storage(path)).actions
+    shown = []
+    for batch in TrainStream(config, seed=0, rank=0, world_size=1).batches(0):
+        is_shown = batch.features["action"] == names.index("exposure")
+        shown += batch.items.values[is_shown].tolist()
+    return letters(shown)
+
+
+def test_pages_that_overlap_are_evaluated_from_the_beginning_of_the_held_out_one(tmp_path):
+    """Page 1 with d is begun before page 2, on which c is clicked before d is."""
+    rows = [("a", "exposure", 0), ("a", "click", 0), ("d", "exposure", 1), ("b", "exposure", 1)]
+    rows += [
+        ("c", "exposure", 2),
+        ("c", "click", 2),
+        ("d", "click", 1),
+        ("e", "exposure", 3),
+        ("e", "click", 3),
+    ]
+    path = build_rows(
+        tmp_path / "data", [("u", item, at, action, page) for at, (item, action, page) in enumerate(rows)]
+    )
+    assert seen_clicks(read(path, "valid")) == [("a", "bcd", "cd")]
+    assert seen_clicks(read(path, "test")) == [("acd", "e", "e")]
+    assert trained_exposures(path) == "a"
+
+
+def seen_clicks(batches):
+    return [seen(batch)[:3] for batch in batches]
+
+
+def test_what_lies_on_no_page_answers_nothing_and_evaluates_nothing(tmp_path):
+    """Both users do the same on pages; the second one also clicks d and e outside of any, and ends so."""
+    rows = [
+        ("a", "exposure", 0),
+        ("a", "click", 0),
+        ("d", "exposure", 1),
+        ("b", "exposure", 1),
+        ("b", "click", 1),
+    ]
+    rows += [("c", "exposure", 2), ("c", "click", 2)]
+    log = [("u", item, at, action, page) for at, (item, action, page) in enumerate(rows)]
+    log += [("v", *event) for _, *event in log[:2]] + [
+        ("v", "d", 30, "click", None),
+        ("v", "e", 31, "click", None),
+    ]
+    path = build_rows(tmp_path / "data", log)
+    assert seen_clicks(read(path, "valid")) == [("a", "bd", "b")]
+    assert seen_clicks(read(path, "test")) == [("ab", "c", "c")]
 
 
 def test_a_rank_without_users_has_empty_batches(tmp_path):

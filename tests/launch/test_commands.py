@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ import polars as pl
 import pytest
 from safetensors.torch import load_file
 
+from cluster.errors import DataError
 from cluster.packages import root
 from launch import cli
+from launch.jobs import user_ids, user_rows
 from tests.faults.training import ALONE
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(root()), "OMP_NUM_THREADS": "1"}
@@ -122,6 +125,17 @@ def test_unknown_users_and_contradictions_are_refused(command, capsys):
     ):
         assert cli.run(["recommend", "run", *line.split()]) != 0
         assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_users_without_a_table_of_ids_are_named_by_their_rows(folder, run_dir):
+    path = str(folder / "shards")
+    assert user_rows(path, [str(user_ids(path)[3])]) == [3]
+    bare = folder / "bare"
+    shutil.copytree(folder / "shards", bare, ignore=shutil.ignore_patterns("users.parquet"))
+    assert user_rows(str(bare), ["7", "299"]) == [7, 299]
+    for name in ("300", "²", "-1", "u7"):
+        with pytest.raises(DataError, match=f"it has no {name}"):
+            user_rows(str(bare), [name])
 
 
 def test_a_checkpoint_can_be_looked_at_and_taken_out(folder, command):

@@ -84,6 +84,11 @@ def test_what_a_tree_cannot_be_made_of_is_told(data, tree, trained, tmp_path, ca
         (["--data", data, "--how", "categories", "--from-run", trained], 2, "takes no --from-run"),
         (["--data", data, "--branching", "3"], 2, "--branching must be a power of two"),
         (["--data", data, "--from-run", str(tmp_path)], 1, "must be a run directory"),
+        (
+            ["--data", data, "--how", "joint", "--from-run", trained, "--positions", "0"],
+            2,
+            "--positions must be",
+        ),
     ):
         assert grail([*line, *options]) == code
         assert message in capsys.readouterr().err

@@ -266,7 +266,7 @@ def test_one_request_is_drawn_with_what_was_taken_before_it():
     # Each page shows three items, and one is clicked on every page before.
     assert candidates.lengths.tolist() == [3] * 40
     assert torch.equal(visible, batch.items.lengths[candidates.row_index()])
-    assert set(visible.tolist()) == set(range(5))
+    assert set(visible.tolist()) == set(range(6))
 
 
 def test_behaviours_that_see_no_later_one_hide_it_bit_by_bit():

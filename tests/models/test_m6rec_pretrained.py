@@ -11,7 +11,7 @@ from models.m6rec_ranking import M6RecRanking
 from models.texts import Texts
 from tests.models.test_m6rec import CONTEXT, Written, looked_up, make_users
 from tests.models.test_mtgr import CODES, random_log
-from tests.text_cases import WORDS, by_letters, make_texts
+from tests.text_cases import WORDS, make_texts
 
 WIDTH = 16
 
@@ -100,7 +100,6 @@ def test_a_language_model_that_does_not_fit_is_refused(folder, tmp_path):
     longer = Texts(
         items=Jagged.from_lengths(torch.zeros(1).int(), torch.tensor([1])),
         users=None,
-        encode=by_letters,
         vocabulary_size=WORDS + 1,
         fingerprint="",
     )

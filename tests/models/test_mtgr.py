@@ -27,8 +27,8 @@ def random(*shape, seed=0):
 
 def log_of_two_users():
     """The first user: page 0 shows 5 and 6 and 5 is clicked at 3 s; page 1 begins in that second, shows 7 and 8, and 8
-    is clicked and put in the cart; page 2 shows 9 before the click on 8, which is on another page; page 3 shows 4, and
-    is the last one. The second user sees one page."""
+    is clicked and put in the cart; page 2 shows 9 before the click on 8, which is on another page; on page 3 there is a
+    click alone. The second user was shown nothing."""
     events = [
         # item, action, page, second
         (5, SHOW, 0, 1),
@@ -40,14 +40,13 @@ def log_of_two_users():
         (8, CLICK, 1, 6),
         (8, CART, 1, 7),
         (9, CLICK, 2, 8),
-        (4, SHOW, 3, 9),
         (4, CLICK, 3, 10),
-        (5, SHOW, 0, 1),
+        (5, CLICK, -1, 1),
     ]
     items, action, page, time = (torch.tensor(column) for column in zip(*events, strict=True))
     return SequenceBatch(
         user_ids=torch.tensor([3, 1]),
-        items=Jagged.from_lengths(items, torch.tensor([11, 1])),
+        items=Jagged.from_lengths(items, torch.tensor([10, 1])),
         features={"action": action.to(torch.int8), "page_id": page.int(), "timestamp_s": time},
     )
 
@@ -103,14 +102,29 @@ def test_a_window_knows_answers_and_what_was_taken_before_each_request():
     assert parts[NUM_STATIC].values.tolist() == [0]
 
 
+def test_what_lies_on_no_page_belongs_to_no_other_user():
+    """The second user's clicks on no page are not on the first one's last page."""
+    events = [(5, SHOW, 1, 1), (5, CLICK, 1, 2), (6, CLICK, -1, 3), (6, SHOW, 0, 4), (7, SHOW, 0, 4)]
+    items, action, page, time = (torch.tensor(column) for column in zip(*events, strict=True))
+    batch = SequenceBatch(
+        user_ids=torch.tensor([0, 1]),
+        items=Jagged.from_lengths(items, torch.tensor([2, 3])),
+        features={"action": action.to(torch.int8), "page_id": page.int(), "timestamp_s": time},
+    )
+    parts = make_model(window="span").training_batch(batch, CONTEXT).supervision
+    assert parts[CANDIDATES].values.tolist() == [5, 6, 7]
+    assert parts[ANSWERS].values[:, 0].tolist() == [True, False, False]
+    assert parts[VISIBLE].values.tolist() == [0, 1, 1]
+
+
 def test_a_drawn_window_begins_with_a_request_and_what_was_before_is_static():
     model = make_model(window="drawn")
     log = random_log(num_users=40)
     parts = model.training_batch(log, CONTEXT).supervision
     begins, lengths = parts[NUM_STATIC].values, parts[CANDIDATES].lengths
-    assert set(begins.tolist()) == set(range(5))
-    # Pages 0 to 4 are of the window, and each page has one click: the last page is left out.
-    assert torch.equal(lengths, 3 * (5 - begins))
+    assert set(begins.tolist()) == set(range(6))
+    # Each page has one click.
+    assert torch.equal(lengths, 3 * (6 - begins))
     first = parts[VISIBLE].values[parts[CANDIDATES].offsets[:-1]]
     assert torch.equal(first, begins)
     again = model.training_batch(log.select(7, 30), CONTEXT).supervision
@@ -206,7 +220,7 @@ def test_the_loss_equals_a_loop_over_candidates_and_actions():
     for chances, answered in zip(probabilities, answers, strict=True):
         for action, chance, was in zip(model.actions, chances, answered, strict=True):
             expected[action] -= torch.tensor(chance if was else 1 - chance).log().item()
-    assert loss.count == model.num_targets(batch) == 60
+    assert loss.count == model.num_targets(batch) == 72
     assert loss.sum.item() == pytest.approx(sum(expected.values()), rel=1e-4)
     assert {name: value.item() for name, value in loss.metrics.items()} == pytest.approx(expected, rel=1e-4)
 
@@ -219,7 +233,7 @@ def test_the_auxiliary_loss_is_added_with_its_weight():
     batch = plain.training_batch(random_log(), CONTEXT)
     ids = helped.ids(batch, CONTEXT)
     # Each user knows five clicks, the last of which no candidate does.
-    assert ids["taken"].shape == ids["next"].shape == (12,) and ids["negative"].shape == (5,)
+    assert ids["taken"].shape == ids["next"].shape == (16,) and ids["negative"].shape == (5,)
     loss = helped(looked_up(ids), batch, CONTEXT)
     expected = (
         plain(looked_up(plain.ids(batch, CONTEXT)), batch, CONTEXT).sum + 0.3 * loss.metrics["auxiliary"]
@@ -267,5 +281,11 @@ def test_data_without_exposures_or_answers_is_refused():
         MTGR.Config().build(num_items=3, actions=("click",))
     with pytest.raises(ConfigError, match="but no like; build it with --keep-exposures"):
         MTGR.Config(actions=("like",)).build(num_items=3, actions=CODES)
+    for given in (("exposure", "click"), ("click", "click")):
+        with pytest.raises(ConfigError, match="must be answers to exposures, each once"):
+            make_model(actions=given)
+    for options, told in (({"hidden": 0}, "hidden 0"), ({"user_rows": -1}, "user-rows -1")):
+        with pytest.raises(ConfigError, match=f"must be at least 1, .* got {told}"):
+            make_model(**options)
     with pytest.raises(ConfigError, match="multiple of the number of its heads"):
         MTGR.Config(num_heads=5).build(num_items=3, actions=CODES)

@@ -67,7 +67,7 @@ def test_exposures_know_their_answers_and_see_earlier_pages_only():
     model = RewardSim.Config().build(num_items=10, actions=CODES)
     assert model.actions == ("click", "cart")
     columns = model.training_batch(batch_of_two_pages(), CONTEXT).features
-    assert columns[SHOWN].int().tolist() == [1, 1, 0, 1, 1, 1, 0, 0, 0, 0]
+    assert columns[SHOWN].int().tolist() == [1, 1, 0, 1, 1, 1, 0, 0, 1, 1]
     assert columns["answer_click"].int().tolist() == [1, 0, 1, 0, 0, 1, 1, 1, 0, 0]
     assert columns["answer_cart"].int().tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 0, 0]
     assert columns[KEY_NUMBER].tolist() == [-1, -1, 0, -1, -1, -1, 1, -1, -1, -1]
@@ -105,8 +105,8 @@ def test_the_loss_counts_exposures_alone():
     logits = model._score(
         table[batch.items.values], batch.items, batch.features[KEY_NUMBER], batch.features[NUM_VISIBLE]
     )
-    click, cart = (logits[[0, 1, 3, 4, 5], action] for action in range(2))
-    clicked, carted = torch.tensor([1.0, 0, 0, 0, 1]), torch.tensor([0.0, 0, 0, 0, 1])
+    click, cart = (logits[[0, 1, 3, 4, 5, 8, 9], action] for action in range(2))
+    clicked, carted = torch.tensor([1.0, 0, 0, 0, 1, 0, 0]), torch.tensor([0.0, 0, 0, 0, 1, 0, 0])
     entropy = torch.nn.functional.binary_cross_entropy_with_logits
     expected = entropy(click, clicked, reduction="sum") + entropy(cart, carted, reduction="sum")
     # One pair for the auxiliary loss: 5 was taken, then 8.

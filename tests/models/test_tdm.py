@@ -164,5 +164,11 @@ def test_what_is_no_tree_and_options_that_cannot_work_are_told():
     ):
         with pytest.raises(ConfigError, match=message):
             replace(config, **options)
+    single = SemanticIds(codes=torch.tensor([[0, 0], [0, 1], [0, 2]]), code_sizes=(4, 4))
+    with pytest.raises(
+        ConfigError, match=r"level-negatives must be 0 where a level has one node, as level 1"
+    ):
+        replace(config, level_negatives=(1, 1)).build(num_items=3, semantic_ids=single)
+    replace(config, level_negatives=(0, 1)).build(num_items=3, semantic_ids=single)
     with pytest.raises(ConfigError, match=r"level-negatives must hold 7 numbers, .* holds \(1, 2\)"):
         replace(config, level_negatives=(1, 2)).build(num_items=NUM_ITEMS, semantic_ids=tree_ids())

@@ -12,7 +12,6 @@ from models.tables import LookedUp
 from models.text_reader import ITEM_END, REGION_BEGIN, REGION_END, TEXT_BEGIN, TEXT_END, TextReader
 from models.text_reading import Reading, framed, spans, sums_within
 from models.texts import Texts
-from tests.text_cases import by_letters
 
 SIZE = 10
 SEP, OPEN, CLOSE, BEGIN, END = (
@@ -31,7 +30,6 @@ def make_reader(profiles=True, **options) -> TextReader:
     texts = Texts(
         items=jagged(ITEMS),
         users=jagged(USERS) if profiles else None,
-        encode=by_letters,
         vocabulary_size=SIZE,
         fingerprint="",
     )

@@ -102,10 +102,12 @@ def test_candidates_that_are_none_have_no_score():
 
 
 @pytest.mark.parametrize(
-    "options", [{"method": "gumbel"}, {"space": "free"}, {"prm": True}], ids=["drawn", "free", "guided"]
+    "options",
+    [{"method": "gumbel"}, {"space": "free"}, {"prm": True}, {"temperature": 5.0}, {"over": "allowed"}],
+    ids=lambda options: next(iter(options)),
 )
 def test_other_searches_are_refused(options):
     with pytest.raises(
-        ConfigError, match=r"a tree is searched by a beam over its own nodes, and got .*leave"
+        ConfigError, match=r"a tree is searched by a beam over its own nodes, .* and got search.*leave"
     ):
         search_of(config=replace(EVERYTHING, **options))
