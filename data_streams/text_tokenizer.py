@@ -110,9 +110,6 @@ class TextTokenizer:
         rows = Jagged.from_lengths(torch.from_numpy(joined), torch.tensor(lengths, dtype=torch.int64))
         return rows, num_cut
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(tokens)).strip()
-
 
 def _library() -> Any:
     try:
