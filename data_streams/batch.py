@@ -149,3 +149,8 @@ def _select_rows(jagged: Jagged, start: int, stop: int) -> Jagged:
 def page_key(user: np.ndarray, page: np.ndarray) -> np.ndarray:
     """A number for each page of each user, and one for what lies on no page (-1). Shapes: [T], [T] -> [T] int64."""
     return user.astype(np.int64) * (int(page.max(initial=0)) + 2) + page + 1
+
+
+def page_item_key(user: np.ndarray, page: np.ndarray, item: np.ndarray) -> np.ndarray:
+    """A number for each item of each page of each user. Shapes: three times [T] -> [T] int64."""
+    return page_key(user, page) * (int(item.max(initial=0)) + 1) + item

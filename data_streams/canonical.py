@@ -16,9 +16,9 @@ import numpy as np
 from cluster.errors import DataError
 from cluster.storage import Storage
 from data_streams.configuration import DataConfig
+from data_streams.jagged import gather_ranges, offsets_of
 from data_streams.manifest import Manifest
 from data_streams.page_table import PageTable, concatenate
-from data_streams.ranges import gather_ranges, offsets_of
 from data_streams.shards import Chunk, read_chunk
 from data_streams.target_pages import EventReading
 from data_streams.token_budget import step_of_users, training_tokens

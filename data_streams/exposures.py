@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from cluster.errors import DataError
-from data_streams.batch import SequenceBatch, page_key
+from data_streams.batch import SequenceBatch, page_item_key
 from data_streams.canonical import ChunkReader, Deal
 from data_streams.configuration import DataConfig
-from data_streams.held_out_windows import held_out_window
+from data_streams.held_out_windows import between, held_out_window
 from data_streams.jagged import Jagged
 from data_streams.schema import EXPOSURE
 from data_streams.shards import Chunk
@@ -88,19 +88,17 @@ class ExposureStream:
         )
 
     def _batch(self, chunk: Chunk) -> ExposureBatch | None:
-        user = np.repeat(np.arange(chunk.num_users), chunk.lengths)
-        action, page = chunk.columns["action"], chunk.columns["page_id"]
-        within = np.arange(chunk.num_events) - chunk.offsets[user]
+        user, action, page = chunk.user_index, chunk.columns["action"], chunk.columns["page_id"]
         taken, is_exposure = action == self._codes[0], action == self._exposure
         start, stop = self._window(chunk, is_exposure)
-        is_shown = is_exposure & (page >= 0) & (within > start[user]) & (within < stop[user])
-        is_past = taken & (within <= start[user])
+        is_shown = is_exposure & (page >= 0) & between(chunk, start, stop)
+        is_past = taken & (chunk.places <= start[user])
         kept = _has(is_shown, user, chunk.num_users) & _has(is_past, user, chunk.num_users)
         if not kept.any():
             return None
         new_row = np.cumsum(kept) - 1
         is_shown, is_past = is_shown & kept[user], is_past & kept[user]
-        same = page_key(user, page) * self.manifest.num_items + chunk.items
+        same = page_item_key(user, page, chunk.items)
         answers = np.stack([np.isin(same[is_shown], same[action == code]) for code in self._codes], axis=-1)
         rows, columns = new_row[user[is_shown]], _place(user[is_shown])
         candidates = np.full((kept.sum(), columns.max() + 1), NO_ITEM, dtype=np.int64)

@@ -17,8 +17,7 @@ def held_out_window(
 
     Shapes: is_exposure [T] -> twice [U] int64.
     """
-    user = np.repeat(np.arange(chunk.num_users), chunk.lengths)
-    within = np.arange(chunk.num_events) - chunk.offsets[user]
+    user, within = chunk.user_index, chunk.places
     page = chunk.columns["page_id"]
     held_out = {"valid": chunk.valid_at, "test": chunk.test_at}[split].astype(np.int64)
     target = np.where(held_out >= 0, page[chunk.offsets[:-1] + np.maximum(held_out, 0)], -1)
@@ -33,12 +32,13 @@ def held_out_window(
     return start, stop
 
 
+def between(chunk: Chunk, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+    """Which events lie in the window of their user, without `start` and `stop`. Shapes: twice [U] -> [T] bool."""
+    user, within = chunk.user_index, chunk.places
+    return (within > start[user]) & (within < stop[user])
+
+
 def in_held_out_windows(chunk: Chunk, is_exposure: np.ndarray) -> np.ndarray:
     """Which exposures no model may be trained on: those of both splits' windows. Shapes: [T] -> [T] bool."""
-    user = np.repeat(np.arange(chunk.num_users), chunk.lengths)
-    within = np.arange(chunk.num_events) - chunk.offsets[user]
-    found = np.zeros(chunk.num_events, dtype=bool)
-    for split in ("valid", "test"):
-        start, stop = held_out_window(chunk, split, is_exposure)
-        found |= is_exposure & (within > start[user]) & (within < stop[user])
-    return found
+    valid, test = (between(chunk, *held_out_window(chunk, split, is_exposure)) for split in ("valid", "test"))
+    return is_exposure & (valid | test)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_streams.ranges import gather_ranges, offsets_of
+from data_streams.jagged import gather_ranges, offsets_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ import math
 import tarfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,16 @@ class Chunk:
     @property
     def lengths(self) -> np.ndarray:
         return self.offsets[1:] - self.offsets[:-1]
+
+    @cached_property
+    def user_index(self) -> np.ndarray:
+        """Place in the chunk of each event's user. Shapes: [T] int64."""
+        return np.repeat(np.arange(self.num_users), self.lengths)
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """Place of each event within its user, from 0. Shapes: [T] int64."""
+        return np.arange(self.num_events) - self.offsets[self.user_index]
 
     def select(self, start: int, stop: int) -> "Chunk":
         """Users start..stop (exclusive) as a chunk of their own."""

@@ -17,9 +17,9 @@ from data_streams.batch import SequenceBatch
 from data_streams.canonical import CanonicalStream, ChunkReader, Deal, deal_epoch, event_columns
 from data_streams.configuration import DataConfig
 from data_streams.item_table import ItemTable
+from data_streams.jagged import gather_ranges, offsets_of
 from data_streams.manifest import Manifest
 from data_streams.page_table import PageTable
-from data_streams.ranges import gather_ranges, offsets_of
 from data_streams.shards import Chunk
 from data_streams.target_pages import EventReading
 from data_streams.user_block import ITEM, UserBlock, collate

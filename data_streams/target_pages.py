@@ -16,9 +16,9 @@ from cluster.errors import ConfigError
 from data_streams.batch import CLICKED, EXPOSED, ORDERED
 from data_streams.configuration import DataConfig
 from data_streams.held_out_windows import in_held_out_windows
+from data_streams.jagged import offsets_of
 from data_streams.manifest import Manifest
 from data_streams.page_table import PageTable
-from data_streams.ranges import offsets_of
 from data_streams.schema import EXPOSURE
 from data_streams.shards import Chunk
 
@@ -115,12 +115,10 @@ class EventReading:
         known = np.maximum(held_out, 0).astype(np.int64)
         if not self.has_lag:
             return known
-        user = np.repeat(np.arange(chunk.num_users), chunk.lengths)
-        times = chunk.columns["timestamp_s"]
+        user, times = chunk.user_index, chunk.columns["timestamp_s"]
         # Where none is held out, nothing is known anyway.
         limits = times[np.minimum(chunk.offsets[:-1] + known, len(times) - 1)] - self._config.feedback_lag_s
-        place = np.arange(chunk.num_events) - chunk.offsets[user]
-        in_time = (place < known[user]) & (times < limits[user])
+        in_time = (chunk.places < known[user]) & (times < limits[user])
         return np.bincount(user[in_time], minlength=chunk.num_users)
 
     def pages(self, chunk: Chunk) -> PageTable | None:
@@ -148,8 +146,7 @@ class EventReading:
         return self._strength[chunk.columns["action"]]
 
     def _span(self, chunk: Chunk) -> "PageSpan":
-        user = np.repeat(np.arange(chunk.num_users), chunk.lengths)
-        within = np.arange(chunk.num_events) - chunk.offsets[user]
+        user, within = chunk.user_index, chunk.places
         held_out, stops = None, chunk.train_end.astype(np.int64)
         if self._read_for == "valid":
             held_out, stops = (

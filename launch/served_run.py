@@ -41,7 +41,7 @@ class ServingOptions:
     """How items are searched: all of them, or by a graph of neighbours (faiss HNSW), which may miss some."""
     objective: str = ""
     """Action, such as purchase, that a model of several objectives (URM) is asked for; left out, click, or where there
-    is none the data's first action."""
+    is none the data's first action. One that reads text may be asked in any words."""
 
 
 def parse_served(command: str, arguments: list[str], form: type) -> tuple[PretrainConfig, Any]:

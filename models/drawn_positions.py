@@ -51,6 +51,12 @@ def with_seen_places(batch: SequenceBatch) -> SequenceBatch:
     return replace(batch, supervision={**batch.supervision, CONTEXT: context_places})
 
 
+def whole_histories(batch: SequenceBatch) -> Jagged:
+    """How many events a prompt behind all of a user's knows, one for each user. Host side. Shapes: [B] in B rows."""
+    one_each = torch.arange(batch.num_users + 1)
+    return Jagged(values=batch.items.lengths, offsets=one_each, max_length=min(batch.num_users, 1))
+
+
 def drawn_events(batch: SequenceBatch) -> Tensor:
     """Where the drawn positions stand among the events of the batch. Shapes: [S]."""
     places = batch.supervision[PLACES]

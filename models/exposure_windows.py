@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cluster.seeds import purpose_seed
 from cluster.user_draws import uniform_of_events
-from data_streams.batch import SequenceBatch, page_key
+from data_streams.batch import SequenceBatch, page_item_key, page_key
 from data_streams.jagged import Jagged
 from models.answered_actions import EXPOSURE
 from models.recommender import StepContext
@@ -90,7 +90,7 @@ def exposure_windows(
     np.maximum.at(known, user, num_before[shown])
     place = np.arange(len(taken)) - np.searchsorted(events.user[taken], events.user[taken])
     taken = taken[place < known[events.user[taken]]]
-    same = events.page_and_item(batch.items.values.numpy())
+    same = page_item_key(events.user, events.page, batch.items.values.numpy())
     answers = [np.isin(same[shown], same[events.action == codes.index(name)]) for name in actions]
     asked = np.bincount(user, minlength=batch.num_users) > 0
     candidates = _by_user(batch.items.values[torch.from_numpy(shown)], user, asked)
@@ -137,10 +137,6 @@ class _Events:
             time_s=time_s,
             request_s=time_s[first][number],
         )
-
-    def page_and_item(self, items: np.ndarray) -> np.ndarray:
-        """One number for each (user, page, item). Shapes: [T] -> [T] int64."""
-        return page_key(self.user, self.page) * (int(items.max(initial=0)) + 1) + items
 
     def moments(self, times_s: np.ndarray) -> np.ndarray:
         """Numbers in the order of (user, time). Shapes: [T] -> [T] int64."""

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from data_streams.batch import SequenceBatch
-from data_streams.jagged import Jagged
-from models.drawn_positions import PLACES, check_positions, draw_positions, drawn_events
+from models.drawn_positions import PLACES, check_positions, draw_positions, drawn_events, whole_histories
 from models.objectives.retrieval import RetrievalObjective
 from models.recommender import LossSum, Retriever, StepContext
 from models.tables import Ids, LookedUp, Rows, TableSpec
@@ -84,9 +83,9 @@ class M6Rec(Retriever):
         return self.objective(queries, batch.targets[drawn_events(batch)], vectors, ids, context)
 
     def query_ids(self, batch: SequenceBatch) -> Ids:
-        one_each = torch.arange(batch.num_users + 1)
-        visible = Jagged(values=batch.items.lengths, offsets=one_each, max_length=min(batch.num_users, 1))
-        return self.encoder.reader.retrieval(batch, visible, np.zeros(0, dtype=np.int64)).as_ids()
+        return self.encoder.reader.retrieval(
+            batch, whole_histories(batch), np.zeros(0, dtype=np.int64)
+        ).as_ids()
 
     def query(self, rows: Rows, batch: SequenceBatch) -> Tensor:
         return self.objective.queries(self.encoder(Reading.of(rows)).prompts)

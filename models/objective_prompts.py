@@ -17,10 +17,10 @@ from torch import Tensor
 
 from cluster.errors import ConfigError
 from data_streams.batch import SequenceBatch
-from data_streams.jagged import Jagged
+from data_streams.jagged import Jagged, gather_ranges
 from models.answered_actions import EXPOSURE
 from models.tables import Ids, Rows, carried, carried_back
-from models.text_reading import framed, spans
+from models.text_reading import framed
 from models.texts import Texts
 
 logger = logging.getLogger(__name__)
@@ -80,8 +80,8 @@ class Prompter:
         events = batch.items.lengths.numpy()
         begins = np.cumsum(told + events) - (told + events)
         order = np.empty(len(profiles) + int(events.sum()), dtype=np.int64)
-        order[spans(begins, told)] = np.arange(len(profiles))
-        order[spans(begins + told, events)] = len(profiles) + np.arange(int(events.sum()))
+        order[gather_ranges(begins, told)] = np.arange(len(profiles))
+        order[gather_ranges(begins + told, events)] = len(profiles) + np.arange(int(events.sum()))
         prompts, lengths = framed(self.objectives, objectives.numpy(), (), range(self.num_queries))
         in_front = torch.from_numpy(told)[visible.row_index()]
         return PromptLayout(

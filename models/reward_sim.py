@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_streams.batch import SequenceBatch, page_key
+from data_streams.batch import SequenceBatch, page_item_key
 from data_streams.jagged import Jagged
 from models.answered_actions import EXPOSURE, answered_actions
 from models.kernels.interest_attention import interest_attention
@@ -108,7 +108,7 @@ class RewardSim(Ranker):
         offsets = batch.items.offsets.numpy()
         is_key = action == self.codes.index(self.actions[0])
         columns = _history_columns(is_key, _page_starts(user, page), user, offsets)
-        same = _page_and_item(user, page, batch.items.values.numpy())
+        same = page_item_key(user, page, batch.items.values.numpy())
         columns[SHOWN] = action == self.codes.index(EXPOSURE)
         for name in self.actions:
             columns[ANSWER.format(name)] = np.isin(same, same[action == self.codes.index(name)])
@@ -214,8 +214,3 @@ def _history_columns(
         KEY_NUMBER: np.where(is_key, before[:-1] - first, -1),
         NUM_VISIBLE: before[starts] - first,
     }
-
-
-def _page_and_item(user: np.ndarray, page: np.ndarray, item: np.ndarray) -> np.ndarray:
-    """One number for each (user, page, item). Shapes: three times [T] -> [T] int64."""
-    return page_key(user, page) * (int(item.max(initial=0)) + 1) + item

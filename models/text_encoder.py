@@ -24,6 +24,7 @@ from models.kernels.region_attention import RegionLayout, region_attention
 from models.layers.adapter import add_adapter, freeze
 from models.layers.attention_plan import Plan
 from models.layers.text_decoder import TextDecoder
+from models.layers.vocabulary import with_others
 from models.pretrained_decoder import PretrainedDecoder
 from models.text_reader import NUM_MARKS, TextReader
 from models.text_reading import Reading
@@ -183,13 +184,11 @@ class TextEncoder(nn.Module):
         """Words, marks and soft prompts. Shapes: [N] -> [N, D]."""
         size = self.reader.texts.vocabulary_size
         vectors = self.decoder.vocabulary(tokens.clamp(max=size - 1))
-        own = self.marks((tokens - size).clamp(0, NUM_MARKS - 1))
-        vectors = torch.where((tokens < size)[:, None], vectors, own)
+        vectors = with_others(vectors, tokens - size, self.marks, NUM_MARKS)
         if not self.config.has_frozen_base:
             return vectors
-        number = tokens - size - NUM_MARKS
-        prompts = self.soft_prompts(number.clamp(0, self.soft_prompts.num_embeddings - 1))
-        return torch.where((number < 0)[:, None], vectors, prompts)
+        prompts = self.soft_prompts
+        return with_others(vectors, tokens - size - NUM_MARKS, prompts, prompts.num_embeddings)
 
     def options(self, number: int) -> Tensor:
         """The last soft prompts, which stand for answers. Shapes: [number, D]."""

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from data_streams.batch import SequenceBatch
-from data_streams.jagged import Jagged
-from models.text_reading import Reading, Segments, spans
+from data_streams.jagged import Jagged, gather_ranges
+from models.text_reading import Reading, Segments
 from models.texts import Texts
 
 ITEM_END, REGION_BEGIN, REGION_END, TEXT_BEGIN, TEXT_END = range(5)
@@ -153,8 +153,8 @@ def _regions(
     segments = np.empty(int(lengths.sum()), dtype=np.int64)
     begins = np.cumsum(lengths) - lengths
     segments[begins] = users.segments[owner]
-    history = batch.items.values.numpy()[spans(batch.items.offsets.numpy()[owner], longest)]
-    segments[spans(begins + 1, longest)] = first_item + np.searchsorted(known, history)
+    history = batch.items.values.numpy()[gather_ranges(batch.items.offsets.numpy()[owner], longest)]
+    segments[gather_ranges(begins + 1, longest)] = first_item + np.searchsorted(known, history)
     slots = np.argsort(region, kind="stable")
     return _Regions(
         segments=segments,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_streams.jagged import Jagged
+from data_streams.jagged import Jagged, gather_ranges
 from models.tables import Ids, Rows, carried, carried_back
 
 JAGGED = ("segments", "regions", "prompts", "visible")
@@ -125,9 +125,11 @@ class Segments:
         return Reading(
             segments=_jagged(np.concatenate(self.tokens), lengths),
             segment_limits=torch.from_numpy(sees),
-            regions=_jagged(spans(kept_starts[region_segments], kept[region_segments]), totals),
+            regions=_jagged(gather_ranges(kept_starts[region_segments], kept[region_segments]), totals),
             region_limits=torch.from_numpy(np.repeat(limits, kept[region_segments])),
-            prompts=_jagged(spans(kept_starts[prompt_segments], kept[prompt_segments]), prompt_totals),
+            prompts=_jagged(
+                gather_ranges(kept_starts[prompt_segments], kept[prompt_segments]), prompt_totals
+            ),
             visible=_jagged(seen, num_prompts),
             slots=torch.from_numpy(slots),
         )
@@ -147,16 +149,10 @@ def framed(
     at = np.cumsum(lengths) - lengths
     for place, mark in enumerate(before):
         tokens[at + place] = mark
-    tokens[spans(at + len(before), own)] = texts.values.numpy()[spans(starts, own)]
+    tokens[gather_ranges(at + len(before), own)] = texts.values.numpy()[gather_ranges(starts, own)]
     for place, mark in enumerate(after):
         tokens[at + len(before) + own + place] = mark
     return tokens, lengths
-
-
-def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Ranges of numbers, one behind the other. Example: starts 4 and 9, lengths 2 and 3 -> 4 5 9 10 11."""
-    first = np.cumsum(lengths) - lengths
-    return np.arange(int(lengths.sum())) + np.repeat(starts - first, lengths)
 
 
 def sums_within(values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -26,11 +26,10 @@ from torch import Tensor, nn
 
 from cluster.errors import ConfigError
 from data_streams.batch import SequenceBatch
-from data_streams.jagged import Jagged
-from models.drawn_positions import PLACES, check_positions, draw_positions, drawn_events
+from models.drawn_positions import PLACES, check_positions, draw_positions, drawn_events, whole_histories
 from models.kernels.page_attention import PageLayout
 from models.layers.linear import Linear
-from models.layers.vocabulary import Vocabulary
+from models.layers.vocabulary import Vocabulary, with_others
 from models.objective_prompts import PromptLayout, make_prompter
 from models.objectives.retrieval import RetrievalObjective
 from models.pretrained_decoder import build_decoder
@@ -195,8 +194,7 @@ class URM(Retriever):
         return self.objective(self.ask(rows), batch.targets[drawn_events(batch)], vectors, ids, context)
 
     def query_ids(self, batch: SequenceBatch) -> Ids:
-        one_each = torch.arange(batch.num_users + 1)
-        whole = Jagged(values=batch.items.lengths, offsets=one_each, max_length=min(batch.num_users, 1))
+        whole = whole_histories(batch)
         prompts = self.prompter.lay_out(batch, whole, torch.full_like(whole.values, self.asked))
         return {HISTORY: batch.items.values, **prompts.as_ids()}
 
@@ -227,8 +225,7 @@ class URM(Retriever):
         vocabulary = self.decoder.vocabulary if self.config.pretrained else self.vocabulary
         num_learnt = self.tokens.num_embeddings
         learnt = self.tokens(symbols.clamp(max=num_learnt - 1))
-        words = vocabulary((symbols - num_learnt).clamp(min=0))
-        return torch.where((symbols < num_learnt)[:, None], learnt, words)
+        return with_others(learnt, symbols - num_learnt, vocabulary, self.texts.vocabulary_size)
 
     def item_tokens(self, rows: LookedUp) -> Tensor:
         """Items as the decoder reads them. Shapes: [n, width]."""

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from data_streams.batch import CLICKED, SequenceBatch
-from data_streams.jagged import Jagged
-from data_streams.ranges import gather_ranges
+from data_streams.jagged import Jagged, gather_ranges
 from models.generator import Generator
 from models.recommender import StepContext
 from rl.types import Prompts

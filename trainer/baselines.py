@@ -64,8 +64,8 @@ def read_training_events(path: str, *, least_users: int | None = None) -> Traini
 
 
 def _training_part(chunk: Chunk, beside: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    user = np.repeat(np.arange(chunk.num_users), chunk.lengths)
-    kept = np.arange(chunk.num_events) - chunk.offsets[user] < chunk.train_end[user]
+    user = chunk.user_index
+    kept = chunk.places < chunk.train_end[user]
     if beside:
         kept &= ~np.isin(chunk.columns["action"], beside)
     return chunk.users[user[kept]].astype(np.int64), chunk.items[kept].astype(np.int64)

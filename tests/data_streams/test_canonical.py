@@ -5,7 +5,7 @@ import pytest
 
 from data_streams.canonical import Deal, Piece, deal_epoch, generator
 from data_streams.configuration import DataConfig
-from data_streams.ranges import gather_ranges
+from data_streams.jagged import gather_ranges
 from data_streams.token_budget import step_of_users, steps_per_epoch, tokens_per_epoch, training_tokens
 from tests.data_streams.tiny_data import make_chunk, random_lengths, write_data_set
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from data_streams.batch import SequenceBatch
-from data_streams.jagged import Jagged
+from data_streams.jagged import Jagged, gather_ranges
 from models.tables import LookedUp
 from models.text_reader import ITEM_END, REGION_BEGIN, REGION_END, TEXT_BEGIN, TEXT_END, TextReader
-from models.text_reading import Reading, framed, spans, sums_within
+from models.text_reading import Reading, framed, sums_within
 from models.texts import Texts
 
 SIZE = 10
@@ -120,7 +120,7 @@ def test_a_reading_travels_as_ids_and_comes_back():
 
 
 def test_ranges_sums_and_frames_are_those_of_their_examples():
-    assert spans(np.array([4, 9]), np.array([2, 3])).tolist() == [4, 5, 9, 10, 11]
+    assert gather_ranges(np.array([4, 9]), np.array([2, 3])).tolist() == [4, 5, 9, 10, 11]
     within, sums = sums_within(np.array([2, 3, 4]), np.array([2, 0, 1]))
     assert within.tolist() == [2, 5, 4] and sums.tolist() == [5, 0, 4]
     tokens, lengths = framed(jagged([[3, 5], []]), np.array([0, 1]), [8], [9, 9])
