@@ -35,8 +35,9 @@ class EventReading:
         """Raises: ConfigError where the data set cannot give the pages or the lag that are asked for."""
         self._config, self._read_for, self._manifest = config, read_for, manifest
         self._beside = [] if config.history_exposures else manifest.beside_codes()
-        trains = config.history_exposures and read_for == "train"
-        self._exposure = manifest.actions.index(EXPOSURE) if trains and EXPOSURE in manifest.actions else None
+        evaluates = EXPOSURE in manifest.actions and "page_id" in manifest.columns
+        drops = evaluates and config.history_exposures and read_for == "train"
+        self._exposure = manifest.actions.index(EXPOSURE) if drops else None
         self._strength = np.array([_strength(name, config) for name in manifest.actions], dtype=np.int8)
         self.pages_from = _pages_from(manifest, config) if read_for != "serve" else "none"
         if self.has_lag and "timestamp_s" not in manifest.columns:

@@ -122,6 +122,18 @@ def test_pages_that_overlap_are_evaluated_from_the_beginning_of_the_held_out_one
     assert trained_exposures(path) == "a"
 
 
+def test_data_without_pages_keeps_its_exposures(tmp_path):
+    """Only models of answers need pages."""
+    rows = [("u", item, at, "exposure" if at % 2 else "click") for at, item in enumerate("abcdefgh")]
+    frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp_s", "action"], orient="row")
+    frame.write_parquet(tmp_path / "events.parquet")
+    source = EventsSource.Config(events=(str(tmp_path / "events.parquet"),))
+    build(source, BuildConfig(out=str(tmp_path / "shards"), ray="never", keep_exposures=True))
+    config = DataConfig(path=str(tmp_path / "shards"), history_exposures=True, tokens_per_step=512)
+    (batch,) = TrainStream(config, seed=0, rank=0, world_size=1).batches(0)
+    assert letters(batch.items.values.tolist()) == "abc"
+
+
 def seen_clicks(batches):
     return [seen(batch)[:3] for batch in batches]
 
