@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
 from models.item_sequence import ItemSequenceConfig, ItemSequenceModel
-from models.kernels.recurrence import run_recurrence
 from models.layers.dropout import Dropout
+from models.layers.recurrence import JaggedGRU
 from models.tables import LookedUp
 
 
@@ -53,11 +53,9 @@ class GRU4Rec(ItemSequenceModel):
 
 
 class Block(nn.Module):
-    """h' = (1 - z) n + z h with n = tanh(W x + r (U h)), and z, r = sigm of sums of their own."""
-
     def __init__(self, config: GRU4Rec.Config):
         super().__init__()
-        self.recurrence = nn.GRU(config.width, config.width, batch_first=True)
+        self.recurrence = JaggedGRU(config.width)
         self.dropout = Dropout(config.hidden_dropout)
         for name, weights in self.recurrence.named_parameters():
             if name.startswith("bias"):
@@ -69,4 +67,4 @@ class Block(nn.Module):
 
     def forward(self, hidden: Tensor, sequences: Jagged) -> Tensor:
         """Shapes: hidden [T, D] -> [T, D]."""
-        return self.dropout(run_recurrence(self.recurrence, hidden, sequences))
+        return self.dropout(self.recurrence(hidden, sequences))

@@ -20,6 +20,7 @@ from models.kernels.length_buckets import (
     to_cells,
     to_tokens,
 )
+from models.kernels.softmax_cells import hidden_bias
 from models.layers.linear import without_autocast
 
 NEVER = torch.iinfo(torch.int64).max
@@ -33,7 +34,7 @@ class ContextLayout:
     keys: BucketLayout
     targets: BucketLayout
     hidden: tuple[Tensor, ...]
-    """By bucket: [users, targets, keys] bool, what a target may not see."""
+    """By bucket: [users, targets, keys], `hidden_bias` of what a target may not see."""
 
     @staticmethod
     def build(sequences: Jagged, since: Tensor, until: Tensor, positions: Jagged) -> "ContextLayout":
@@ -53,7 +54,7 @@ class ContextLayout:
             keys.buckets, by_bucket, to_cells(positions.values[:, None], targets), strict=True
         ):
             first, last = span.view(users, 1, length, 2).unbind(-1)
-            hidden.append((at < first) | (at >= last))
+            hidden.append(hidden_bias((at < first) | (at >= last)))
         return ContextLayout(keys=keys, targets=targets, hidden=tuple(hidden))
 
 
@@ -125,9 +126,7 @@ class _Attend(torch.autograd.Function):
             left.append(None)
         with without_autocast(queries):
             scores = (queries @ keys.transpose(1, 2)).float()
-            by_group = scores.view(len(keys) // len(hidden), *hidden.shape)
-            # Not -inf: padding targets see nothing, and would be NaN.
-            by_group.masked_fill_(hidden, torch.finfo(torch.float32).min)
+            scores.view(len(keys) // len(hidden), *hidden.shape).add_(hidden)
             weights = scores.softmax(-1)
             attended = weights.to(values.dtype) @ values
         ctx.left = left

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from data_streams.jagged import Jagged
 from models.kernels.length_buckets import BucketLayout, padding_cells, to_cells, to_tokens
+from models.kernels.softmax_cells import attend_cells, hidden_bias
+from models.layers.linear import without_autocast
 
 NO_KEY = -1
 
@@ -74,13 +76,12 @@ def _attend(
     chosen = token_of_key[:, :, None, None].expand(-1, -1, *keys.shape[2:])
     keys, values = keys.gather(1, chosen).float(), values.gather(1, chosen).float()
     age = visible[:, :, None] - torch.arange(most, device=numbers.device)
-    with torch.autocast(queries.device.type, enabled=False):
-        scores = torch.einsum("ulhd,ukhd->uhlk", queries.float(), keys) / queries.shape[-1] ** 0.5
-        scores = scores - slopes[:, None, None] * age[:, None]
-        scores = scores.masked_fill((age <= 0)[:, None], float("-inf"))
-        silent = scores.new_zeros(*scores.shape[:3], 1)
-        weights = torch.cat((silent, scores), dim=-1).softmax(-1)[..., 1:]
-        return torch.einsum("uhlk,ukhd->ulhd", weights, values).to(queries.dtype)
+    with without_autocast(queries):
+        bias = -slopes[:, None, None] * age[:, None]
+        parts = (part.transpose(1, 2) for part in (queries.float(), keys, values))
+        attended, log_sum = attend_cells(*parts, hidden_bias(age <= 0)[:, None], bias)
+        # The share that the silent key leaves.
+        return (attended * log_sum.sigmoid()).transpose(1, 2).to(queries.dtype)
 
 
 def reference_interest_attention(

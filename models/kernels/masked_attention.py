@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from data_streams.jagged import Jagged
-from models.kernels.length_buckets import BucketLayout, pair_dtype, to_cells, to_tokens
-from models.layers.linear import without_autocast
+from models.kernels.length_buckets import BucketLayout, to_cells, to_tokens
+from models.kernels.softmax_cells import HIDDEN, attend_cells, hidden_bias
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,23 +135,13 @@ def _attend(
     queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, extra: Sequence[Tensor]
 ) -> Tensor:
     """Shapes: queries [users, heads, Q, D], keys and values [users, heads, L, D], mask [users, Q, L]."""
-    dtype = pair_dtype(queries, keys.shape[2])
-    with without_autocast(queries):
-        q, k, v = (part.to(dtype) for part in (queries, keys, values))
-        scale, mask = q.shape[-1] ** -0.5, mask[:, None]
-        scores = (q @ k.transpose(2, 3)).float() * scale
-        if bias is not None:
-            scores = scores + bias
-        # Not -inf: a query that sees nothing would give NaN, here it gives weights that are set to zero.
-        scores = torch.where(mask, scores, torch.finfo(torch.float32).min)
-        if not extra:
-            weights = scores.softmax(-1) * mask.any(-1, keepdim=True)
-            return (weights.to(dtype) @ v).to(queries.dtype)
-        own_key, own_value = (part.to(dtype) for part in extra)
-        own = (q * own_key).sum(-1, keepdim=True).float() * scale
-        weights = torch.cat((scores, own), dim=-1).softmax(-1).to(dtype)
-        attended = weights[..., :-1] @ v + weights[..., -1:] * own_value
-        return attended.to(queries.dtype)
+    attended, weight = attend_cells(queries, keys, values, hidden_bias(~mask)[:, None], bias)
+    if not extra:
+        return (attended * (weight > HIDDEN / 2)).to(queries.dtype)
+    own_key, own_value = (part.float() for part in extra)
+    own = (queries.float() * own_key).sum(-1, keepdim=True) * queries.shape[-1] ** -0.5
+    share = (weight - own).sigmoid()
+    return (attended * share + own_value * (1 - share)).to(queries.dtype)
 
 
 def reference_masked_attention(

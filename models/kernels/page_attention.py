@@ -14,11 +14,9 @@ from torch import Tensor
 
 from data_streams.jagged import Jagged
 from models.kernels.jagged_attention import jagged_attention
-from models.kernels.length_buckets import BucketLayout, bucket_layout, pair_dtype, to_cells, to_tokens
+from models.kernels.length_buckets import BucketLayout, bucket_layout, to_cells, to_tokens
 from models.kernels.masked_attention import reference_masked_attention
-
-HIDDEN = torch.finfo(torch.float32).min
-"""A score that leaves no weight; not -inf, since a query that sees nothing would give NaN."""
+from models.kernels.softmax_cells import attend_cells, hidden_bias
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +102,7 @@ def _attend_own(queries: Tensor, keys: Tensor, values: Tensor, layout: BucketLay
     blocks = []
     for cells in to_cells(torch.stack((queries, keys, values), dim=1), layout):
         places = torch.arange(cells.shape[1], device=cells.device)
-        blocks.append(_attend(*cells.unbind(2), places <= places[:, None]))
+        blocks.append(_attend(*cells.unbind(2), hidden_bias(places > places[:, None])))
     return _split_weight(to_tokens(blocks, layout))
 
 
@@ -116,25 +114,19 @@ def _attend_history(
     for number, cells in enumerate(to_cells(queries, layout.users)):
         index, visible = layout.keys[number], layout.visible[number]
         places = torch.arange(index.shape[1], device=index.device)
-        mask = places < visible[..., None]
-        blocks.append(_attend(cells, keys[index], values[index], mask[:, None]))
+        hidden = hidden_bias(places >= visible[:, None, :, None])
+        blocks.append(_attend(cells, keys[index], values[index], hidden))
     return _split_weight(to_tokens(blocks, layout.users))
 
 
-def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
     """Softmax attention, and behind each result the logarithm of the sum of its weights.
 
-    Shapes: queries [u, Q, heads, D], keys and values [u, K, heads, D], mask broadcasts to [u, heads, Q, K]
+    Shapes: queries [u, Q, heads, D], keys and values [u, K, heads, D], hidden as of `attend_cells`
     -> [u, Q, heads, D + 1] fp32.
     """
-    dtype = pair_dtype(queries, keys.shape[1])
-    with torch.autocast(queries.device.type, enabled=False):
-        q, k, v = (part.transpose(1, 2).to(dtype) for part in (queries, keys, values))
-        scores = (q @ k.transpose(2, 3)).float() * q.shape[-1] ** -0.5
-        scores = torch.where(mask, scores, HIDDEN)
-        weight = scores.logsumexp(-1, keepdim=True)
-        attended = (scores - weight).exp().to(dtype) @ v
-        return torch.cat((attended.float(), weight), dim=-1).transpose(1, 2)
+    attended, weight = attend_cells(*(part.transpose(1, 2) for part in (queries, keys, values)), hidden)
+    return torch.cat((attended.float(), weight), dim=-1).transpose(1, 2)
 
 
 def _split_weight(tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -105,11 +105,10 @@ def _attend(queries: Tensor, offered: Tensor, visible: Tensor, bias: Tensor | No
             .to(dtype)
             .split((queries.shape[-1], offered.shape[-1] - queries.shape[-1]), -1)
         )
-        scores = asking @ keys.transpose(2, 3)
+        scores = asking @ keys.transpose(2, 3) + (LATER * hidden)[:, None]
         if bias is not None:
             scores = scores + bias.to(dtype)
-        # SiLU and its derivative are exactly 0 there.
-        weights = F.silu(scores.masked_fill(hidden[:, None], LATER))
+        weights = F.silu(scores)
         return (weights @ values).transpose(1, 2).to(queries.dtype)
 
 

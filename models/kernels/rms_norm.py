@@ -12,7 +12,8 @@ from torch import Tensor
 from models.layers.linear import matmul_dtype
 
 BLOCK_ELEMENTS = 2**18
-"""A few such blocks of fp32 stay in the caches of a core, and are long enough to hide what a call costs."""
+"""Of each thread. A few such blocks of fp32 stay in the caches of a core, and are long enough to hide what a call
+costs."""
 EPSILON = torch.finfo(torch.float32).eps
 """That of nn.RMSNorm in fp32."""
 
@@ -55,7 +56,7 @@ class _RmsNorm(torch.autograd.Function):
 
 def row_blocks(rows: Tensor, num_buffers: int) -> Iterator[tuple[slice, Tensor]]:
     """Some rows at a time, with buffers of that size, the same memory for all. Shapes: buffers [number, n, D] fp32."""
-    size = min(max(BLOCK_ELEMENTS // rows.shape[1], 1), len(rows))
+    size = min(max(torch.get_num_threads() * BLOCK_ELEMENTS // rows.shape[1], 1), len(rows))
     buffers = rows.new_empty(num_buffers, size, rows.shape[1], dtype=torch.float32)
     for first in range(0, len(rows), size):
         block = slice(first, first + size)

@@ -29,7 +29,7 @@ class EventFeatures(nn.Module):
         if self.play_times is not None:
             parts.append(self.play_times(play_time_bucket(columns[PLAY_TIME])))
             parts.append(self.played_shares(played_share_bucket(columns[PLAY_TIME], columns[DURATION])))
-        return torch.cat(parts, dim=-1)
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
 
 def play_time_bucket(play_time_s: Tensor) -> Tensor:

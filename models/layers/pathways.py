@@ -61,7 +61,9 @@ class TokenOrder:
         # There may be no part at all, and nothing cannot be joined.
         nothing = places[:0]
         spots = [firsts[:-1]] * own + [begins + number * lengths for number in range(num_pathways)]
-        order = torch.cat([nothing, *spots]).argsort()
+        order = torch.cat([nothing, *spots])
+        if len(spots) > 1:
+            order = order.argsort()
         parts = [torch.zeros_like(users[1:])] * own + [places] * num_pathways
         kinds = [torch.full_like(part, number) for number, part in enumerate(parts)]
         jagged = Jagged(

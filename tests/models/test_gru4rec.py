@@ -1,8 +1,7 @@
 import torch
-from torch import nn
 
 from data_streams.jagged import Jagged
-from models.kernels.recurrence import padded_recurrence, run_recurrence
+from models.layers.recurrence import JaggedGRU
 from models.recommender import StepContext
 from models.tables import LookedUp
 from tests.models.test_sasrec import rows_for, users_of_many_lengths
@@ -30,21 +29,21 @@ def hand_written(layer, rows):
 
 def test_users_side_by_side_equal_users_one_by_one_and_padded_ones():
     torch.manual_seed(0)
-    layer, sequences = nn.GRU(8, 8, batch_first=True), sequences_of(3, 0, 7, 1, 3)
+    layer, sequences = JaggedGRU(8), sequences_of(3, 0, 7, 1, 3)
     hidden, weights = torch.randn(14, 8), torch.randn(14, 8)
     alone = torch.cat([hand_written(layer, rows) for rows in hidden.split([3, 7, 1, 3])])
     found = []
-    for run in (run_recurrence, padded_recurrence):
+    for run in (layer, layer.padded):
         inputs = hidden.clone().requires_grad_()
-        states = run(layer, inputs, sequences)
+        states = run(inputs, sequences)
         torch.testing.assert_close(states, alone)
         found.append(torch.autograd.grad((states * weights).sum(), [inputs, *layer.parameters()]))
     torch.testing.assert_close(*found)
 
 
 def test_without_events_all_weights_have_gradients_of_zero():
-    layer, hidden = nn.GRU(8, 8, batch_first=True), torch.zeros(0, 8, requires_grad=True)
-    run_recurrence(layer, hidden, sequences_of(0, 0)).sum().backward()
+    layer, hidden = JaggedGRU(8), torch.zeros(0, 8, requires_grad=True)
+    layer(hidden, sequences_of(0, 0)).sum().backward()
     assert hidden.grad.shape == (0, 8)
     assert all(weights.grad is not None and not weights.grad.any() for weights in layer.parameters())
 
