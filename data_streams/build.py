@@ -27,6 +27,8 @@ EVENTS_PER_PARTITION = 2_000_000
 
 
 class SourceConfig(Protocol):
+    """Options of a source: the Config of each file in `data_streams.sources` is one."""
+
     def build(self) -> Source: ...
 
 

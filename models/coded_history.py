@@ -25,6 +25,8 @@ from models.tables import Ids, LookedUp, Rows, TableSpec
 
 @dataclass(frozen=True, kw_only=True)
 class CodedHistoryConfig:
+    """Options of every model over a coded history."""
+
     needs_semantic_ids: ClassVar[bool] = True
     has_own_objective: ClassVar[bool] = True
 

@@ -33,6 +33,8 @@ from models.tables import Ids, Rows, TableSpec
 
 
 class GenRec(Generator):
+    """A generator over one stream of tokens: all histories, and behind them all pages."""
+
     @dataclass(frozen=True, kw_only=True)
     class Config:
         needs_semantic_ids: ClassVar[bool] = True

@@ -58,6 +58,8 @@ CLOSED_GATES = 8
 
 
 class MTGR(Ranker):
+    """A ranker whose blocks work on all tokens of a user; the answers are read off the candidates."""
+
     @dataclass(frozen=True, kw_only=True)
     class Config:
         width: int = 32

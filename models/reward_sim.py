@@ -37,6 +37,8 @@ SHOWN, KEY_NUMBER, NUM_VISIBLE, ANSWER = "shown", "key_number", "num_visible", "
 
 
 class RewardSim(Ranker):
+    """A ranker that looks at each candidate by itself: what it attends to goes into a small network."""
+
     @dataclass(frozen=True, kw_only=True)
     class Config:
         width: int = 32

@@ -46,6 +46,8 @@ class TreeState(DecodeState):
 
 
 class TDM(NodeScorer):
+    """A scorer of nodes by a network over the node and the attended windows of the past."""
+
     @dataclass(frozen=True, kw_only=True)
     class Config:
         needs_semantic_ids: ClassVar[bool] = True
@@ -220,6 +222,8 @@ class TDM(NodeScorer):
 
 
 class ScoringLayer(nn.Module):
+    """PReLU(LayerNorm(W x + b)). MEMORY: the order of the three."""
+
     def __init__(self, width: int, size: int):
         super().__init__()
         self.linear, self.norm, self.activation = Linear(width, size), nn.LayerNorm(size), nn.PReLU()

@@ -34,6 +34,8 @@ PREFIXES = "prefixes"
 
 
 class Tiger(Generator):
+    """A generator over a user token and L tokens per event; it looks up no table."""
+
     @dataclass(frozen=True, kw_only=True)
     class Config:
         needs_semantic_ids: ClassVar[bool] = True

@@ -136,7 +136,10 @@ def recommend(
 
 
 def recommendation_table(user_ids: Tensor, items: Tensor, scores: Tensor) -> pa.Table:
-    """One row per recommendation: user_row, rank (from 1), item_row, score; empty slots are left out."""
+    """One row per recommendation: user_row, rank (from 1), item_row, score; empty slots are left out.
+
+    Shapes: user_ids [B], items and scores [B, k], items -1 where a slot is empty.
+    """
     rank = torch.arange(1, items.shape[1] + 1).expand_as(items)
     users = user_ids[:, None].expand_as(items)
     filled = items >= 0
