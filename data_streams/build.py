@@ -20,6 +20,7 @@ from data_streams.moments import at_shares, before_the_end
 from data_streams.shards import Manifest
 from data_streams.sources import Source
 from data_streams.splits import SplitRule
+from data_streams.user_table import USERS_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -243,7 +244,7 @@ class _Build:
     def _write_users(self, gathered: list[partition.Gathered]) -> None:
         """One table, written partition by partition."""
         writer = None
-        with self.staging.filesystem.open(self.staging.path("users.parquet"), "wb") as file:
+        with self.staging.filesystem.open(self.staging.path(USERS_NAME), "wb") as file:
             for part in gathered:
                 if not part.num_users:
                     continue
