@@ -112,7 +112,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """How a model that generates semantic IDs is asked for items; retrieval models are searched exactly."""
+    """How a model that generates semantic IDs is asked for items; `allow` and `deny` hold for every model."""
 
     method: Literal["beam", "sample", "gumbel"] = "beam"
     """The most likely paths; or so many draws as the beam would be wide, each item listed once in the order drawn:
