@@ -109,6 +109,7 @@ class ProcessReward(RewardedHistory):
     @dataclass(frozen=True, kw_only=True)
     class Config(RewardedHistoryConfig):
         proposes_codes: ClassVar[bool] = False
+        """Whether its scores of codes say anything; else a guide alone chooses among all prefixes."""
 
         def build(self, **parts: Any) -> "ProcessReward":
             return ProcessReward(self, **parts)

@@ -51,9 +51,13 @@ class TDM(NodeScorer):
     @dataclass(frozen=True, kw_only=True)
     class Config:
         needs_semantic_ids: ClassVar[bool] = True
+        """Whether `build` is to be given the catalogue's semantic IDs."""
         has_own_objective: ClassVar[bool] = True
+        """Whether the loss is the model's own."""
         proposes_codes: ClassVar[bool] = False
+        """Whether its scores of codes say anything; else a guide alone chooses among all prefixes."""
         semantic_ids_command: ClassVar[str] = "grail tokenize tree"
+        """The command that makes the semantic IDs it needs."""
 
         width: int = 24
         """Size of the rows of items and nodes."""

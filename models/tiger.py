@@ -39,7 +39,9 @@ class Tiger(Generator):
     @dataclass(frozen=True, kw_only=True)
     class Config:
         needs_semantic_ids: ClassVar[bool] = True
+        """Whether `build` is to be given the catalogue's semantic IDs."""
         has_own_objective: ClassVar[bool] = True
+        """Whether the loss is the model's own."""
 
         width: int = 128
         """Size of the residual stream."""

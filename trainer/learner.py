@@ -39,7 +39,8 @@ class StepResult:
 class Learner:
     """Takes optimizer steps; there is one on each of `world_size` ranks, and all step together.
 
-    `engine` runs and steps `module` (trainer/dense_engine.py), `tables` are those the module declares.
+    `engine` runs and steps `module` (trainer/dense_engine.py, or trainer/plain_engine.py without DeepSpeed); `tables`
+    are those the module declares.
     """
 
     def __init__(
