@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
+    """Workers, the resources of each, and how long and how often they are waited for or started again."""
+
     address: str | None = None
     """Address of a running Ray cluster; left out, Ray starts by itself on this machine."""
     workers: int = 1

@@ -60,22 +60,7 @@ def start_process(
         torch.cuda.set_device(device)
     timeout = datetime.timedelta(seconds=timeout_s)
     _set_default_timeout(timeout)
-    try:
-        dist.init_process_group(
-            backend="nccl" if use_gpu else "gloo",
-            init_method=rendezvous,
-            rank=rank,
-            world_size=world_size,
-            timeout=timeout,
-        )
-        host_group = dist.new_group(backend="gloo", timeout=timeout)
-    except (RuntimeError, TimeoutError) as error:
-        if isinstance(error, RuntimeError) and kind_of(error) != COLLECTIVE:
-            raise
-        raise MeetingError(
-            f"{world_size} processes were expected at {rendezvous} within {timeout_s:.0f} s, and rank {rank} "
-            f"could not reach all of them ({error}); look at the logs of the other ranks"
-        ) from error
+    host_group = _meet(rank, world_size, rendezvous, timeout, backend="nccl" if use_gpu else "gloo")
     logger.debug("rank %d of %d joined at %s with %d threads", rank, world_size, rendezvous, num_threads)
     return Process(
         rank=rank,
@@ -85,6 +70,24 @@ def start_process(
         host_group=host_group,
         num_threads=num_threads,
     )
+
+
+def _meet(
+    rank: int, world_size: int, rendezvous: str, timeout: datetime.timedelta, *, backend: str
+) -> dist.ProcessGroup:
+    """Join the group of the tensors and that of the host, which is returned. Raises: MeetingError."""
+    try:
+        dist.init_process_group(
+            backend=backend, init_method=rendezvous, rank=rank, world_size=world_size, timeout=timeout
+        )
+        return dist.new_group(backend="gloo", timeout=timeout)
+    except (RuntimeError, TimeoutError) as error:
+        if isinstance(error, RuntimeError) and kind_of(error) != COLLECTIVE:
+            raise
+        raise MeetingError(
+            f"{world_size} processes were expected at {rendezvous} within {timeout.total_seconds():.0f} s, and rank "
+            f"{rank} could not reach all of them ({error}); look at the logs of the other ranks"
+        ) from error
 
 
 def _set_default_timeout(timeout: datetime.timedelta) -> None:

@@ -28,6 +28,8 @@ class Event:
 
 
 class Listener(Protocol):
+    """What hears of every event on the driver, such as progress and status; `to_all` joins several."""
+
     def on_event(self, event: Event) -> None: ...
 
 

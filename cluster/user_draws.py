@@ -17,7 +17,7 @@ def mix_bits(values: np.ndarray) -> np.ndarray:
 
 
 def uniform_of_events(seed: int, users: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """A random number in (0, 1) for each user and place."""
+    """A random number in (0, 1) for each user and place. Shapes: users, places [n] -> [n] float64."""
     values = np.uint64(seed & (2**64 - 1)) + users.astype(np.uint64) * STEP
     values += places.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)
     return (mix_bits(values) >> np.uint64(11)).astype(np.float64) * 2.0**-53 + 2.0**-54

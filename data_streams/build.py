@@ -20,6 +20,7 @@ from data_streams.moments import at_shares, before_the_end
 from data_streams.shards import Manifest
 from data_streams.sources import Source
 from data_streams.splits import SplitRule
+from data_streams.user_table import USERS_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ EVENTS_PER_PARTITION = 2_000_000
 
 
 class SourceConfig(Protocol):
+    """Options of a source: the Config of each file in `data_streams.sources` is one."""
+
     def build(self) -> Source: ...
 
 
@@ -241,7 +244,7 @@ class _Build:
     def _write_users(self, gathered: list[partition.Gathered]) -> None:
         """One table, written partition by partition."""
         writer = None
-        with self.staging.filesystem.open(self.staging.path("users.parquet"), "wb") as file:
+        with self.staging.filesystem.open(self.staging.path(USERS_NAME), "wb") as file:
             for part in gathered:
                 if not part.num_users:
                     continue

@@ -17,6 +17,8 @@ MOMENT_OPTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig:
+    """Options of a build beside those of its source; `check_options` tells which go together."""
+
     out: str
     """Folder or address the data set is written to."""
     overwrite: bool = False

@@ -167,7 +167,7 @@ def read_group(
 
 
 def event_columns(chunk: Chunk, columns: Collection[str]) -> dict[str, np.ndarray]:
-    """The item rows (as int64) and the asked-for columns of all events of a chunk."""
+    """The item rows (as int64) and the asked-for columns of all events of a chunk. Shapes: [T] each."""
     return {ITEM: chunk.items.astype(np.int64)} | {name: chunk.columns[name] for name in columns}
 
 

@@ -6,6 +6,8 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
+    """Which shards are read, how far back a history goes, and what a step is made of."""
+
     path: str = ""
     """Folder or address of the shards (`grail data build` makes them)."""
     semantic_ids: str = ""

@@ -20,6 +20,8 @@ KEPT = "tmp/core/kept.npy"
 
 @dataclass(frozen=True, kw_only=True)
 class NumberTask:
+    """A partition below the folder `root` whose events are to be numbered."""
+
     index: int
     root: str
     beside: tuple[str, ...]
@@ -28,6 +30,8 @@ class NumberTask:
 
 @dataclass(frozen=True, kw_only=True)
 class Numbered:
+    """What `number_events` hands on: events of known items that are part of a sequence."""
+
     index: int
     num_events: int
 
@@ -56,6 +60,8 @@ def number_events(task: NumberTask) -> Numbered:
 
 @dataclass(frozen=True, kw_only=True)
 class CountTask:
+    """One pass over a partition that `number_events` has numbered."""
+
     index: int
     root: str
     min_user_events: int

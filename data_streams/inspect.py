@@ -18,6 +18,7 @@ from rich.text import Text
 from cluster.errors import DataError
 from cluster.storage import Storage
 from data_streams.shards import Chunk, Manifest, read_chunk
+from data_streams.user_table import read_users
 
 logger = logging.getLogger(__name__)
 
@@ -193,11 +194,8 @@ def _check_embeddings(storage: Storage, manifest: Manifest) -> None:
 
 
 def _first_users(storage: Storage, count: int) -> dict[int, str]:
-    if not storage.exists("users.parquet"):
-        return {}
-    with storage.filesystem.open(storage.path("users.parquet"), "rb") as file:
-        ids = pl.read_parquet(file, columns=["user_id"], n_rows=count)["user_id"]
-    return dict(enumerate(ids.cast(pl.String)))
+    users = read_users(storage, ["user_id"], num_rows=count)
+    return {} if users is None else dict(enumerate(users["user_id"].cast(pl.String)))
 
 
 def _check_counts(report: Report, root: str) -> None:

@@ -43,6 +43,8 @@ COLUMN_TYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class ScatterTask:
+    """One part of a source, and what becomes of its events."""
+
     source: Source
     part: Part
     index: int
@@ -59,6 +61,8 @@ class ScatterTask:
 
 @dataclass(frozen=True, kw_only=True)
 class Scattered:
+    """What `scatter` hands on: events that were kept, their actions, and what was counted on the way."""
+
     index: int
     num_events: int
     actions: frozenset[str]
@@ -130,6 +134,8 @@ def _hash_ids(ids: pl.Series) -> pl.Series:
 
 @dataclass(frozen=True, kw_only=True)
 class GatherTask:
+    """One partition below the folder `root`, and how its events are cut."""
+
     index: int
     root: str
     actions: tuple[str, ...]
@@ -146,6 +152,8 @@ class GatherTask:
 
 @dataclass(frozen=True, kw_only=True)
 class Gathered:
+    """What `gather` hands on: all that decides how the whole data set is split and numbered."""
+
     index: int
     num_users: int
     num_events: int
@@ -281,6 +289,8 @@ def _drop_unsorted(events: pl.DataFrame, task: GatherTask, counters: Counter) ->
 
 @dataclass(frozen=True, kw_only=True)
 class WriteTask:
+    """One gathered partition, and how its users are split, numbered and laid in chunks."""
+
     index: int
     root: str
     split: SplitRule
@@ -293,6 +303,8 @@ class WriteTask:
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
+    """What `write_shards` hands on: all that the manifest says of these chunks."""
+
     index: int
     num_events: int
     train_length_counts: Counter
@@ -356,10 +368,12 @@ def _count_items(storage: Storage, index: int, trained: pl.Series) -> None:
 
 
 def offsets_of(lengths: pl.Series) -> np.ndarray:
+    """Shapes: [U] -> [U + 1] int64, exclusive."""
     return np.concatenate([[0], np.cumsum(lengths.to_numpy().astype(np.int64))])
 
 
 def write_parquet(storage: Storage, name: str, frame: pl.DataFrame) -> None:
+    """A temporary file of a build, by its name below the root; see `write_temporary`."""
     buffer = io.BytesIO()
     frame.write_parquet(buffer, compression="lz4")
     write_temporary(storage, name, buffer.getvalue())

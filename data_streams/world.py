@@ -45,6 +45,8 @@ FINGERPRINT_USERS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class WorldConfig:
+    """A synthetic world; equal options make the same one, event by event."""
+
     num_users: int = 6_000
     """Users of the world."""
     num_items: int = 1_500

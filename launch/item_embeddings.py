@@ -25,6 +25,8 @@ FUSED_WIDTH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingSources:
+    """Where item vectors come from: any of these, or without one the data set's own."""
+
     file: str | None = None
     """Matrix (.npy) whose row i is the vector of item row i."""
     text: bool = False
@@ -45,6 +47,8 @@ class EmbeddingSources:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingOptions(EmbeddingSources):
+    """Where item vectors come from (without a source, the data set's own), and how several become one."""
+
     width: int | None = None
     """Reduce each input to so many main axes; left out, one input stays as it is and several get at most 64."""
     weights: tuple[float, ...] = ()

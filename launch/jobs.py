@@ -199,13 +199,10 @@ def part_file(out: str, rank: int) -> str:
 
 def user_ids(data_path: str) -> Any:
     """Raw ids by user row, as a polars Series; None where the data set has no table of users."""
-    import polars as pl
+    from data_streams.user_table import read_users
 
-    storage = Storage(data_path)
-    if not storage.exists("users.parquet"):
-        return None
-    with storage.filesystem.open(storage.path("users.parquet"), "rb") as file:
-        return pl.read_parquet(file, columns=["user_id"])["user_id"]
+    users = read_users(Storage(data_path), ["user_id"])
+    return None if users is None else users["user_id"]
 
 
 def user_rows(data_path: str, names: Sequence[str]) -> list[int]:

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TableOptions:
+    """What every `grail tokenize` command is told that writes a table."""
+
     data: str
     """Folder or address of the shards whose items get IDs."""
     out: str
@@ -42,6 +44,8 @@ class TableOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeOptions(TableOptions):
+    """What `grail tokenize` is told beside the options of the tokenizer."""
+
     collisions: Literal["extra-code", "reassign", "keep"] = EXTRA_CODE
     """Items of one path: number them in one more level, move them to the nearest free path, or leave them."""
     extra_codes: int | None = None

@@ -17,6 +17,8 @@ FOR_ANY_MODEL = ("allow", "deny")
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
+    """What may differ from the data the run was trained on."""
+
     path: str = ""
     """Folder or address of the shards, if not the one the run was trained on."""
     feedback_lag_s: float = 0.0
@@ -31,6 +33,8 @@ class DataOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ServingOptions:
+    """How items are found for a list, and which may stand in it."""
+
     filter_seen: bool = True
     """Leave items of the user's known past out of the lists."""
     users_per_batch: int = 512

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TreeOptions(TableOptions):
+    """Make the tree that a tree index searches."""
+
     how: Literal["categories", "cluster", "joint"] | None = None
     """From the items' categories; by clustering the item vectors of a run; or by re-assigning the items of the tree of
     a TDM run to where its scores are best (JTM). Left out, categories, or cluster where a run is given."""

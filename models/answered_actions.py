@@ -1,10 +1,25 @@
-"""Which answers to exposures a ranker predicts."""
+"""What rankers share that learn from exposures: what they need of the data, and which answers they predict."""
 
 from collections.abc import Sequence
 
 from cluster.errors import ConfigError
 
 EXPOSURE = "exposure"
+
+
+class AnswersConfig:
+    """What the configuration of a ranker says that learns how users answer what they are shown."""
+
+    event_columns: tuple[str, ...] = ("action", "page_id")
+    """Event columns it reads."""
+    needs_actions = True
+    """Whether `build` is to be given the names of the codes in the column `action`."""
+    needs_exposures = True
+    """Whether histories must hold what was only shown."""
+    has_own_objective = True
+    """Whether the loss is the model's own."""
+    selection_metrics = ("auc", "gauc")
+    """What validation can choose the best step by."""
 
 
 def answered_actions(given: Sequence[str], codes: Sequence[str], recipe: str) -> tuple[str, ...]:

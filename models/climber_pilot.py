@@ -58,6 +58,8 @@ from models.tables import Ids, Rows
 
 
 class ClimberPilot(ItemSequenceModel):
+    """A retriever by the state of its first branch; all branches add to the loss."""
+
     added_parameters = ("condition_tokens.",)
 
     @dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,12 @@ from models.tables import Ids, LookedUp, Rows, TableSpec
 
 @dataclass(frozen=True, kw_only=True)
 class CodedHistoryConfig:
+    """Options of every model over a coded history."""
+
     needs_semantic_ids: ClassVar[bool] = True
+    """Whether `build` is to be given the catalogue's semantic IDs."""
     has_own_objective: ClassVar[bool] = True
+    """Whether the loss is the model's own."""
 
     width: int = 192
     """Size of the residual stream."""

@@ -23,6 +23,8 @@ from models.tables import Rows
 
 
 class DecoderOnly(CodedHistory):
+    """A generator whose depth decoder attends to codes alone: the state is all it knows of the history."""
+
     @dataclass(frozen=True, kw_only=True)
     class Config(CodedHistoryConfig):
         num_depth_blocks: int = 2

@@ -85,11 +85,7 @@ def exposure_windows(
         is_candidate &= events.request_s >= begin[events.user]
         num_static = _least_of_users(events.user[is_candidate], num_before[is_candidate], batch.num_users)
     shown, user = np.flatnonzero(is_candidate), events.user[is_candidate]
-    # What no candidate of the user may know is not looked at.
-    known = np.zeros(batch.num_users, dtype=np.int64)
-    np.maximum.at(known, user, num_before[shown])
-    place = np.arange(len(taken)) - np.searchsorted(events.user[taken], events.user[taken])
-    taken = taken[place < known[events.user[taken]]]
+    taken = taken[_is_known(events.user[taken], user, num_before[shown], batch.num_users)]
     same = page_item_key(events.user, events.page, batch.items.values.numpy())
     answers = [np.isin(same[shown], same[events.action == codes.index(name)]) for name in actions]
     asked = np.bincount(user, minlength=batch.num_users) > 0
@@ -174,6 +170,19 @@ def _least_of_users(user: np.ndarray, numbers: np.ndarray, num_users: int) -> np
     least = np.full(num_users, np.iinfo(np.int64).max)
     np.minimum.at(least, user, numbers)
     return np.where(np.bincount(user, minlength=num_users) > 0, least, 0)
+
+
+def _is_known(
+    taken_user: np.ndarray, shown_user: np.ndarray, num_before: np.ndarray, num_users: int
+) -> np.ndarray:
+    """Which taken events some candidate of the user may know; no other is looked at.
+
+    Shapes: taken_user [n], shown_user and num_before [K] -> [n] bool.
+    """
+    known = np.zeros(num_users, dtype=np.int64)
+    np.maximum.at(known, shown_user, num_before)
+    place = np.arange(len(taken_user)) - np.searchsorted(taken_user, taken_user)
+    return place < known[taken_user]
 
 
 def _by_user(values: Tensor, user: np.ndarray, kept: np.ndarray) -> Jagged:

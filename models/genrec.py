@@ -33,10 +33,14 @@ from models.tables import Ids, Rows, TableSpec
 
 
 class GenRec(Generator):
+    """A generator over one stream of tokens: all histories, and behind them all pages."""
+
     @dataclass(frozen=True, kw_only=True)
     class Config:
         needs_semantic_ids: ClassVar[bool] = True
+        """Whether `build` is to be given the catalogue's semantic IDs."""
         has_own_objective: ClassVar[bool] = True
+        """Whether the loss is the model's own."""
 
         target: Literal["page", "item"] = "page"
         """page: the whole page, list-wise. item: every chosen item of it by itself (point-wise, the baseline), or,

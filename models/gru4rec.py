@@ -25,6 +25,8 @@ from models.tables import LookedUp
 
 
 class GRU4Rec(ItemSequenceModel):
+    """A retriever by the states of its last recurrent layer, without position vectors."""
+
     has_positions = False
 
     @dataclass(frozen=True, kw_only=True)

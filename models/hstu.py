@@ -35,6 +35,8 @@ NORM_EPSILON = 1e-6
 
 
 class HSTU(ItemSequenceModel):
+    """A retriever by the states behind its last layer, as they are: no norm follows."""
+
     @dataclass(frozen=True, kw_only=True)
     class Config(ItemSequenceConfig):
         num_heads: int = 1

@@ -25,6 +25,8 @@ ROUNDS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class LifelongConfig:
+    """How a history that is too long to be encoded is read: by queries, and thinned out before."""
+
     num_queries: int = 0
     """Learned queries that stand for the whole history in the encoder; 0 gives it the events themselves."""
     num_blocks: int = 2

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from cluster.errors import ConfigError
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
-from models.answered_actions import answered_actions
+from models.answered_actions import AnswersConfig, answered_actions
 from models.exposure_windows import ANSWERS, CANDIDATES, NUM_STATIC, VISIBLE, exposure_windows
 from models.layers.linear import Linear
 from models.recommender import LossSum, Ranker, StepContext
@@ -40,7 +40,7 @@ WORDS_AT_A_TIME = 2048
 
 class M6RecRanking(Ranker):
     @dataclass(frozen=True, kw_only=True)
-    class Config(TextEncoderConfig):
+    class Config(AnswersConfig, TextEncoderConfig):
         window: Literal["request", "span"] = "request"
         """Whose exposures are candidates: those of one random request per user and step, with what was taken before it
         as history; or span, of all requests, each of which needs a copy of its history where that is read both ways."""
@@ -56,16 +56,7 @@ class M6RecRanking(Ranker):
         """Answers it predicts, the first of which makes up the histories; left out, all of the data but exposures,
         click first."""
 
-        event_columns = ("action", "page_id", "timestamp_s")
-        """Event columns it reads."""
-        needs_actions = True
-        """Whether `build` is to be given the names of the codes in the column `action`."""
-        needs_exposures = True
-        """Whether histories must hold what was only shown."""
-        has_own_objective = True
-        """Whether the loss is the model's own."""
-        selection_metrics = ("auc", "gauc")
-        """What validation can choose the best step by."""
+        event_columns = (*AnswersConfig.event_columns, "timestamp_s")
 
         @property
         def has_likeness(self) -> bool:

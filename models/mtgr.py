@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from cluster.errors import ConfigError
 from data_streams.batch import SequenceBatch
-from models.answered_actions import answered_actions
+from models.answered_actions import AnswersConfig, answered_actions
 from models.exposure_windows import ANSWERS, CANDIDATES, Window, exposure_windows
 from models.item_sequence import ITEM_TABLE
 from models.kernels.prefix_attention import (
@@ -58,8 +58,10 @@ CLOSED_GATES = 8
 
 
 class MTGR(Ranker):
+    """A ranker whose blocks work on all tokens of a user; the answers are read off the candidates."""
+
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(AnswersConfig):
         width: int = 32
         """Size of item vectors and of the residual stream."""
         num_blocks: int = 2
@@ -109,16 +111,7 @@ class MTGR(Ranker):
                     f"{given}"
                 )
 
-        event_columns = ("action", "page_id", "timestamp_s")
-        """Event columns it reads."""
-        needs_actions = True
-        """Whether `build` is to be given the names of the codes in the column `action`."""
-        needs_exposures = True
-        """Whether histories must hold what was only shown."""
-        has_own_objective = True
-        """Whether the loss is the model's own."""
-        selection_metrics = ("auc", "gauc")
-        """What validation can choose the best step by."""
+        event_columns = (*AnswersConfig.event_columns, "timestamp_s")
 
         def build(self, **parts: Any) -> "MTGR":
             return MTGR(self, **parts)

@@ -16,6 +16,11 @@ from models.tree_nodes import TreeNodes
 
 
 class NodeScorer(Generator):
+    """A generator whose codes are all equally likely; its search needs a `NodeGuide`.
+
+    Shapes: S histories with samples, C nodes of each.
+    """
+
     proposes_codes = False
 
     nodes: TreeNodes

@@ -63,6 +63,8 @@ class PromptLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompter:
+    """Knows the symbols of every objective and user, and lays out the prompts of a batch."""
+
     num_queries: int
     """Query tokens at the end of each prompt, the first of the symbols."""
     num_learnt: int

@@ -43,6 +43,8 @@ Size = Literal["custom", "0.015b", "0.121b", "0.935b", "2.633b"]
 
 
 class OneRec(ContextGenerator):
+    """A generator whose decoder attends to what the encoder makes of each target's context."""
+
     @dataclass(frozen=True, kw_only=True)
     class Config(ContextGeneratorConfig):
         size: Size = "custom"

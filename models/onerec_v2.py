@@ -35,6 +35,8 @@ Size = Literal["custom", "0.1b", "0.2b", "0.5b", "1b", "2b", "4b", "8b", "4b-a0.
 
 
 class OneRecV2(ContextGenerator):
+    """A generator whose decoder attends to the context as it is: a copy per user, for all targets."""
+
     @dataclass(frozen=True, kw_only=True)
     class Config(ContextGeneratorConfig):
         size: Size = "custom"

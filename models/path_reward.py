@@ -60,6 +60,8 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessRewardConfig:
+    """Sizes of a PRM, and the positions and prefixes it learns from."""
+
     num_blocks: int = 1
     """Blocks of attention to the history and feed-forward."""
     num_heads: int | None = None

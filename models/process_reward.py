@@ -23,7 +23,10 @@ from models.tables import Ids, Lookup, Rows, TableSpec
 
 @dataclass(frozen=True, kw_only=True)
 class RewardedHistoryConfig(CodedHistoryConfig):
+    """Options of every model with a PRM over its coded history."""
+
     prm: ProcessRewardConfig = field(default_factory=ProcessRewardConfig)
+    """The PRM."""
 
 
 class RewardedHistory(CodedHistory):
@@ -106,6 +109,7 @@ class ProcessReward(RewardedHistory):
     @dataclass(frozen=True, kw_only=True)
     class Config(RewardedHistoryConfig):
         proposes_codes: ClassVar[bool] = False
+        """Whether its scores of codes say anything; else a guide alone chooses among all prefixes."""
 
         def build(self, **parts: Any) -> "ProcessReward":
             return ProcessReward(self, **parts)
@@ -146,4 +150,5 @@ def _for_paths_too(items: TableSpec) -> TableSpec:
 
 
 def detached(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same losses as metrics, without a gradient."""
     return {name: loss.detach() for name, loss in losses.items()}

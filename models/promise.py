@@ -29,6 +29,8 @@ from models.tables import Rows
 
 
 class Promise(RewardedHistory):
+    """A generator that brings its own PRM; a search without it is the plain beam."""
+
     @dataclass(frozen=True, kw_only=True)
     class Config(RewardedHistoryConfig):
         num_decoder_blocks: int = 4

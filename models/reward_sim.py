@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from data_streams.batch import SequenceBatch, page_item_key
 from data_streams.jagged import Jagged
-from models.answered_actions import EXPOSURE, answered_actions
+from models.answered_actions import EXPOSURE, AnswersConfig, answered_actions
 from models.kernels.interest_attention import interest_attention
 from models.kernels.length_buckets import bucket_layout
 from models.layers.dropout import Dropout
@@ -37,8 +37,10 @@ SHOWN, KEY_NUMBER, NUM_VISIBLE, ANSWER = "shown", "key_number", "num_visible", "
 
 
 class RewardSim(Ranker):
+    """A ranker that looks at each candidate by itself: what it attends to goes into a small network."""
+
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(AnswersConfig):
         width: int = 32
         """Size of item vectors."""
         num_heads: int = 4
@@ -56,17 +58,6 @@ class RewardSim(Ranker):
         actions: tuple[str, ...] = ()
         """Answers it predicts, the first of which makes up the history; left out, all of the data but exposures,
         click first."""
-
-        event_columns = ("action", "page_id")
-        """Event columns it reads."""
-        needs_actions = True
-        """Whether `build` is to be given the names of the codes in the column `action`."""
-        needs_exposures = True
-        """Whether histories must hold what was only shown."""
-        has_own_objective = True
-        """Whether the loss is the model's own."""
-        selection_metrics = ("auc", "gauc")
-        """What validation can choose the best step by."""
 
         def build(self, **parts: Any) -> "RewardSim":
             return RewardSim(self, **parts)

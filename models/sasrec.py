@@ -24,6 +24,8 @@ from models.layers.linear import Linear
 
 
 class SASRec(ItemSequenceModel):
+    """A retriever by the normed states of its last block."""
+
     @dataclass(frozen=True, kw_only=True)
     class Config(ItemSequenceConfig):
         num_heads: int = 2

@@ -23,6 +23,8 @@ SESSION = "session"
 
 @dataclass(frozen=True, kw_only=True)
 class SessionConfig:
+    """What a session is, and what makes it worth being predicted."""
+
     items: int = 1
     """Items that are predicted together; 1 is every next item by itself (point-wise)."""
     gap_s: float = 1800.0

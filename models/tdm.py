@@ -46,12 +46,18 @@ class TreeState(DecodeState):
 
 
 class TDM(NodeScorer):
+    """A scorer of nodes by a network over the node and the attended windows of the past."""
+
     @dataclass(frozen=True, kw_only=True)
     class Config:
         needs_semantic_ids: ClassVar[bool] = True
+        """Whether `build` is to be given the catalogue's semantic IDs."""
         has_own_objective: ClassVar[bool] = True
+        """Whether the loss is the model's own."""
         proposes_codes: ClassVar[bool] = False
+        """Whether its scores of codes say anything; else a guide alone chooses among all prefixes."""
         semantic_ids_command: ClassVar[str] = "grail tokenize tree"
+        """The command that makes the semantic IDs it needs."""
 
         width: int = 24
         """Size of the rows of items and nodes."""
@@ -220,6 +226,8 @@ class TDM(NodeScorer):
 
 
 class ScoringLayer(nn.Module):
+    """PReLU(LayerNorm(W x + b)). MEMORY: the order of the three."""
+
     def __init__(self, width: int, size: int):
         super().__init__()
         self.linear, self.norm, self.activation = Linear(width, size), nn.LayerNorm(size), nn.PReLU()

@@ -9,6 +9,8 @@ from data_streams.jagged import Jagged
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
+    """Which texts are read, and how much of each."""
+
     columns: tuple[str, ...] = ("title", "brand", "categories")
     """Columns of the item table that are read, of title, price, brand and categories, where the data has them."""
     max_tokens: int = 32

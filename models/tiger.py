@@ -34,10 +34,14 @@ PREFIXES = "prefixes"
 
 
 class Tiger(Generator):
+    """A generator over a user token and L tokens per event; it looks up no table."""
+
     @dataclass(frozen=True, kw_only=True)
     class Config:
         needs_semantic_ids: ClassVar[bool] = True
+        """Whether `build` is to be given the catalogue's semantic IDs."""
         has_own_objective: ClassVar[bool] = True
+        """Whether the loss is the model's own."""
 
         width: int = 128
         """Size of the residual stream."""

@@ -48,6 +48,8 @@ class AlignOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
+    """Where completions are drawn, and how long workers that draw are waited for."""
+
     workers: int = 1
     """Processes that draw completions; with 0 the learners draw them themselves."""
     cpus_per_worker: float = 1.0
@@ -87,6 +89,8 @@ def _train() -> TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig:
+    """An alignment: the policy it starts from, what is rewarded, and how the policy learns from that."""
+
     start: str = ""
     """Run directory of the pretrained policy; its best checkpoint is where alignment starts."""
     run_dir: str = ""

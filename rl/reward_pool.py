@@ -24,6 +24,8 @@ NAME = "reward pool"
 
 @dataclass(frozen=True, kw_only=True)
 class RewardPoolConfig:
+    """Where completions are scored, and how long workers that score are waited for."""
+
     workers: int = 1
     """Processes that score completions; with 0 the first learner scores them itself."""
     cpus_per_worker: float = 1.0

@@ -116,6 +116,8 @@ class PromptPart:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutWork:
+    """What a rollout worker is given at once: prompts, and the policy of `version` to answer them with."""
+
     part: PromptPart
     version: int
     weights: SharedObject | None

@@ -7,6 +7,8 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class ShardingConfig:
+    """Where tables and experts go."""
+
     placement: Mapping[str, Literal["auto", "row_wise", "table_wise"]] = field(default_factory=dict)
     """Placement by table name, overriding what the model asks for."""
     hbm_gib_per_worker: float | None = None

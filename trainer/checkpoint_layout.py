@@ -161,6 +161,8 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class SavedTensor:
+    """A tensor of a checkpoint, as the ranks wrote it piece by piece."""
+
     shape: tuple[int, ...]
     dtype: torch.dtype
     segments: tuple[Segment, ...]

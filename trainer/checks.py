@@ -2,7 +2,7 @@
 
 from cluster.elastic import allowed_worlds
 from cluster.errors import ConfigError
-from trainer.configuration import PretrainConfig
+from trainer.configuration import PretrainConfig, TrainConfig
 
 
 def check(config: PretrainConfig) -> None:
@@ -15,6 +15,30 @@ def check(config: PretrainConfig) -> None:
             f"train.selection-metric must be one of {', '.join(metrics)}; got {config.train.selection_metric}"
         )
     _check_workers(config)
+    _check_needs_of_model(config)
+    if getattr(config.model, "needs_semantic_ids", False) and config.evaluation.condition != "none":
+        raise ConfigError(
+            f"evaluation.condition {config.evaluation.condition} is for evaluation and serving where a model generates "
+            "items, since training validates with a narrow beam; leave it out, and give it to grail evaluate"
+        )
+    if config.search.prm_run:
+        raise ConfigError(
+            "search.prm-run is for evaluation and serving, and training validates with the model alone; leave it out"
+        )
+    missing = [name for name in getattr(config.model, "event_columns", ()) if name not in config.data.columns]
+    if missing:
+        raise ConfigError(
+            f"data.columns must name the event columns the model reads, and {', '.join(missing)} is missing from "
+            f"{config.data.columns}"
+        )
+    if (prometheus := config.log.prometheus_file) is not None and not prometheus.endswith(".prom"):
+        raise ConfigError(
+            f"log.prometheus-file must end in .prom, as node_exporter wants it; got {prometheus}"
+        )
+    _check_rates(config.train)
+
+
+def _check_needs_of_model(config: PretrainConfig) -> None:
     for name in ("model", "objective"):
         if getattr(config, name) is None and not getattr(config.model, "has_own_objective", False):
             raise ConfigError(f"{name} must be set by the recipe, and recipe '{config.recipe}' leaves it out")
@@ -44,34 +68,18 @@ def check(config: PretrainConfig) -> None:
             f"{type(config.model).__qualname__.split('.')[0]} learns whole pages and needs --data.pages (auto, "
             "recorded, gap or count); give it, or --model.target item"
         )
-    if getattr(config.model, "needs_semantic_ids", False) and config.evaluation.condition != "none":
-        raise ConfigError(
-            f"evaluation.condition {config.evaluation.condition} is for evaluation and serving where a model generates "
-            "items, since training validates with a narrow beam; leave it out, and give it to grail evaluate"
-        )
-    if config.search.prm_run:
-        raise ConfigError(
-            "search.prm-run is for evaluation and serving, and training validates with the model alone; leave it out"
-        )
-    missing = [name for name in getattr(config.model, "event_columns", ()) if name not in config.data.columns]
-    if missing:
-        raise ConfigError(
-            f"data.columns must name the event columns the model reads, and {', '.join(missing)} is missing from "
-            f"{config.data.columns}"
-        )
-    if (prometheus := config.log.prometheus_file) is not None and not prometheus.endswith(".prom"):
-        raise ConfigError(
-            f"log.prometheus-file must end in .prom, as node_exporter wants it; got {prometheus}"
-        )
+
+
+def _check_rates(train: TrainConfig) -> None:
     for name in ("learning_rate", "table_learning_rate", "weight_decay"):
-        if (value := getattr(config.train, name)) < 0:
+        if (value := getattr(train, name)) < 0:
             raise ConfigError(f"train.{name.replace('_', '-')} must be at least 0, got {value}")
-    norm = config.train.max_gradient_norm
+    norm = train.max_gradient_norm
     if norm is not None and not norm > 0:
         raise ConfigError(
             f"train.max-gradient-norm must be above 0, or None, which turns clipping off; got {norm}"
         )
-    decay = config.train.ema_decay
+    decay = train.ema_decay
     if decay is not None and not 0 <= decay < 1:
         raise ConfigError(f"train.ema-decay must lie in 0..1, below 1, or be None; got {decay}")
 

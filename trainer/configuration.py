@@ -14,6 +14,8 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
+    """How long is trained, at which rates, and how a step is computed."""
+
     epochs: int = 10
     """Passes over all users."""
     max_steps: int | None = None
@@ -63,6 +65,8 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
+    """Whom evaluation ranks items for, which items, and what is measured."""
+
     cutoffs: tuple[int, ...] = (5, 10, 20)
     """Lengths of the list at which metrics are taken."""
     filter_seen: bool = True
@@ -108,7 +112,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """How a model that generates semantic IDs is asked for items; retrieval models are searched exactly."""
+    """How a model that generates semantic IDs is asked for items; `allow` and `deny` hold for every model."""
 
     method: Literal["beam", "sample", "gumbel"] = "beam"
     """The most likely paths; or so many draws as the beam would be wide, each item listed once in the order drawn:
@@ -179,6 +183,8 @@ class SearchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
+    """Where the numbers of a run go."""
+
     wandb: Literal["off", "offline", "online"] = "off"
     """Report to Weights & Biases."""
     project: str = "grail"
@@ -192,6 +198,8 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
+    """A pretraining run, as a recipe returns it and config.yaml keeps it."""
+
     recipe: str = ""
     """Name of the recipe this run was started from."""
     run_dir: str = ""

@@ -84,18 +84,10 @@ def evaluate(
     ranked = _rank_users(search, batches, empty_batch, config, k=longest)
     outcome = None
     if ranked is not None:
-        lists = ranked.lists
-        per_user = _rank_metrics(ranked.ranks, config.cutoffs) | _list_metrics(lists, config.cutoffs, items)
-        met = search.met(lists, ranked.held_out)
-        if met is not None:
-            per_user |= {f"condition@{k}": share_met_at(lists, met, k) for k in config.cutoffs}
-        if utilities is not None:
-            of_lists = utilities(ranked.users, lists, config.cutoffs)
-            per_user |= {f"utility@{k}": values for k, values in of_lists.items()}
-        per_user |= ranked.measures
+        per_user = _user_metrics(ranked, search, items, config.cutoffs, utilities)
         if keep is not None:
             keep(ranked.users, per_user)
-        coverage = {f"coverage@{k}": coverage_at(lists, k, search.num_items) for k in config.cutoffs}
+        coverage = {f"coverage@{k}": coverage_at(ranked.lists, k, search.num_items) for k in config.cutoffs}
         outcome = {
             "num_users": len(ranked.users),
             "metrics": _means(per_user) | coverage,
@@ -136,7 +128,10 @@ def recommend(
 
 
 def recommendation_table(user_ids: Tensor, items: Tensor, scores: Tensor) -> pa.Table:
-    """One row per recommendation: user_row, rank (from 1), item_row, score; empty slots are left out."""
+    """One row per recommendation: user_row, rank (from 1), item_row, score; empty slots are left out.
+
+    Shapes: user_ids [B], items and scores [B, k], items -1 where a slot is empty.
+    """
     rank = torch.arange(1, items.shape[1] + 1).expand_as(items)
     users = user_ids[:, None].expand_as(items)
     filled = items >= 0
@@ -244,6 +239,20 @@ def in_step(batches: Iterable[Batch], empty_batch: Batch, process: Process | Non
             return
         yield empty_batch if batch is None else batch
         freed_memory.give_back_excess()
+
+
+def _user_metrics(
+    ranked: Ranked, search: Search, items: ItemTable, cutoffs: tuple[int, ...], utilities: Utilities | None
+) -> dict[str, np.ndarray]:
+    """All that is measured of each user, by name. Shapes: [U] each."""
+    per_user = _rank_metrics(ranked.ranks, cutoffs) | _list_metrics(ranked.lists, cutoffs, items)
+    met = search.met(ranked.lists, ranked.held_out)
+    if met is not None:
+        per_user |= {f"condition@{k}": share_met_at(ranked.lists, met, k) for k in cutoffs}
+    if utilities is not None:
+        of_lists = utilities(ranked.users, ranked.lists, cutoffs)
+        per_user |= {f"utility@{k}": values for k, values in of_lists.items()}
+    return per_user | ranked.measures
 
 
 def _rank_metrics(ranks: np.ndarray, cutoffs: tuple[int, ...]) -> dict[str, np.ndarray]:

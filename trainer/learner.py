@@ -37,6 +37,12 @@ class StepResult:
 
 
 class Learner:
+    """Takes optimizer steps; there is one on each of `world_size` ranks, and all step together.
+
+    `engine` runs and steps `module` (trainer/dense_engine.py, or trainer/plain_engine.py without DeepSpeed); `tables`
+    are those the module declares.
+    """
+
     def __init__(
         self, module: DenseModule, engine, tables: EmbeddingTables, *, seed: int, rank: int, world_size: int
     ):

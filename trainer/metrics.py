@@ -33,7 +33,7 @@ def reciprocal_rank(ranks: np.ndarray) -> np.ndarray:
 
 
 def coverage_at(lists: np.ndarray, k: int, num_items: int) -> float:
-    """Share of the catalogue that stands in at least one user's first k."""
+    """Share of the catalogue that stands in at least one user's first k. Shapes: lists [U, K], -1 for none."""
     shown = np.unique(lists[:, :k])
     return float((shown >= 0).sum() / num_items)
 

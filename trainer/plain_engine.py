@@ -113,5 +113,6 @@ def set_adam_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
 
 
 def whole_piece(name: str, tensor: Tensor) -> Piece:
+    """All of a tensor as one piece, flat and without a copy."""
     flat = tensor.detach().view(-1)
     return Piece(name=name, start=0, global_shape=(flat.shape[0],), tensor=flat)

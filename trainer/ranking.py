@@ -132,7 +132,10 @@ def _metrics(answers: Answers, actions: tuple[str, ...], logits: np.ndarray) -> 
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Chance that a positive has a larger score than a negative, ties counting half; 0.5 without both."""
+    """Chance that a positive has a larger score than a negative, ties counting half; 0.5 without both.
+
+    Shapes: scores, labels [n].
+    """
     return grouped_auc(scores, labels, np.zeros(len(scores), dtype=np.int64))
 
 
@@ -168,7 +171,7 @@ def _ranks_within(scores: np.ndarray, user: np.ndarray) -> np.ndarray:
 
 
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Mean distance between predicted and real frequency over bins with equally many exposures."""
+    """Mean distance between predicted and real frequency over bins with equally many exposures. Shapes: twice [n]."""
     order = np.argsort(probabilities, kind="stable")
     parts = np.array_split(order, min(CALIBRATION_BINS, len(order)))
     gaps = [abs(probabilities[part].mean() - labels[part].mean()) * len(part) for part in parts]

@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Reassigned:
+    """The new tree, and whether it suits the users better. Shapes: N items, D depth."""
+
     codes: np.ndarray
     """[N, D] int32."""
     branching: int

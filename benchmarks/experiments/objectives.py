@@ -47,6 +47,7 @@ class Options:
     threads: int = 2
     """Of the one worker that trains."""
     seed: int = 0
+    """Seed of all runs."""
     out: str = "runs/objectives"
     """Folder of the runs and of table.md."""
     names: tuple[str, ...] = tuple(OBJECTIVES)

@@ -12,6 +12,8 @@ ITEMS_NAME = "items.parquet"
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
+    """Write a checkpoint as safetensors and Parquet."""
+
     checkpoint: str = "best"
     """latest, best or the number of a step."""
     out: str = ""

@@ -9,6 +9,8 @@ from launch.served_run import parse_served
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions:
+    """Print what a checkpoint holds."""
+
     checkpoint: str = "latest"
     """latest, best or the number of a step."""
 

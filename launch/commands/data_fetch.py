@@ -10,6 +10,8 @@ from launch.progress import start_console
 
 @dataclass(frozen=True, kw_only=True)
 class FetchOptions:
+    """Download a published data set from its owner; a broken download is resumed, and files are checked."""
+
     out: str | None = None
     """Folder the files are written to; left out, data/NAME."""
 

@@ -14,6 +14,8 @@ def run(arguments: list[str]) -> int:
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
+        """Print and plot what is in a data set, checking every chunk."""
+
         path: Annotated[str, tyro.conf.Positional]
         """Folder or address of the shards."""
         samples: int = 3

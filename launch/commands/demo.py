@@ -23,6 +23,8 @@ LOG_EVERY_STEPS = {"small": 3, "full": 20}
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
+    """Build a synthetic world, pretrain, recommend, and align a generator by rewards."""
+
     scale: Literal["small", "full"] = "full"
     """small is over in two or three minutes; full learns something worth looking at."""
     out: str = "runs/demo"

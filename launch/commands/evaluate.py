@@ -18,6 +18,8 @@ from trainer.configuration import EvaluationConfig, PretrainConfig, SearchConfig
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
+    """Rank the held-out items of all users with a run's weights."""
+
     checkpoint: str = "best"
     """latest, best or the number of a step."""
     split: Literal["valid", "test"] = "test"

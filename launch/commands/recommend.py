@@ -18,6 +18,8 @@ CATEGORIES = "categories"
 
 @dataclass(frozen=True, kw_only=True)
 class RecommendOptions:
+    """Show or write recommendations of a run."""
+
     users: int = 3
     """How many users are shown, with their history and titles."""
     user_ids: tuple[str, ...] = ()

@@ -16,6 +16,8 @@ DEFAULT = "runs"
 
 @dataclass(frozen=True, kw_only=True)
 class StatusOptions:
+    """List runs: state, progress, workers, last checkpoint."""
+
     json: bool = False
     """Print one JSON object a run instead of a table."""
 

@@ -14,8 +14,10 @@ def run(arguments: list[str]) -> int:
 
     @dataclass(frozen=True, kw_only=True)
     class Options(TableOptions):
+        """Add the new items of a data set to a table, whose items keep their codes."""
+
         table: Annotated[str, tyro.conf.Positional]
-        """Folder of the table, whose items keep their codes."""
+        """Folder of the table."""
         embeddings: EmbeddingSources = field(default_factory=EmbeddingSources)
 
     options = parse(Options, arguments, program="grail tokenize add")

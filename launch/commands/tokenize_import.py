@@ -9,6 +9,8 @@ from launch.semantic_id_tables import TableOptions, import_table
 
 @dataclass(frozen=True, kw_only=True)
 class ImportOptions(TableOptions):
+    """Take over published semantic IDs."""
+
     sids: str
     """Parquet file with item_id and lists of codes, numbers or texts such as <b_70>."""
     column: str | None = None

@@ -16,6 +16,8 @@ def run(arguments: list[str]) -> int:
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
+        """Compare semantic ID tables, one column each."""
+
         tables: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR ...")]
         """Folders of tables."""
         out: str | None = None

@@ -152,7 +152,10 @@ class Step:
 def next_logits(
     model: Generator, state: DecodeState, level: int, kept: Step | None, space: PathSpace
 ) -> tuple[Tensor, DecodeState]:
-    """The model's scores of a level after the prefixes a search has kept; before the first level it has kept none."""
+    """The model's scores of a level after the prefixes a search has kept; before the first level it has kept none.
+
+    Shapes: B users, W kept prefixes (one before the first level) -> [B, W, K_l].
+    """
     if kept is None:
         return model.step(state, level, None, None)
     return model.step(state, level, space.codes(level, kept.nodes)[..., -1], kept.parents)

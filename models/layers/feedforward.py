@@ -10,6 +10,8 @@ from models.layers.linear import Linear
 
 @dataclass(frozen=True, kw_only=True)
 class FeedForwardConfig:
+    """Options of a dense feed-forward part; those of experts are `MixtureConfig`."""
+
     hidden: int = 256
     """Size of the gated hidden layer."""
 

@@ -35,6 +35,8 @@ class FullBlock(nn.Module):
 
 
 class FullEncoder(nn.Module):
+    """A block per given feed-forward part, and a last norm."""
+
     def __init__(self, *, width: int, num_heads: int, feedforwards: Sequence[nn.Module], dropout: float):
         super().__init__()
         self.blocks = nn.ModuleList(

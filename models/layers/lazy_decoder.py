@@ -17,6 +17,8 @@ from models.layers.rotary import rotate
 
 @dataclass(frozen=True, kw_only=True)
 class LazyShape:
+    """Sizes of the decoder, with the report's names for them in brackets."""
+
     width: int
     num_heads: int
     kv_layers: int

@@ -24,6 +24,8 @@ _ALIGNED = 8
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureConfig:
+    """Options of a feed-forward part made of experts."""
+
     num_experts: int = 8
     """Routed experts of a layer."""
     top_k: int = 2

@@ -18,6 +18,8 @@ from models.layers.rotary import rotate
 
 
 class QFormerBlock(nn.Module):
+    """Pre-norm attention of Q queries per target to the events, and feed-forward; queries do not see each other."""
+
     def __init__(self, *, width: int, num_heads: int, feedforward: nn.Module, dropout: float):
         super().__init__()
         self.num_heads = checked_heads(num_heads, width)
@@ -42,6 +44,8 @@ class QFormerBlock(nn.Module):
 
 
 class QFormer(nn.Module):
+    """The learned queries and a block per given feed-forward part."""
+
     def __init__(
         self,
         *,

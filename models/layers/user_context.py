@@ -34,6 +34,8 @@ Span = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class ContextConfig:
+    """What describes events and items, and which pathways a context has."""
+
     hidden: int = 384
     """Hidden layer between the features of an event and its token."""
     item_rows: bool = True

@@ -17,6 +17,8 @@ from models.tokenizers.tokenizer import Codebooks, Matrix, Tokenizer, blocks, pa
 
 
 class BalancedKMeans(Tokenizer):
+    """Centroids of each level stand for equally many of the items it is fitted to."""
+
     @dataclass(frozen=True, kw_only=True)
     class Config(Codebooks):
         iterations: int = 10

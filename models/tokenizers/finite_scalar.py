@@ -20,6 +20,8 @@ _MARGIN = 1.001
 
 
 class FiniteScalar(Autoencoder):
+    """The latent holds the numbers of all levels side by side, each in -1..1."""
+
     @dataclass(frozen=True, kw_only=True)
     class Config(Training):
         values: tuple[int, ...] = (8, 8, 4)
@@ -58,6 +60,8 @@ class FiniteScalar(Autoencoder):
 
 
 class Rounding(Quantiser):
+    """The nearest value of each number, with the gradient of the unrounded one and no loss."""
+
     def __init__(self, tokenizer: FiniteScalar):
         super().__init__()
         self.bound = tokenizer.bound

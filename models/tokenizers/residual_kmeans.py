@@ -22,6 +22,8 @@ from models.tokenizers.tokenizer import (
 
 
 class ResidualKMeans(Tokenizer):
+    """Centroids of each level, found on a sample and moved by all vectors."""
+
     @dataclass(frozen=True, kw_only=True)
     class Config(Codebooks):
         iterations: int = ITERATIONS

@@ -22,6 +22,8 @@ _INITIAL_SAMPLE_PER_CODE = 64
 
 
 class RqVae(Autoencoder):
+    """The codebooks are learnt together with encoder and decoder."""
+
     @dataclass(frozen=True, kw_only=True)
     class Config(Training, Codebooks):
         latent: int = 32
@@ -58,6 +60,8 @@ class RqVae(Autoencoder):
 
 
 class ResidualQuantiser(Quantiser):
+    """Takes the nearest code vector of each level from what is left, and resets those that nothing uses."""
+
     def __init__(self, config: RqVae.Config):
         super().__init__()
         self.config = config

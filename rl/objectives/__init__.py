@@ -65,7 +65,10 @@ class PolicyObjective(ABC):
 
 
 def counted(log_probs: Tensor, mask: Tensor) -> Tensor:
-    """Log-probabilities with 0 where a completion does not count, so that no -inf meets a gradient."""
+    """Log-probabilities with 0 where a completion does not count, so that no -inf meets a gradient.
+
+    Shapes: log_probs [B, G, L], mask [B, G] -> [B, G, L].
+    """
     return log_probs.masked_fill(~mask[..., None], 0.0)
 
 
@@ -97,7 +100,8 @@ def per_ratio(inputs: PolicyInputs, ratio_of: RatioOf) -> tuple[Tensor, Tensor, 
 def anchored(policy: Tensor, inputs: PolicyInputs, alpha: float, **metrics: Tensor) -> LossSum:
     """The policy's loss + alpha times the negative log-likelihood of the observed positives.
 
-    The latter is, per user, the mean over its positives of -sum_t ln pi(v_t), and 0 without any.
+    The latter is, per user, the mean over its positives of -sum_t ln pi(v_t), and 0 without any. Shapes: policy and
+    metrics are scalars, summed over users.
     """
     metrics["policy"] = policy.detach()
     if alpha == 0:
@@ -110,5 +114,5 @@ def anchored(policy: Tensor, inputs: PolicyInputs, alpha: float, **metrics: Tens
 
 
 def clipped_terms(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    """min(rho A, clip(rho, 1 - low, 1 + high) A), to be maximised."""
+    """min(rho A, clip(rho, 1 - low, 1 + high) A), to be maximised. Shapes: two that broadcast."""
     return torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)

@@ -15,6 +15,8 @@ from rl.types import Group, Reward
 
 
 class Diversity(RewardFunction):
+    """Shapes: [G] in 0..2 per group."""
+
     @dataclass(frozen=True, kw_only=True)
     class Config(RewardOptions):
         vectors: str | None = None

@@ -22,6 +22,11 @@ PLAY_TIME, DURATION, DISLIKED = "play_time_s", "duration_s", "disliked"
 
 
 class Duration(RewardFunction):
+    """Shapes: [G] per group, in 0..1 or -1; completions without feedback are masked.
+
+    Raises: DataError where events come without play times and durations.
+    """
+
     @dataclass(frozen=True, kw_only=True)
     class Config(RewardOptions):
         reads_positive_features: ClassVar[bool] = True

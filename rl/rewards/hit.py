@@ -8,6 +8,8 @@ from rl.types import Group, Reward
 
 
 class Hit(RewardFunction):
+    """Shapes: [G] of 0 and 1 per group."""
+
     @dataclass(frozen=True, kw_only=True)
     class Config(RewardOptions):
         def build(self, setting: RewardSetting) -> "Hit":

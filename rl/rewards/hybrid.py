@@ -19,10 +19,14 @@ from rl.types import Group, Reward
 
 
 class Hybrid(RewardFunction):
+    """Shapes: [G] in 0..1 per group; illegal completions are masked where that is asked for."""
+
     @dataclass(frozen=True, kw_only=True)
     class Config(RewardOptions):
         preference: Preference.Config = field(default_factory=Preference.Config)
+        """What is rewarded where the gate is open."""
         relevance: Relevance.Config = field(default_factory=Relevance.Config)
+        """The gate."""
         gate: bool = True
         """Multiply with the relevance gate; without it a learned reward is easily hacked."""
         calibrate: bool = True

@@ -21,6 +21,8 @@ from rl.types import Group, Reward
 
 
 class IllegalCode(RewardFunction):
+    """Shapes: [G, L] of 0 and -1 per group, with at most one -1 for a completion."""
+
     of_codes = True
 
     @dataclass(frozen=True, kw_only=True)

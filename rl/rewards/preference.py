@@ -23,6 +23,11 @@ from trainer.frozen import FrozenRun, load_frozen
 
 
 class Preference(RewardFunction):
+    """Shapes: [G] in 0..1 per group.
+
+    Raises: ConfigError for another kind of model or unfit weights; DataError for a model of another catalogue.
+    """
+
     @dataclass(frozen=True, kw_only=True)
     class Config(RewardOptions):
         run: str = ""

@@ -32,6 +32,11 @@ class PrefixScorer(Protocol):
 
 
 class Process(RewardFunction):
+    """Shapes: [G, L] per group, the scores of the PRM, which have no bounds.
+
+    Raises: ConfigError for a run whose model scores no prefixes.
+    """
+
     of_codes = True
 
     @dataclass(frozen=True, kw_only=True)

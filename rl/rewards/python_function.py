@@ -17,6 +17,8 @@ from rl.types import Group, Reward
 
 
 class PythonFunction(RewardFunction):
+    """Shapes: [G] or [G, L] per group, as the function returns them."""
+
     @dataclass(frozen=True, kw_only=True)
     class Config(RewardOptions):
         path: str = ""

@@ -15,6 +15,8 @@ from rl.types import Group, Reward
 
 
 class Rank(RewardFunction):
+    """Shapes: [G] in -1..0 per group."""
+
     @dataclass(frozen=True, kw_only=True)
     class Config(RewardOptions):
         def build(self, setting: RewardSetting) -> "Rank":

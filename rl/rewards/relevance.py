@@ -22,6 +22,8 @@ _MOST_USERS = 20_000
 
 
 class Relevance(RewardFunction):
+    """Shapes: [G] of 0 and 1 per group."""
+
     @dataclass(frozen=True, kw_only=True)
     class Config(RewardOptions):
         vectors: str | None = None
