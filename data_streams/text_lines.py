@@ -1,6 +1,5 @@
 """What a data set says in words: a line for each item, and one for each user of whom anything is known."""
 
-import io
 from collections.abc import Sequence
 
 import polars as pl
@@ -8,8 +7,7 @@ import polars as pl
 from cluster.errors import ConfigError
 from cluster.storage import Storage
 from data_streams.text_embeddings import TEXT_COLUMNS, item_texts, read_item_frame
-
-USERS_NAME = "users.parquet"
+from data_streams.user_table import read_users
 
 
 def item_lines(path: str, columns: Sequence[str]) -> list[str]:
@@ -44,10 +42,10 @@ def user_lines(path: str) -> list[str] | None:
 
     Example: "Age: 24. Gender: M. Occupation: technician".
     """
-    storage = Storage(path)
-    if not storage.exists(USERS_NAME):
+    users = read_users(Storage(path))
+    if users is None:
         return None
-    frame = pl.read_parquet(io.BytesIO(storage.read(USERS_NAME))).drop("user_id", strict=False)
+    frame = users.drop("user_id", strict=False)
     if not frame.columns:
         return None
     labels = [name.replace("_", " ").capitalize() for name in frame.columns]
