@@ -144,6 +144,14 @@ class _Rearrange(torch.autograd.Function):
         return (back if is_padding is None else back.masked_fill(is_padding, 0)), None, None, None
 
 
+def in_order(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """The rows in another order. Going back is a gather too, where that of an index adds row by row.
+
+    Shapes: rows [n, ...], order and inverse [n] int64 -> [n, ...].
+    """
+    return _Rearrange.apply(rows, order, inverse, None)
+
+
 def _take(source: Tensor, index: Tensor) -> Tensor:
     """Rows of `source`; zeros where it has none: the cells of users without any token are all padding."""
     if source.shape[0] == 0:

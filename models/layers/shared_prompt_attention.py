@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cluster.errors import DataError
 from data_streams.jagged import Jagged
-from models.kernels.length_buckets import BucketLayout, bucket_layout, padded_layout, to_cells
+from models.kernels.length_buckets import BucketLayout, bucket_layout, in_order, padded_layout, to_cells
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +139,8 @@ def shared_prompt_attention(
         )
     ]
     attended = torch.cat(blocks)
-    if layout.place is not None:
-        attended = attended[layout.place]
+    if layout.order is not None:
+        attended = in_order(attended, layout.place, layout.order)
     return attended.transpose(1, 2)
 
 
@@ -155,7 +155,7 @@ def suffix_attention(queries: Tensor, suffix: SuffixKeyValues) -> Tensor:
 
 
 def _by_bucket(users: Tensor, layout: PromptLayout) -> tuple[Tensor, ...]:
-    ordered = users if layout.order is None else users[layout.order]
+    ordered = users if layout.order is None else in_order(users, layout.order, layout.place)
     return ordered.split([count for count, _ in layout.cells.buckets])
 
 
