@@ -38,8 +38,9 @@ class TreeOptions(TableOptions):
     """Which checkpoint of that run: latest, best or the number of a step."""
     branching: int = 2
     """Children of a node, a power of two; a joint tree keeps that of its run."""
-    levels: int = 7
-    """Of a joint tree: levels that are assigned at once."""
+    levels: int | None = None
+    """Of a joint tree: levels that are assigned at once; an item then has branching ** levels places to choose from.
+    Left out, as many as keep these at 128: the published 7 of a binary tree."""
     positions: int | None = 8
     """Of a joint tree: positions drawn per user that nodes are scored for; None takes all."""
     seed: int = 0

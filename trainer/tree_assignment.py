@@ -37,6 +37,9 @@ from sharding.item_index import evaluating
 from trainer.assembly import Assembly
 from trainer.evaluate import in_step
 
+MOST_DESCENDANTS = 128
+"""2^7: the published number of levels, of a binary tree. With seven levels of four children it would be 16,384."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -72,10 +75,10 @@ Summed = Callable[[Tensor, tuple[int, int]], PathSums]
 """(places of the items [N], first and last level of a segment) -> sums below these places."""
 
 
-def reassign(assembly: Assembly, *, levels: int, positions: int | None, seed: int) -> Reassigned:
+def reassign(assembly: Assembly, *, levels: int | None, positions: int | None, seed: int) -> Reassigned:
     """A collective call, whose result is the same on every rank.
 
-    Cost: the training users once for each segment of `levels`, and N * b^levels numbers.
+    Cost: the training users once for each segment of `levels`, and N * b^levels numbers; see `assign_levels`.
     Raises: ConfigError for a model without a tree of equal branching, or without positions to score.
     """
     model = assembly.model
@@ -89,14 +92,19 @@ def reassign(assembly: Assembly, *, levels: int, positions: int | None, seed: in
     return assign_levels(model, partial(_summed, assembly, positions, seed), levels=levels)
 
 
-def assign_levels(model: NodeScorer, summed: Summed, *, levels: int) -> Reassigned:
+def assign_levels(model: NodeScorer, summed: Summed, *, levels: int | None = None) -> Reassigned:
     """The tree that `summed` gives, segment by segment from the root down.
 
+    Segments of None have as many levels as leave an item MOST_DESCENDANTS to choose from, at least one.
     Raises: ConfigError for segments without levels.
     """
-    if levels < 1:
-        raise ConfigError(f"--levels must be at least 1, and is {levels}; the published number is 7")
     nodes, branching = model.nodes, model.code_sizes[0]
+    if levels is None:
+        levels = max(math.floor(math.log2(MOST_DESCENDANTS) / math.log2(branching)), 1)
+    if levels < 1:
+        raise ConfigError(
+            f"--levels must be at least 1, and is {levels}; the published number is 7, of a binary tree"
+        )
     places, before, after, num_samples = torch.zeros_like(nodes.leaves), 0.0, 0.0, 0.0
     for start in range(0, nodes.depth, levels):
         stop = min(start + levels, nodes.depth)

@@ -22,7 +22,7 @@ def scorer_over(codes: np.ndarray) -> TDM:
     return TREES["tdm"].build(num_items=NUM_ITEMS, semantic_ids=ids)
 
 
-def reassigned(codes: np.ndarray, levels: int) -> Reassigned:
+def reassigned(codes: np.ndarray, levels: int | None) -> Reassigned:
     """One sample for each item, whose users know its ancestors in the best tree by -0.1 and others by -1."""
     model, items = scorer_over(codes), torch.arange(NUM_ITEMS)
 
@@ -36,7 +36,7 @@ def reassigned(codes: np.ndarray, levels: int) -> Reassigned:
     return assign_levels(model, summed, levels=levels)
 
 
-@pytest.mark.parametrize("levels", [1, 2, 3, 7])
+@pytest.mark.parametrize("levels", [1, 2, 3, 7, None])
 def test_every_item_finds_its_place_and_then_stays_there(levels):
     first = codes_of_order(np.arange(NUM_ITEMS), 2)
     found = reassigned(first, levels)
@@ -52,5 +52,23 @@ def test_every_item_finds_its_place_and_then_stays_there(levels):
 
 
 def test_segments_without_levels_are_refused():
-    with pytest.raises(ConfigError, match="--levels must be at least 1, and is 0; the published number is 7"):
+    with pytest.raises(
+        ConfigError,
+        match="--levels must be at least 1, and is 0; the published number is 7, of a binary tree",
+    ):
         reassigned(codes_of_order(np.arange(NUM_ITEMS), 2), 0)
+
+
+def test_left_to_itself_no_item_chooses_among_more_than_128_places():
+    codes = codes_of_order(np.arange(256), 4)
+    ids = SemanticIds(codes=torch.from_numpy(codes).long(), code_sizes=(4,) * 4)
+    model, segments = TREES["tdm"].build(num_items=256, semantic_ids=ids), []
+
+    def summed(places: Tensor, segment: tuple[int, int]) -> PathSums:
+        segments.append(segment)
+        gains = torch.zeros(256, 4 ** (segment[1] - segment[0]))
+        return PathSums(gains=gains, old=torch.zeros(256), counts=torch.ones(256))
+
+    found = assign_levels(model, summed)
+    assert segments == [(0, 3), (3, 4)]
+    np.testing.assert_array_equal(found.codes, codes)
