@@ -13,6 +13,8 @@ from trainer.configuration import LogConfig
 METRICS_NAME = "metrics.jsonl"
 WANDB_NAME = "wandb.json"
 _REMOTE_WRITE_S = 30.0
+_PAUSE = 100
+"""A pause between two writes of the whole file lasts so many times as long as the last of them took."""
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ class MetricLog:
         if self._storage.is_local:
             self._lines.clear()
             self._file = open(self._storage.path(METRICS_NAME), "a", buffering=1)
-        self._written_at = time.monotonic()
+        self._write_next_at = time.monotonic() + _REMOTE_WRITE_S
         self._wandb = None if config.wandb == "off" else _start_wandb(self._storage, config, document)
 
     def write(self, step: int, numbers: Mapping[str, float | int]) -> None:
@@ -45,7 +47,7 @@ class MetricLog:
             self._file.write(line)
         else:
             self._lines.append(line)
-            if time.monotonic() - self._written_at > _REMOTE_WRITE_S:
+            if time.monotonic() > self._write_next_at:
                 self._write_whole()
         if self._wandb is not None:
             self._wandb.log({"step": step, **numbers})
@@ -63,9 +65,11 @@ class MetricLog:
             self._wandb.finish()
 
     def _write_whole(self) -> None:
-        """Object stores cannot append: the file is replaced now and then."""
+        """Object stores cannot append: the file is replaced now and then, the more rarely the longer that takes."""
+        started = time.monotonic()
         self._storage.write(METRICS_NAME, "".join(self._lines).encode())
-        self._written_at = time.monotonic()
+        ended = time.monotonic()
+        self._write_next_at = ended + max(_REMOTE_WRITE_S, _PAUSE * (ended - started))
 
 
 def read_metrics(run_dir: str) -> list[dict[str, float | int]]:

@@ -2,6 +2,8 @@ import json
 
 import pytest
 
+from cluster.storage import Storage
+from trainer import metric_log
 from trainer.configuration import LogConfig
 from trainer.metric_log import MetricLog, read_metrics
 
@@ -37,6 +39,22 @@ def test_lines_that_a_checkpoint_counts_are_in_the_object_store_before_it(tmp_pa
         resumed.write(20, {"train/loss": 0.4})
         resumed.flush()
     assert [line["step"] for line in read_metrics(run_dir)] == [10, 20]
+
+
+def test_the_longer_an_object_store_takes_the_more_rarely_all_lines_are_sent(tmp_path, monkeypatch):
+    clock, sent = [0.0], []
+    monkeypatch.setattr(metric_log.time, "monotonic", lambda: clock[0])
+    log = MetricLog(f"memory://{tmp_path}", LogConfig(), {})
+
+    def write(storage: Storage, name: str, data: bytes) -> None:
+        sent.append(clock[0])
+        clock[0] += 2.0
+
+    monkeypatch.setattr(Storage, "write", write)
+    for step in range(60):
+        log.write(step, {"train/loss": 0.5})
+        clock[0] += 10.0
+    assert sent == [40.0, 252.0, 464.0]
 
 
 def test_a_line_is_there_as_soon_as_it_is_written_and_a_torn_one_is_dropped(tmp_path):
