@@ -40,8 +40,8 @@ def interest_attention(
     numbers, visible = (column.index_select(0, layout.token_of_cell) for column in (key_numbers, num_visible))
     if padding is not None:
         numbers, visible = numbers.masked_fill(padding[:, 0], NO_KEY), visible.masked_fill(padding[:, 0], 0)
-    # On an accelerator the number of keys is not asked for, which would wait for it.
-    most = int(key_numbers.max()) + 1 if queries.device.type == "cpu" else math.inf
+    # One at least, which nobody then sees. On an accelerator it is not asked for, which would wait for it.
+    most = max(int(key_numbers.max()) + 1, 1) if queries.device.type == "cpu" else math.inf
     outputs, start = [], 0
     for cells in to_cells(torch.stack((queries, keys, values), dim=1), layout):
         users, length = cells.shape[:2]

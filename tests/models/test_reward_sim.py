@@ -50,6 +50,16 @@ def test_interest_attention_equals_the_loop_in_values_and_gradients(layout):
         torch.testing.assert_close(own, reference, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("layout", [bucket_layout, padded_layout])
+def test_where_no_user_has_keys_the_sums_are_zero_and_all_weights_have_gradients(layout):
+    sequences = Jagged.from_lengths(torch.zeros(7, dtype=torch.int64), torch.tensor([3, 4]))
+    leaves = [random(7, 2, 4).requires_grad_() for _ in range(3)] + [torch.ones(2, requires_grad=True)]
+    nothing = torch.zeros(7, dtype=torch.int64)
+    found = interest_attention(*leaves[:3], nothing - 1, nothing, leaves[3], layout(sequences))
+    assert not found.any()
+    assert not any(gradient.any() for gradient in torch.autograd.grad(found.sum(), leaves))
+
+
 def batch_of_two_pages():
     """One user: page 0 shows 5, 6 and 5 is clicked; page 1 shows 5, 7, 8, and 8 is clicked and put in the cart;
     page 2 shows 9. Another user: page 0 shows 5."""
