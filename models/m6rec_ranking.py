@@ -12,6 +12,7 @@ items may be learnt beside the answers (`language_weight`), in place of pretrain
 and item, as a retriever sees it, may be added to the log-odds (`likeness`).
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -172,7 +173,10 @@ class M6RecRanking(Ranker):
         if self.config.scoring == "classifier":
             found = self.classify(states, rows[ALONE].ids)
         else:
-            likelihoods = self.log_likelihoods(states, reading, rows[SPOKEN].ids)
+            # Where nothing is written, as likely as any word; 0 would be more than any text gets.
+            likelihoods = self.log_likelihoods(
+                states, reading, rows[SPOKEN].ids, wordless=-math.log(self.texts.vocabulary_size)
+            )
             found = likelihoods[:, None].expand(-1, len(self.actions))
         scores = found.new_zeros(candidates.numel(), len(self.actions))
         return scores.index_copy(0, rows[PLACED].ids, found).unflatten(0, candidates.shape)
@@ -190,8 +194,10 @@ class M6RecRanking(Ranker):
         cosine = F.cosine_similarity(states.begins.float(), items, dim=-1)
         return found + self.likeness(cosine[:, None]).float()
 
-    def log_likelihoods(self, states: States, reading: Reading, places: Tensor) -> Tensor:
-        """The mean over the words of each prompt that are followed at `places`; 0 for a prompt without.
+    def log_likelihoods(
+        self, states: States, reading: Reading, places: Tensor, *, wordless: float = 0.0
+    ) -> Tensor:
+        """The mean over the words of each prompt that are followed at `places`; `wordless` for a prompt without.
 
         Shapes: places [M] among the tokens of the prompts -> [P] fp32, in the order of the slots.
         """
@@ -203,7 +209,8 @@ class M6RecRanking(Ranker):
             found.append(-F.cross_entropy(scores, tokens[part + 1], reduction="none"))
         sums, counts = (states.tokens.new_zeros(len(reading.slots), dtype=torch.float32) for _ in range(2))
         sums = sums.index_add(0, owner, torch.cat(found))
-        return sums / counts.index_add(0, owner, torch.ones_like(owner).float()).clamp(min=1)
+        counts = counts.index_add(0, owner, torch.ones_like(owner).float())
+        return torch.where(counts > 0, sums / counts.clamp(min=1), wordless)
 
 
 def _first_request(batch: SequenceBatch) -> SequenceBatch:

@@ -1,5 +1,6 @@
 """M6-Rec against its definition written out on dense masks, one sequence at a time; and what tuning trains."""
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -210,6 +211,21 @@ def test_candidates_get_the_scores_and_likelihoods_of_one_sequence_for_each(name
         scores = F.linear(states[1 : 1 + len(words)], model.encoder.decoder.vocabulary.weight)
         expected = -F.cross_entropy(scores, words)
         torch.testing.assert_close(likelihoods[user, slot], expected.expand(2), atol=1e-4, rtol=1e-4)
+
+
+def test_an_item_without_words_is_as_likely_as_any_word_and_not_certain():
+    model = make_model("m6-rec-ranking as published", scoring="likelihood")
+    reader, items = model.encoder.reader, model.texts.items
+    lengths = items.lengths.clone()
+    lengths[0] = 0
+    texts = replace(model.texts, items=Jagged.from_lengths(items.values[items.lengths[0] :], lengths))
+    model.encoder.reader = replace(reader, texts=texts)
+    candidates = torch.tensor([[0, 1], [2, 0], [0, -1]])
+    scores = model.logits(
+        looked_up(model, model.candidate_ids(make_users(), candidates)), make_users(), candidates
+    )
+    assert torch.allclose(scores[candidates == 0], torch.tensor(-math.log(WORDS)))
+    assert (scores[candidates > 0] != scores[0, 0]).all()
 
 
 def by_hand(written: Written, states: Tensor, item: int) -> Tensor:
