@@ -94,8 +94,13 @@ def text_plain_and_compiled(process):
     for compiled, dropout in ((False, 0.0), (True, 0.0), (True, 0.5)):
         torch.manual_seed(0)
         decoder = TextDecoder(
-            **{"vocabulary_size": 5, "width": 8, "num_blocks": 2, "num_heads": 2, "feedforward_width": 8},
-            **{"dropout": dropout, "init_scale": 1.0},
+            vocabulary_size=5,
+            width=8,
+            num_blocks=2,
+            num_heads=2,
+            feedforward_width=8,
+            dropout=dropout,
+            init_scale=1.0,
         )
         if compiled:
             compile_blocks(decoder)
