@@ -37,9 +37,9 @@ class ExposureBatch:
 class ExposureStream:
     """The pages between a user's last answer and the held-out event, which is on the last of them.
 
-    Training leaves them out, and validation those that the test has too, unless both hold out one event. Each window ends with what was held out, so
-    more of it is answered than of all pages. Users without a history, a held-out event on a page or exposures are left
-    out.
+    Training leaves them out, and validation those that the test has too, unless both hold out one event. Each window
+    ends with what was held out, so more of it is answered than of all pages. Users without a history, a held-out event
+    on a page or exposures are left out.
     """
 
     def __init__(

@@ -71,7 +71,8 @@ class TextEncoderConfig:
     """Hidden size of the adapters."""
 
     needs_texts = True
-    """Whether `build` is to be given the texts of items and users."""
+    """Whether `build` is to be given the texts of users, and of items where it reads them."""
+    reads_item_texts = True
 
     @property
     def has_frozen_base(self) -> bool:
