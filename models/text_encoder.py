@@ -79,6 +79,11 @@ class TextEncoderConfig:
         return self.tuning != "full"
 
     def __post_init__(self) -> None:
+        sizes = ("width", "num_blocks", "num_heads", "feedforward_width", "num_soft_prompts", "adapter_width")
+        wrong = [name for name in sizes if getattr(self, name) < 1]
+        if wrong:
+            given = ", ".join(f"model.{name.replace('_', '-')} {getattr(self, name)}" for name in wrong)
+            raise ConfigError(f"sizes of a text model must be at least 1, got {given}")
         if self.joint_tokens == "last" and not self.separate_blocks:
             raise ConfigError(
                 "model.joint-tokens last needs lower layers that read each text, and model.separate-blocks is 0; raise "

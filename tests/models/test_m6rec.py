@@ -380,6 +380,8 @@ def test_sizes_that_do_not_fit_are_refused():
         make_model("m6-rec-ranking", scoring="likelihood", joint_tokens="last")
     with pytest.raises(ConfigError, match="even width"):
         make_model(FORWARD, width=6, num_heads=2)
+    with pytest.raises(ConfigError, match=r"at least 1, got model\.width 0, model\.adapter-width -1"):
+        make_model(FORWARD, width=0, adapter_width=-1)
     with pytest.raises(ConfigError, match="max-tokens must be at least 1"):
         replace(make_model(FORWARD).config.text, max_tokens=0)
 
