@@ -16,7 +16,7 @@ from data_streams.held_out_windows import between, held_out_window
 from data_streams.jagged import Jagged
 from data_streams.schema import EXPOSURE
 from data_streams.shards import Chunk
-from data_streams.stream import open_data
+from data_streams.stream import drawn_users, open_data
 from data_streams.target_pages import EventReading
 
 NO_ITEM = -1
@@ -51,8 +51,9 @@ class ExposureStream:
         rank: int,
         world_size: int,
         users_per_batch: int,
+        user_share: float = 1.0,
     ):
-        """`users_per_batch` counts the users of all ranks.
+        """`users_per_batch` counts the users of all ranks; a share below 1 draws users as `EvaluationStream` does.
 
         Raises: DataError where the data holds no exposures or none of an action.
         """
@@ -74,7 +75,7 @@ class ExposureStream:
         )
         num_users = np.array([record.num_users for record in self.manifest.chunks], dtype=np.int64)
         self._pieces = Deal(np.arange(len(num_users)), num_users, num_users, world_size).pieces(rank)
-        self._batch_users = max(users_per_batch // world_size, 1)
+        self._batch_users, self._user_share = max(users_per_batch // world_size, 1), user_share
 
     def batches(self) -> Iterator[ExposureBatch]:
         """At most so many users of a chunk each; ranks can have different numbers of them."""
@@ -102,6 +103,8 @@ class ExposureStream:
         is_shown = is_exposure & (page >= 0) & between(chunk, start, stop)
         is_past = taken & (chunk.places <= start[user])
         kept = _has(is_shown, user, chunk.num_users) & _has(is_past, user, chunk.num_users)
+        if self._user_share < 1:
+            kept &= drawn_users(chunk.users, self._user_share)
         if not kept.any():
             return None
         new_row = np.cumsum(kept) - 1

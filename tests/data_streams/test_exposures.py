@@ -11,7 +11,7 @@ from data_streams.configuration import DataConfig
 from data_streams.exposures import ExposureStream
 from data_streams.manifest import Manifest
 from data_streams.sources.events import EventsSource
-from data_streams.stream import TrainStream
+from data_streams.stream import EvaluationStream, TrainStream
 
 PAGES = (
     (0, "ab", "a", ""),
@@ -113,6 +113,21 @@ def test_users_are_read_some_at_a_time(tmp_path):
         ]
     items = [item for part in parts for item in part.histories.items.values.tolist()]
     assert whole.histories.items.values.tolist() == items
+
+
+def test_a_share_of_the_users_is_that_of_retrieval(tmp_path):
+    rows = [
+        (user, item, 2 * page + clicked, ("exposure", "click")[clicked], page)
+        for user in "uvwxyz"
+        for page, item in enumerate("abcd")
+        for clicked in range(2)
+    ]
+    path = build_rows(tmp_path / "data", rows)
+    parts = {"split": "test", "rank": 0, "world_size": 1, "users_per_batch": 10, "user_share": 0.4}
+    (retrieved,) = EvaluationStream(DataConfig(path=path), **parts).batches()
+    (batch,) = stream_of(path, user_share=0.4).batches()
+    assert 0 < batch.histories.num_users < 6
+    assert batch.histories.user_ids.tolist() == retrieved.user_ids.tolist()
 
 
 @pytest.mark.parametrize("pages", [PAGES, MORE])
