@@ -32,7 +32,7 @@ from models.text_encoder import States, TextEncoder, TextEncoderConfig, log_trai
 from models.text_reading import Reading
 from models.texts import Texts
 
-SPOKEN, PLACED, ALONE = "spoken", "placed", "alone"
+SPOKEN, PLACED, ITEM = "spoken", "placed", "item"
 LIKENESS = 5.0
 """What the cosine is multiplied by at first."""
 WORDS_AT_A_TIME = 2048
@@ -145,11 +145,11 @@ class M6RecRanking(Ranker):
     def _read(
         self, batch: SequenceBatch, visible: Jagged, candidates: Tensor
     ) -> tuple[Reading, dict[str, Tensor]]:
-        """What is read, the same as ids, and which of the items' regions belongs to each candidate."""
+        """What is read, the same as ids, and which of the items read alone each candidate is."""
         reading = self.encoder.reader.scoring(
             batch, visible, candidates.numpy(), with_items=self.config.has_likeness
         )
-        return reading, {**reading.as_ids(), ALONE: candidates.unique(return_inverse=True)[1]}
+        return reading, {**reading.as_ids(), ITEM: candidates.unique(return_inverse=True)[1]}
 
     def forward(self, rows: Rows, batch: SequenceBatch, context: StepContext) -> LossSum:
         reading = Reading.of(rows)
@@ -158,7 +158,7 @@ class M6RecRanking(Ranker):
         total, metrics = states.prompts.sum().float() * 0, {}
         if self.config.scoring == "classifier":
             losses = F.binary_cross_entropy_with_logits(
-                self.classify(states, rows[ALONE].ids), answers, reduction="none"
+                self.classify(states, rows[ITEM].ids), answers, reduction="none"
             )
             total, metrics = losses.sum(), dict(zip(self.actions, losses.detach().sum(0), strict=True))
         if self.config.reads_words:
@@ -171,7 +171,7 @@ class M6RecRanking(Ranker):
         reading = Reading.of(rows)
         states = self.encoder(reading)
         if self.config.scoring == "classifier":
-            found = self.classify(states, rows[ALONE].ids)
+            found = self.classify(states, rows[ITEM].ids)
         else:
             # Where nothing is written, as likely as any word; 0 would be more than any text gets.
             likelihoods = self.log_likelihoods(
@@ -182,7 +182,7 @@ class M6RecRanking(Ranker):
         return scores.index_copy(0, rows[PLACED].ids, found).unflatten(0, candidates.shape)
 
     def classify(self, states: States, item: Tensor) -> Tensor:
-        """Log-odds of each action for each prompt. Shapes: item [P], the region of the candidate -> [P, A] fp32."""
+        """Log-odds of each action for each prompt. Shapes: item [P], which of those alone it is -> [P, A] fp32."""
         if self.config.has_frozen_base:
             no, yes = self.encoder.options(self.num_options).unflatten(0, (-1, 2)).unbind(1)
             found = F.linear(states.prompts.float(), (yes - no).float())
@@ -190,7 +190,7 @@ class M6RecRanking(Ranker):
             found = self.classifier(states.prompts).float()
         if not self.config.has_likeness:
             return found
-        items = states.regions.index_select(0, item).float()
+        items = states.alone.index_select(0, item).float()
         cosine = F.cosine_similarity(states.begins.float(), items, dim=-1)
         return found + self.likeness(cosine[:, None]).float()
 

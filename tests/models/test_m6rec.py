@@ -12,6 +12,7 @@ from cluster.errors import ConfigError
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
 from launch.recipes import m6_rec
+from models.kernels.length_buckets import BucketLayout, padded_layout
 from models.layers.attention_plan import Plan
 from models.objectives.sampled_softmax import SampledSoftmax
 from models.recommender import StepContext
@@ -211,6 +212,24 @@ def test_candidates_get_the_scores_and_likelihoods_of_one_sequence_for_each(name
         scores = F.linear(states[1 : 1 + len(words)], model.encoder.decoder.vocabulary.weight)
         expected = -F.cross_entropy(scores, words)
         torch.testing.assert_close(likelihoods[user, slot], expected.expand(2), atol=1e-4, rtol=1e-4)
+
+
+def test_items_are_not_laid_out_as_long_as_histories_where_all_rows_are(monkeypatch):
+    """As on an accelerator."""
+    model, shapes = make_model(PUBLISHED, positions=1), []
+    expected = loss_of(model, make_users()).sum
+
+    def padded(rows: Jagged) -> BucketLayout:
+        layout = padded_layout(rows)
+        shapes.extend(layout.buckets)
+        return layout
+
+    for module in ("text_encoder", "kernels.page_attention"):
+        monkeypatch.setattr(f"models.{module}.bucket_layout", padded)
+    torch.testing.assert_close(loss_of(model, make_users()).sum, expected)
+    longest = max(length for _, length in shapes)
+    # A copy of the history for each prompt, and the mark that stands for none.
+    assert [rows for rows, length in shapes if length == longest] == [len(HISTORIES) + 1]
 
 
 def test_an_item_without_words_is_as_likely_as_any_word_and_not_certain():
