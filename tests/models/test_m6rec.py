@@ -8,10 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cluster.errors import ConfigError
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
-from launch.recipes import m6_rec
 from models.kernels.length_buckets import BucketLayout, padded_layout
 from models.layers.attention_plan import Plan
 from models.objectives.sampled_softmax import SampledSoftmax
@@ -23,7 +21,6 @@ from sharding.lookup import make_lookup
 from sharding.unsharded import UnshardedTables
 from tests.models.test_mtgr import CODES, log_of_two_users, random_log
 from tests.text_cases import TEXT_RANKERS, WORDS, make_text_model
-from trainer.checks import check
 from trainer.configuration import TrainConfig
 from trainer.dense_module import DenseModule
 from trainer.plain_engine import PlainEngine
@@ -386,29 +383,3 @@ def test_a_model_knows_no_items_but_by_their_words():
     rows = LookedUp(ids=torch.arange(NUM_ITEMS), rows=torch.zeros(NUM_ITEMS, 0))
     large.texts.items.values[: len(small.texts.items.values)] = small.texts.items.values
     torch.testing.assert_close(large.item_vectors(rows), small.item_vectors(rows))
-
-
-def test_sizes_that_do_not_fit_are_refused():
-    with pytest.raises(ConfigError, match="separate-blocks must be 0 to 3"):
-        make_model(FORWARD, separate_blocks=4)
-    with pytest.raises(ConfigError, match="joint-tokens last needs lower layers"):
-        make_model(FORWARD, separate_blocks=0, joint_tokens="last")
-    with pytest.raises(ConfigError, match=r"num-soft-prompts must be at least 4 .* got 3"):
-        make_model("m6-rec-ranking", tuning="option", num_soft_prompts=3)
-    with pytest.raises(ConfigError, match="joint-tokens all, got last"):
-        make_model("m6-rec-ranking", scoring="likelihood", joint_tokens="last")
-    with pytest.raises(ConfigError, match="even width"):
-        make_model(FORWARD, width=6, num_heads=2)
-    with pytest.raises(ConfigError, match=r"at least 1, got model\.width 0, model\.adapter-width -1"):
-        make_model(FORWARD, width=0, adapter_width=-1)
-    with pytest.raises(ConfigError, match="max-tokens must be at least 1"):
-        replace(make_model(FORWARD).config.text, max_tokens=0)
-
-
-def test_a_frozen_language_model_must_have_learnt():
-    recipe = m6_rec.recipe()
-    tuned = replace(recipe, model=replace(recipe.model, tuning="option"))
-    check(recipe)
-    check(replace(tuned, init_from="runs/a"))
-    with pytest.raises(ConfigError, match=r"frozen as it is.*--init-from RUN"):
-        check(tuned)
