@@ -16,7 +16,7 @@ from data_streams.held_out_windows import between, held_out_window
 from data_streams.jagged import Jagged
 from data_streams.schema import EXPOSURE
 from data_streams.shards import Chunk
-from data_streams.stream import open_data
+from data_streams.stream import drawn_users, open_data
 from data_streams.target_pages import EventReading
 
 NO_ITEM = -1
@@ -37,9 +37,9 @@ class ExposureBatch:
 class ExposureStream:
     """The pages between a user's last answer and the held-out event, which is on the last of them.
 
-    Training leaves them out, and validation those that the test has too. Each window ends with what was held out, so
-    more of it is answered than of all pages. Users without a history, a held-out event on a page or exposures are left
-    out.
+    Training leaves them out, and validation those that the test has too, unless both hold out one event. Each window
+    ends with what was held out, so more of it is answered than of all pages. Users without a history, a held-out event
+    on a page or exposures are left out.
     """
 
     def __init__(
@@ -50,8 +50,13 @@ class ExposureStream:
         actions: Sequence[str],
         rank: int,
         world_size: int,
+        users_per_batch: int,
+        user_share: float = 1.0,
     ):
-        """Raises: DataError where the data holds no exposures or none of an action."""
+        """`users_per_batch` counts the users of all ranks; a share below 1 draws users as `EvaluationStream` does.
+
+        Raises: DataError where the data holds no exposures or none of an action.
+        """
         storage, self.manifest = open_data(config)
         missing = [name for name in (EXPOSURE, *actions) if name not in self.manifest.actions]
         missing += [name for name in ("action", "page_id") if name not in self.manifest.columns]
@@ -70,13 +75,17 @@ class ExposureStream:
         )
         num_users = np.array([record.num_users for record in self.manifest.chunks], dtype=np.int64)
         self._pieces = Deal(np.arange(len(num_users)), num_users, num_users, world_size).pieces(rank)
+        self._batch_users, self._user_share = max(users_per_batch // world_size, 1), user_share
 
     def batches(self) -> Iterator[ExposureBatch]:
-        """One batch for each part of a chunk; ranks can have different numbers of them."""
+        """At most so many users of a chunk each; ranks can have different numbers of them."""
         for piece in self._pieces:
             read = self._reader.read(piece)
-            if read is not None and (batch := self._batch(read[0])):
-                yield batch
+            chunk_users = 0 if read is None else read[0].num_users
+            for start in range(0, chunk_users, self._batch_users):
+                stop = min(start + self._batch_users, chunk_users)
+                if batch := self._batch(read[0].select(start, stop)):
+                    yield batch
 
     def empty_batch(self) -> ExposureBatch:
         """A batch without users, for a rank that has read all of its own."""
@@ -94,6 +103,8 @@ class ExposureStream:
         is_shown = is_exposure & (page >= 0) & between(chunk, start, stop)
         is_past = taken & (chunk.places <= start[user])
         kept = _has(is_shown, user, chunk.num_users) & _has(is_past, user, chunk.num_users)
+        if self._user_share < 1:
+            kept &= drawn_users(chunk.users, self._user_share)
         if not kept.any():
             return None
         new_row = np.cumsum(kept) - 1
@@ -117,7 +128,9 @@ class ExposureStream:
         if self._split == "test":
             return start, stop
         test_start, test_stop = held_out_window(chunk, "test", is_exposure)
-        return start, np.where(test_stop > 0, np.minimum(stop, test_start + 1), stop)
+        # Of one event, both are the same on purpose (leave-one-out).
+        cuts = (test_stop > 0) & (chunk.test_at != chunk.valid_at)
+        return start, np.where(cuts, np.minimum(stop, test_start + 1), stop)
 
     def _histories(
         self, chunk: Chunk, user: np.ndarray, is_past: np.ndarray, kept: np.ndarray

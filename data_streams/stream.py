@@ -307,7 +307,7 @@ class EvaluationStream:
         if self._rows is not None:
             known = np.where(np.isin(chunk.users, self._rows), known, -1)
         if self._user_share < 1:
-            known = np.where(self._is_drawn(chunk.users), known, -1)
+            known = np.where(drawn_users(chunk.users, self._user_share), known, -1)
         if self._action is not None and self._split != "serve":
             # Without a held-out event (-1) any action is read, and the user is left out as it is.
             actions = chunk.columns[ACTION][chunk.offsets[:-1] + held_out]
@@ -315,11 +315,6 @@ class EvaluationStream:
         self._without_history += int(((known == 0) & (held_out >= 0)).sum())
         places = np.flatnonzero(known > 0)
         return places, known[places], chunk.offsets[places] + held_out[places]
-
-    def _is_drawn(self, users: np.ndarray) -> np.ndarray:
-        """Shapes: [U] -> [U] bool."""
-        seed = purpose_seed(0, "evaluated users")
-        return uniform_of_events(seed, users, np.zeros_like(users)) < self._user_share
 
     def _block(
         self,
@@ -343,6 +338,12 @@ class EvaluationStream:
             seen_offsets=offsets_of(known),
             pages=pages and pages.within(known - lengths, lengths),
         )
+
+
+def drawn_users(users: np.ndarray, share: float) -> np.ndarray:
+    """Which users are of a share of them: by their rows alone, so always the same. Shapes: [U] -> [U] bool."""
+    seed = purpose_seed(0, "evaluated users")
+    return uniform_of_events(seed, users, np.zeros_like(users)) < share
 
 
 def open_data(config: DataConfig) -> tuple[Storage, Manifest]:

@@ -2,6 +2,7 @@
 
 import html
 import io
+import math
 import os
 from collections.abc import Sequence
 
@@ -38,7 +39,7 @@ def item_texts(items: pl.DataFrame) -> list[str]:
     present = [(label, items[column].to_list()) for label, column in _FIELDS if column in items.columns]
     lines = []
     for row in range(items.height):
-        fields = [(label, _written(values[row])) for label, values in present]
+        fields = [(label, written(values[row])) for label, values in present]
         lines.append(" ".join(f"{label}: {_ended(text)}" for label, text in fields if text).removesuffix("."))
     return lines
 
@@ -96,10 +97,12 @@ def _load_model(model: str | None):
         ) from error
 
 
-def _written(value: object) -> str:
+def written(value: object) -> str:
+    """A value of a table in words, none for one that is missing. Example: ["Beauty", "Nails"] -> "Beauty > Nails"."""
     if isinstance(value, list):
-        return " > ".join(filter(None, map(_written, value)))
-    return html.unescape(str(value)).strip() if value is not None else ""
+        return " > ".join(filter(None, map(written, value)))
+    is_missing = value is None or (isinstance(value, float) and math.isnan(value))
+    return "" if is_missing else html.unescape(str(value)).strip()
 
 
 def _ended(text: str) -> str:

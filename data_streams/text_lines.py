@@ -6,7 +6,7 @@ import polars as pl
 
 from cluster.errors import ConfigError
 from cluster.storage import Storage
-from data_streams.text_embeddings import TEXT_COLUMNS, item_texts, read_item_frame
+from data_streams.text_embeddings import TEXT_COLUMNS, item_texts, read_item_frame, written
 from data_streams.user_table import read_users
 
 
@@ -22,8 +22,9 @@ def item_lines(path: str, columns: Sequence[str]) -> list[str]:
             f"model.text.columns must be some of {', '.join(TEXT_COLUMNS)}, got {', '.join(columns) or 'none'}"
         )
     frame = read_item_frame(path)
-    lines = item_texts(frame.select(name for name in columns if name in frame.columns))
-    if not any(lines) or (set(columns) == {"title"} and _are_ids(frame)):
+    named = [name for name in columns if name in frame.columns]
+    lines = item_texts(frame.select(named))
+    if not any(lines) or _only_ids(frame, named):
         raise ConfigError(
             f"the items of {path} must have text in {', '.join(columns)}, and there is none; build the data with "
             "titles (--items of the source events), or name other columns with --model.text.columns"
@@ -31,14 +32,17 @@ def item_lines(path: str, columns: Sequence[str]) -> list[str]:
     return lines
 
 
-def _are_ids(items: pl.DataFrame) -> bool:
-    """Whether the titles are the raw ids, which the build writes where a source has none."""
+def _only_ids(items: pl.DataFrame, columns: Sequence[str]) -> bool:
+    """Whether nothing is written but titles that are raw ids, as the build writes them where a source has none."""
+    if "title" not in columns:
+        return False
     titles = items["title"].cast(pl.String)
-    return (titles.is_null() | (titles == items["item_id"].cast(pl.String))).all()
+    are_ids = (titles.is_null() | (titles == items["item_id"].cast(pl.String))).all()
+    return are_ids and not any(item_texts(items.select(name for name in columns if name != "title")))
 
 
 def user_lines(path: str) -> list[str] | None:
-    """What the user table says of each user beside the id; None where it says nothing.
+    """What the user table says of each user beside the id; None where it says nothing of anybody.
 
     Example: "Age: 24. Gender: M. Occupation: technician".
     """
@@ -46,12 +50,9 @@ def user_lines(path: str) -> list[str] | None:
     if users is None:
         return None
     frame = users.drop("user_id", strict=False)
-    if not frame.columns:
-        return None
     labels = [name.replace("_", " ").capitalize() for name in frame.columns]
-    return [
-        ". ".join(
-            f"{label}: {value}" for label, value in zip(labels, row, strict=True) if value not in (None, "")
-        )
+    lines = [
+        ". ".join(f"{label}: {text}" for label, text in zip(labels, map(written, row), strict=True) if text)
         for row in frame.iter_rows()
     ]
+    return lines if any(lines) else None

@@ -81,9 +81,10 @@ class TextTokenizer:
     def save(self, folder: str) -> None:
         Storage(folder).write(TOKENIZER, self._json.encode())
 
-    @property
+    @cached_property
     def size(self) -> int:
-        return self._tokenizer.get_vocab_size()
+        """One more than the last token, as numbers before it may stand for nothing."""
+        return max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
     @cached_property
     def fingerprint(self) -> str:

@@ -74,7 +74,7 @@ class M6Rec(Retriever):
     def forward(self, rows: Rows, batch: SequenceBatch, context: StepContext) -> LossSum:
         states = self.encoder(Reading.of(rows))
         known = rows[KNOWN].ids
-        items = self.objective.candidates(states.regions[: len(known)])
+        items = self.objective.candidates(states.alone)
         ids = {name: rows[name].ids for name in self.objective.features}
         vectors = {
             name: items.index_select(0, torch.searchsorted(known, wanted)) for name, wanted in ids.items()
@@ -103,4 +103,4 @@ class M6Rec(Retriever):
         """Shapes: items [n] on the host, distinct and in order -> [n, D]."""
         reading, device = self.encoder.reader.items(items.numpy()).as_ids(), rows.ids.device
         found = {name: LookedUp(ids=ids.to(device), rows=rows.rows[:0]) for name, ids in reading.items()}
-        return self.encoder(Reading.of(found)).regions[: len(items)]
+        return self.encoder(Reading.of(found)).alone

@@ -12,6 +12,7 @@ items may be learnt beside the answers (`language_weight`), in place of pretrain
 and item, as a retriever sees it, may be added to the log-odds (`likeness`).
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ from models.text_encoder import States, TextEncoder, TextEncoderConfig, log_trai
 from models.text_reading import Reading
 from models.texts import Texts
 
-SPOKEN, PLACED, ALONE = "spoken", "placed", "alone"
+SPOKEN, PLACED, ITEM = "spoken", "placed", "item"
 LIKENESS = 5.0
 """What the cosine is multiplied by at first."""
 WORDS_AT_A_TIME = 2048
@@ -135,11 +136,11 @@ class M6RecRanking(Ranker):
     def _read(
         self, batch: SequenceBatch, visible: Jagged, candidates: Tensor
     ) -> tuple[Reading, dict[str, Tensor]]:
-        """What is read, the same as ids, and which of the items' regions belongs to each candidate."""
+        """What is read, the same as ids, and which of the items read alone each candidate is."""
         reading = self.encoder.reader.scoring(
             batch, visible, candidates.numpy(), with_items=self.config.has_likeness
         )
-        return reading, {**reading.as_ids(), ALONE: candidates.unique(return_inverse=True)[1]}
+        return reading, {**reading.as_ids(), ITEM: candidates.unique(return_inverse=True)[1]}
 
     def forward(self, rows: Rows, batch: SequenceBatch, context: StepContext) -> LossSum:
         reading = Reading.of(rows)
@@ -148,7 +149,7 @@ class M6RecRanking(Ranker):
         total, metrics = states.prompts.sum().float() * 0, {}
         if self.config.scoring == "classifier":
             losses = F.binary_cross_entropy_with_logits(
-                self.classify(states, rows[ALONE].ids), answers, reduction="none"
+                self.classify(states, rows[ITEM].ids), answers, reduction="none"
             )
             total, metrics = losses.sum(), dict(zip(self.actions, losses.detach().sum(0), strict=True))
         if self.config.reads_words:
@@ -161,15 +162,18 @@ class M6RecRanking(Ranker):
         reading = Reading.of(rows)
         states = self.encoder(reading)
         if self.config.scoring == "classifier":
-            found = self.classify(states, rows[ALONE].ids)
+            found = self.classify(states, rows[ITEM].ids)
         else:
-            likelihoods = self.log_likelihoods(states, reading, rows[SPOKEN].ids)
+            # Where nothing is written, as likely as any word; 0 would be more than any text gets.
+            likelihoods = self.log_likelihoods(
+                states, reading, rows[SPOKEN].ids, wordless=-math.log(self.texts.vocabulary_size)
+            )
             found = likelihoods[:, None].expand(-1, len(self.actions))
         scores = found.new_zeros(candidates.numel(), len(self.actions))
         return scores.index_copy(0, rows[PLACED].ids, found).unflatten(0, candidates.shape)
 
     def classify(self, states: States, item: Tensor) -> Tensor:
-        """Log-odds of each action for each prompt. Shapes: item [P], the region of the candidate -> [P, A] fp32."""
+        """Log-odds of each action for each prompt. Shapes: item [P], which of those alone it is -> [P, A] fp32."""
         if self.config.has_frozen_base:
             no, yes = self.encoder.options(self.num_options).unflatten(0, (-1, 2)).unbind(1)
             found = F.linear(states.prompts.float(), (yes - no).float())
@@ -177,12 +181,14 @@ class M6RecRanking(Ranker):
             found = self.classifier(states.prompts).float()
         if not self.config.has_likeness:
             return found
-        items = states.regions.index_select(0, item).float()
+        items = states.alone.index_select(0, item).float()
         cosine = F.cosine_similarity(states.begins.float(), items, dim=-1)
         return found + self.likeness(cosine[:, None]).float()
 
-    def log_likelihoods(self, states: States, reading: Reading, places: Tensor) -> Tensor:
-        """The mean over the words of each prompt that are followed at `places`; 0 for a prompt without.
+    def log_likelihoods(
+        self, states: States, reading: Reading, places: Tensor, *, wordless: float = 0.0
+    ) -> Tensor:
+        """The mean over the words of each prompt that are followed at `places`; `wordless` for a prompt without.
 
         Shapes: places [M] among the tokens of the prompts -> [P] fp32, in the order of the slots.
         """
@@ -194,7 +200,8 @@ class M6RecRanking(Ranker):
             found.append(-F.cross_entropy(scores, tokens[part + 1], reduction="none"))
         sums, counts = (states.tokens.new_zeros(len(reading.slots), dtype=torch.float32) for _ in range(2))
         sums = sums.index_add(0, owner, torch.cat(found))
-        return sums / counts.index_add(0, owner, torch.ones_like(owner).float()).clamp(min=1)
+        counts = counts.index_add(0, owner, torch.ones_like(owner).float())
+        return torch.where(counts > 0, sums / counts.clamp(min=1), wordless)
 
 
 def _first_request(batch: SequenceBatch) -> SequenceBatch:

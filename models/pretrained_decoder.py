@@ -107,6 +107,13 @@ class Nobody(Plan):
         return queries * keys * values
 
 
+class OnlyThemselves(Plan):
+    """Tokens that see nothing else."""
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return values
+
+
 class PretrainedDecoder(nn.Module):
     """The same three calls as `PageDecoder`, and those of `models.layers.text_decoder.TextDecoder`."""
 
@@ -117,7 +124,8 @@ class PretrainedDecoder(nn.Module):
         """
         super().__init__()
         self.model = _load(folder)
-        vocabulary = self.model.get_input_embeddings().weight.detach()
+        embedding = self.model.get_input_embeddings()
+        vocabulary = embedding.weight.detach()
         self.vocabulary_mean, self.vocabulary_spread = vocabulary.mean(0), float(vocabulary.std(0).mean())
         self.width = vocabulary.shape[1]
         self.model.set_input_embeddings(nn.Identity())
@@ -126,6 +134,7 @@ class PretrainedDecoder(nn.Module):
             self.vocabulary = Vocabulary(vocabulary.clone())
             self.is_tied = self.model.config.tie_word_embeddings
             _check_layers(self.model, folder)
+            self._check_alike(embedding, folder)
 
     def forward(self, tokens: Tensor, places: Tensor, layout: PageLayout) -> Tensor:
         """The states after all tokens of histories and, behind them, pages. Shapes: [N, D], [N] -> [N, D]."""
@@ -176,6 +185,23 @@ class PretrainedDecoder(nn.Module):
         nn.init.normal_(vectors.weight, std=self.vocabulary_spread)
         with torch.no_grad():
             vectors.weight += self.vocabulary_mean
+
+    @torch.no_grad()
+    def _check_alike(self, embedding: nn.Module, folder: str) -> None:
+        """Raises: ConfigError where words, or layers one by one, give other states than the model as a whole."""
+        words = torch.arange(2, device=embedding.weight.device)
+        tokens, plan = self.vocabulary(words), OnlyThemselves()
+        whole, by_layers = (
+            self._run(tokens, words, plan),
+            self.run_layers(tokens, words, plan, 0, self.num_layers),
+        )
+        alike = torch.allclose(embedding(words), tokens)
+        if not alike or not torch.allclose(self.finish(by_layers), whole, rtol=1e-3, atol=1e-4):
+            raise ConfigError(
+                f"model.pretrained must read words by their vectors as they are to read text, and the "
+                f"{type(self.model).__name__} in {folder} scales them or does more than its layers; take another, "
+                "such as Llama or Qwen"
+            )
 
     def _run(self, tokens: Tensor, places: Tensor, plan: Plan) -> Tensor:
         if not len(tokens):

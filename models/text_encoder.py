@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.errors import ConfigError
+from data_streams.jagged import Jagged
 from models.kernels.length_buckets import BucketLayout, bucket_layout
 from models.kernels.masked_attention import masked_attention, prefix_masks
 from models.kernels.region_attention import RegionLayout, region_attention
@@ -71,13 +72,19 @@ class TextEncoderConfig:
     """Hidden size of the adapters."""
 
     needs_texts = True
-    """Whether `build` is to be given the texts of items and users."""
+    """Whether `build` is to be given the texts of users, and of items where it reads them."""
+    reads_item_texts = True
 
     @property
     def has_frozen_base(self) -> bool:
         return self.tuning != "full"
 
     def __post_init__(self) -> None:
+        sizes = ("width", "num_blocks", "num_heads", "feedforward_width", "num_soft_prompts", "adapter_width")
+        wrong = [name for name in sizes if getattr(self, name) < 1]
+        if wrong:
+            given = ", ".join(f"model.{name.replace('_', '-')} {getattr(self, name)}" for name in wrong)
+            raise ConfigError(f"sizes of a text model must be at least 1, got {given}")
         if self.joint_tokens == "last" and not self.separate_blocks:
             raise ConfigError(
                 "model.joint-tokens last needs lower layers that read each text, and model.separate-blocks is 0; raise "
@@ -87,10 +94,10 @@ class TextEncoderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class States:
-    """What the last layer says. Shapes: R regions, P prompts in the order of their slots, G tokens of prompts."""
+    """What the last layer says. Shapes: n segments alone, P prompts in the order of their slots, of G tokens."""
 
-    regions: Tensor
-    """[R, D], the last token of each region."""
+    alone: Tensor
+    """[n, D], the last token of each segment alone: an item's vector."""
     prompts: Tensor
     """[P, D], the last token of each prompt."""
     begins: Tensor
@@ -151,30 +158,32 @@ class TextEncoder(nn.Module):
 
     def forward(self, reading: Reading) -> States:
         hidden = self.separate(reading)
-        source = torch.cat((reading.regions.values, reading.prompts.values))
-        return self.join(hidden.index_select(0, source), reading)
+        return self.join(hidden.index_select(0, reading.joint_source()), reading)
 
     def separate(self, reading: Reading) -> Tensor:
         """The states of all segments below the joint layers. Shapes: [N, D]."""
-        layout = bucket_layout(reading.segments)
-        plan = Separate(layout=layout, masks=tuple(prefix_masks(reading.segment_limits, layout)))
+        plan = Separate.build(reading.segments, reading.segment_limits)
         hidden = self.embed(reading.segments.values)
         return self.decoder.run_layers(hidden, reading.segments.places(), plan, 0, self.num_separate)
 
     def join(self, hidden: Tensor, reading: Reading) -> States:
-        """The joint layers over regions and prompts. Shapes: hidden [H + G, D]."""
-        regions, prompts, visible = reading.regions, reading.prompts, reading.visible
+        """The joint layers over regions and prompts. Shapes: hidden [A + H + G, D]."""
+        alone, regions, prompts, visible = reading.alone, reading.regions, reading.prompts, reading.visible
         behind = visible.values[prompts.row_index()] + prompts.places()
-        places = torch.cat((regions.places(), behind))
-        plan = Joint(RegionLayout.build(regions, reading.region_limits, prompts, visible))
+        places = torch.cat((alone.places(), regions.places(), behind))
+        plan = Joint(
+            num_alone=len(alone.values),
+            alone=Separate.build(alone, alone.lengths[alone.row_index()]),
+            layout=RegionLayout.build(regions, reading.region_limits, prompts, visible),
+        )
         hidden = self.decoder.run_layers(hidden, places, plan, self.num_separate, self.decoder.num_layers)
         hidden = self.decoder.finish(hidden)
-        of_regions, of_prompts = hidden.split((len(regions.values), len(prompts.values)))
+        of_prompts = hidden[len(alone.values) + len(regions.values) :]
         first, last = (
             of_prompts.index_select(0, at) for at in (prompts.offsets[:-1], prompts.offsets[1:] - 1)
         )
         return States(
-            regions=of_regions.index_select(0, regions.offsets[1:] - 1),
+            alone=hidden.index_select(0, alone.offsets[1:] - 1),
             prompts=torch.zeros_like(last).index_copy(0, reading.slots, last),
             begins=torch.zeros_like(first).index_copy(0, reading.slots, first),
             tokens=of_prompts,
@@ -204,18 +213,31 @@ class Separate(Plan):
     layout: BucketLayout
     masks: Sequence[Tensor]
 
+    @staticmethod
+    def build(segments: Jagged, limits: Tensor) -> "Separate":
+        """`limits` says how many tokens of its segment each sees. Shapes: N tokens, limits [N]."""
+        layout = bucket_layout(segments)
+        return Separate(layout=layout, masks=tuple(prefix_masks(limits, layout)))
+
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         return masked_attention(queries, keys, values, self.masks, self.layout)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Joint(Plan):
-    """Regions and the prompts behind them."""
+    """Segments alone, and behind them regions and the prompts of these."""
 
+    num_alone: int
+    """Tokens of the segments alone."""
+    alone: Separate
     layout: RegionLayout
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        return region_attention(queries, keys, values, self.layout)
+        alone, others = zip(
+            *(part.tensor_split((self.num_alone,)) for part in (queries, keys, values)), strict=True
+        )
+        joint = region_attention(*others, self.layout)
+        return torch.cat((self.alone.attend(layer, *alone), joint)) if self.num_alone else joint
 
 
 def log_trained_share(model: nn.Module, encoder: TextEncoder) -> None:

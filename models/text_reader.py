@@ -35,7 +35,7 @@ class TextReader:
     def retrieval(self, batch: SequenceBatch, visible: Jagged, items: np.ndarray) -> Reading:
         """A query for each prompt, which knows so many events of its user, and a region for each item.
 
-        Shapes: visible [P], a row per user; items [n], distinct and in order; the regions of items come first.
+        Shapes: visible [P], a row per user; items [n], distinct and in order.
         """
         segments, known = Segments(), np.union1d(batch.items.values.numpy(), items)
         first_item = self._add_items(segments, known)
@@ -56,7 +56,7 @@ class TextReader:
     ) -> Reading:
         """A prompt for each candidate, which knows so many events of its user.
 
-        `with_items`: in front, a region for each of the distinct candidates, in order, as for `retrieval`.
+        `with_items`: a region for each of the distinct candidates, in order, as for `retrieval`.
 
         Shapes: visible [P], a row per user; candidates [P] item rows.
         """
@@ -173,12 +173,12 @@ def _put_together(
     close: int,
     reader: TextReader,
 ) -> Reading:
-    """Segments that are a region each in front, and a last region of [EOS'], so that there is always one."""
-    lengths = np.concatenate((np.ones_like(alone), regions.lengths, [1]))
+    """With a last region of [EOS'], so that there is always one."""
     return segments.reading(
-        (np.concatenate((alone, regions.segments, [close])), lengths),
+        alone,
+        (np.append(regions.segments, close), np.append(regions.lengths, 1)),
         prompts,
-        num_prompts=np.concatenate((np.zeros_like(alone), regions.num_prompts, [0])),
+        num_prompts=np.append(regions.num_prompts, 0),
         num_visible=regions.num_visible,
         slots=regions.slots,
         is_bidirectional=reader.is_bidirectional,

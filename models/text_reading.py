@@ -14,18 +14,21 @@ from torch import Tensor
 from data_streams.jagged import Jagged, gather_ranges
 from models.tables import Ids, Rows, carried, carried_back
 
-JAGGED = ("segments", "regions", "prompts", "visible")
+JAGGED = ("segments", "alone", "regions", "prompts", "visible")
 PLAIN = ("segment_limits", "region_limits", "slots")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """Shapes: N tokens in S segments, H tokens in R regions, G tokens in P prompts; at least one region."""
+    """Shapes: N tokens in S segments, A tokens of those alone, H tokens in R regions, G in P prompts; R at least 1."""
 
     segments: Jagged
     """[N] int64 tokens, a row per segment, each once."""
     segment_limits: Tensor
     """[N] int64, how many tokens of its segment each sees."""
+    alone: Jagged
+    """[A] int64, which of the N stands there: segments that are a region each, without prompts. Apart from the others,
+    which are many times as long: an accelerator lays all rows out as the longest one."""
     regions: Jagged
     """[H] int64, which of the N stands there."""
     region_limits: Tensor
@@ -36,6 +39,10 @@ class Reading:
     """[P] int64 in R rows, how many tokens of its region each prompt sees."""
     slots: Tensor
     """[P] int64, where what comes of each prompt belongs, in the order it was asked for."""
+
+    def joint_source(self) -> Tensor:
+        """Which of the N tokens the joint layers see, in their order. Shapes: [A + H + G]."""
+        return torch.cat((self.alone.values, self.regions.values, self.prompts.values))
 
     def as_ids(self) -> Ids:
         """The same as features of a step's lookup."""
@@ -96,6 +103,7 @@ class Segments:
 
     def reading(
         self,
+        alone: np.ndarray,
         regions: tuple[np.ndarray, np.ndarray],
         prompts: tuple[np.ndarray, np.ndarray],
         *,
@@ -106,8 +114,9 @@ class Segments:
     ) -> Reading:
         """Regions and prompts as lists of segments.
 
-        Shapes: regions and prompts are numbers of segments and how many each has ([X], [R]) and ([Y], [P]); num_prompts
-        [R]; num_visible [P] segments, at least 1. Without `is_bidirectional`, segments of a region see no later one.
+        Shapes: alone [n] numbers of segments; regions and prompts are numbers of segments and how many each has ([X],
+        [R]) and ([Y], [P]); num_prompts [R]; num_visible [P] segments, at least 1. Without `is_bidirectional`, segments
+        of a region see no later one.
         """
         lengths, is_causal, last = (
             np.concatenate(part) for part in (self.lengths, self.is_causal, self.only_last)
@@ -125,6 +134,7 @@ class Segments:
         return Reading(
             segments=_jagged(np.concatenate(self.tokens), lengths),
             segment_limits=torch.from_numpy(sees),
+            alone=_jagged(gather_ranges(kept_starts[alone], kept[alone]), kept[alone]),
             regions=_jagged(gather_ranges(kept_starts[region_segments], kept[region_segments]), totals),
             region_limits=torch.from_numpy(np.repeat(limits, kept[region_segments])),
             prompts=_jagged(

@@ -29,8 +29,8 @@ class TextConfig:
 class Texts:
     """Shapes: N items, U users; tokens int32, 0 .. vocabulary_size - 1."""
 
-    items: Jagged
-    """A row of tokens per item row."""
+    items: Jagged | None
+    """A row of tokens per item row; None where they are not read."""
     users: Jagged | None
     """A row per user row; None where nothing is known of users, or it is not to be read."""
     vocabulary_size: int

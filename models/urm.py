@@ -45,6 +45,7 @@ class URM(Retriever):
     @dataclass(frozen=True, kw_only=True)
     class Config:
         has_objectives: ClassVar[bool] = True
+        reads_item_texts: ClassVar[bool] = False
 
         num_queries: int = 4
         """Query tokens per prompt (M); the best one counts for each item."""

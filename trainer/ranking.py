@@ -77,7 +77,13 @@ def _collect(assembly: Assembly, data: DataConfig, split: str) -> Answers | None
     """
     process = assembly.process
     stream = ExposureStream(
-        data, split=split, actions=assembly.model.actions, rank=process.rank, world_size=process.world_size
+        data,
+        split=split,
+        actions=assembly.model.actions,
+        rank=process.rank,
+        world_size=process.world_size,
+        users_per_batch=assembly.config.evaluation.users_per_batch,
+        user_share=assembly.config.evaluation.user_share,
     )
     own = _score(assembly, stream.batches(), stream.empty_batch())
     counts = [count for (count,) in exchange_integers([len(own.users)], process)]

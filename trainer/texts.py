@@ -20,11 +20,11 @@ def load_texts(config: PretrainConfig) -> Texts | None:
     if not getattr(config.model, "needs_texts", False):
         return None
     text = config.model.text
-    lines = item_lines(config.data.path, text.columns)
+    lines = item_lines(config.data.path, text.columns) if config.model.reads_item_texts else None
     tokenizer = find_tokenizer(config, lines)
     profiles = user_lines(config.data.path) if text.profiles else None
     return Texts(
-        items=_encode(tokenizer, lines, text.max_tokens, "items"),
+        items=None if lines is None else _encode(tokenizer, lines, text.max_tokens, "items"),
         users=None if profiles is None else _encode(tokenizer, profiles, text.max_tokens, "users"),
         encode=lambda texts: tokenizer.encode(texts, text.max_tokens)[0],
         vocabulary_size=tokenizer.size,
@@ -32,8 +32,9 @@ def load_texts(config: PretrainConfig) -> Texts | None:
     )
 
 
-def find_tokenizer(config: PretrainConfig, lines: list[str]) -> TextTokenizer:
-    """That of the run directory; else of the run it starts from, of the language model, or trained on the lines.
+def find_tokenizer(config: PretrainConfig, lines: list[str] | None) -> TextTokenizer:
+    """That of the run directory; else of the run it starts from, of the language model, or trained on the lines of the
+    items, which are read where they are not given.
 
     The last three are written to the run directory, so that the run keeps it. Training depends on the lines alone:
     ranks that train at the same time write the same file, each whole.
@@ -43,9 +44,12 @@ def find_tokenizer(config: PretrainConfig, lines: list[str]) -> TextTokenizer:
             tokenizer = TextTokenizer.load(folder)
             break
     else:
-        pretrained = config.model.pretrained
-        size = config.model.text.vocabulary_size
-        tokenizer = TextTokenizer.load(pretrained) if pretrained else TextTokenizer.train(lines, size)
+        pretrained, text = config.model.pretrained, config.model.text
+        if pretrained:
+            tokenizer = TextTokenizer.load(pretrained)
+        else:
+            lines = item_lines(config.data.path, text.columns) if lines is None else lines
+            tokenizer = TextTokenizer.train(lines, text.vocabulary_size)
     if config.run_dir and not Storage(config.run_dir).exists(TOKENIZER):
         Storage(config.run_dir).make_directory()
         tokenizer.save(config.run_dir)

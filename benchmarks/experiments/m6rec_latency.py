@@ -65,7 +65,7 @@ def measured(options: Options, separate: int, joint: Literal["all", "last"]) -> 
     )
     known = Jagged.from_lengths(torch.full_like(shown, options.events), torch.tensor([len(shown)]))
     reading = model.encoder.reader.scoring(batch, known, shown.numpy())
-    source = torch.cat((reading.regions.values, reading.prompts.values))
+    source = reading.joint_source()
     with torch.inference_mode():
         states = model.encoder.separate(reading).index_select(0, source)
         times = [

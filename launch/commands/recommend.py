@@ -160,7 +160,7 @@ def write_all(
         )
         there = [part for part in parts if os.path.exists(part)]
         _require_rows(there, num_rows, out)
-        num_users = _merge(there, config.data.path, out) if there else 0
+        num_users = _merge(there, config.data.path, out) if num_rows else 0
         _tell_missing(rows, num_users, config.data.path)
     finally:
         for part in parts:
@@ -172,11 +172,15 @@ def _tell_missing(rows: list[int] | None, num_found: int, data_path: str) -> Non
     """Say how many of the named users get nothing. Raises: DataError where nobody gets anything."""
     if not num_found:
         raise DataError(
-            f"users must have a history to get recommendations, and {'none of the named ones' if rows else 'nobody'} "
-            f"has one in {data_path}; name others"
+            f"users must have a history, and there must be items they have not taken, to get recommendations, and "
+            f"that is so for {'none of the named ones' if rows else 'nobody'} in {data_path}; name others, or say "
+            "--evaluation.no-filter-seen"
         )
     if rows and num_found < len(rows):
-        print(f"{len(rows) - num_found} of the {len(rows)} named users have no history and get nothing.")
+        print(
+            f"{len(rows) - num_found} of the {len(rows)} named users have no history, or no item is left for them, and "
+            "get nothing."
+        )
 
 
 def _require_rows(parts: list[str], wanted: int, out: str) -> None:

@@ -24,7 +24,8 @@ class Dropout(nn.Module):
         if not self.training or self.threshold == 0 or values.numel() == 0:
             return values
         probability = self.threshold / 256
-        if values.device.type != "cpu":
+        # torch.compile cannot take words as bytes on a processor (torch 2.13).
+        if values.device.type != "cpu" or torch.compiler.is_compiling():
             return nn.functional.dropout(values, probability)
         keep = _random_bytes(values.numel()) >= self.threshold
         return values * (keep.view(values.shape).to(values.dtype) * (1 / (1 - probability)))

@@ -11,7 +11,7 @@ from data_streams.configuration import DataConfig
 from data_streams.exposures import ExposureStream
 from data_streams.manifest import Manifest
 from data_streams.sources.events import EventsSource
-from data_streams.stream import TrainStream
+from data_streams.stream import EvaluationStream, TrainStream
 
 PAGES = (
     (0, "ab", "a", ""),
@@ -56,9 +56,12 @@ def known_actions(path):
 
 
 def read(path, split, max_length=10):
-    config = DataConfig(path=path, max_length=max_length)
-    stream = ExposureStream(config, split=split, actions=known_actions(path), rank=0, world_size=1)
-    return list(stream.batches())
+    return list(stream_of(path, split=split, max_length=max_length).batches())
+
+
+def stream_of(path, *, split="test", max_length=10, **options):
+    parts = {"rank": 0, "world_size": 1, "users_per_batch": 100, "actions": known_actions(path), **options}
+    return ExposureStream(DataConfig(path=path, max_length=max_length), split=split, **parts)
 
 
 def seen(batch):
@@ -86,6 +89,45 @@ def test_a_page_with_both_held_out_clicks_is_of_the_test_alone(tmp_path):
     (test,) = read(path, "test")
     assert seen(test) == ("ae", "ghij", "ij", "j")
     assert read(path, "valid") == []
+
+
+def test_a_single_held_out_click_is_of_both_splits(tmp_path):
+    path = build_pages(tmp_path / "data", split="leave-one-out")
+    for split in ("valid", "test"):
+        assert [seen(batch) for batch in read(path, split)] == [("ae", "ghij", "ij", "j")]
+    assert trained_exposures(path) == "abcdef"
+
+
+def test_users_are_read_some_at_a_time(tmp_path):
+    rows = []
+    for user in "uvw":
+        for page, item in enumerate("abcd"):
+            rows += [(user, item, 2 * page, "exposure", page), (user, item, 2 * page + 1, "click", page)]
+    path = build_rows(tmp_path / "data", rows)
+    (whole,) = stream_of(path).batches()
+    parts = list(stream_of(path, users_per_batch=2).batches())
+    assert [part.histories.num_users for part in parts] == [2, 1]
+    for name in ("candidates", "answers"):
+        assert getattr(whole, name).tolist() == [
+            row for part in parts for row in getattr(part, name).tolist()
+        ]
+    items = [item for part in parts for item in part.histories.items.values.tolist()]
+    assert whole.histories.items.values.tolist() == items
+
+
+def test_a_share_of_the_users_is_that_of_retrieval(tmp_path):
+    rows = [
+        (user, item, 2 * page + clicked, ("exposure", "click")[clicked], page)
+        for user in "uvwxyz"
+        for page, item in enumerate("abcd")
+        for clicked in range(2)
+    ]
+    path = build_rows(tmp_path / "data", rows)
+    parts = {"split": "test", "rank": 0, "world_size": 1, "users_per_batch": 10, "user_share": 0.4}
+    (retrieved,) = EvaluationStream(DataConfig(path=path), **parts).batches()
+    (batch,) = stream_of(path, user_share=0.4).batches()
+    assert 0 < batch.histories.num_users < 6
+    assert batch.histories.user_ids.tolist() == retrieved.user_ids.tolist()
 
 
 @pytest.mark.parametrize("pages", [PAGES, MORE])
@@ -159,9 +201,8 @@ def test_what_lies_on_no_page_answers_nothing_and_evaluates_nothing(tmp_path):
 
 
 def test_a_rank_without_users_has_empty_batches(tmp_path):
-    config = DataConfig(path=build_pages(tmp_path / "data"))
-    stream = ExposureStream(config, split="test", actions=("click",), rank=1, world_size=2)
-    alone = ExposureStream(config, split="test", actions=("click",), rank=0, world_size=2)
+    path = build_pages(tmp_path / "data")
+    alone, stream = (stream_of(path, actions=("click",), rank=rank, world_size=2) for rank in range(2))
     assert sorted(map(len, (list(stream.batches()), list(alone.batches())))) == [0, 1]
     empty = stream.empty_batch()
     assert empty.histories.num_users == 0 and empty.answers.shape == (0, 1, 1)
@@ -186,4 +227,4 @@ def test_only_split_actions_are_held_out_and_counted(tmp_path):
 def test_shards_without_exposures_are_refused(tmp_path):
     path = build_pages(tmp_path / "data", keep_exposures=False)
     with pytest.raises(DataError, match="lacks exposure"):
-        ExposureStream(DataConfig(path=path), split="test", actions=("click",), rank=0, world_size=1)
+        stream_of(path, actions=("click",))

@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from cluster.errors import ConfigError
 from data_streams.text_tokenizer import TOKENIZER, TextTokenizer
@@ -23,6 +23,14 @@ def test_a_tokenizer_depends_on_its_texts_alone_and_gives_any_text_back(tmp_path
     written = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert written.decode(tokens[: rows.lengths[0]]).strip() == "unseen: ñandú"
     assert TextTokenizer.train(TEXTS[::2], 300).fingerprint != trained.fingerprint
+
+
+def test_every_token_is_below_the_size_where_numbers_are_left_out(tmp_path):
+    gap = Tokenizer(models.WordLevel({"red": 0, "polish": 7}))
+    gap.pre_tokenizer = pre_tokenizers.Whitespace()
+    gap.save(str(tmp_path / TOKENIZER))
+    tokenizer = TextTokenizer.load(str(tmp_path))
+    assert tokenizer.size == 8 and tokenizer.encode(["polish red"], 5)[0].values.tolist() == [7, 0]
 
 
 def test_long_texts_are_cut_off_and_counted():

@@ -41,3 +41,19 @@ def test_runs_of_text_are_resumed_evaluated_asked_and_tuned_from_each_other(tmp_
     assert 0 <= written[0]["metrics"]["recall@10"] <= 1 and 0 < written[1]["metrics"]["gauc/purchase"] < 1
     tokenizers = [(tmp_path / run / "tokenizer.json").read_text() for run in ("run", "tuned")]
     assert tokenizers[0] == tokenizers[1]
+
+
+def test_users_who_have_taken_every_item_are_told_of(tmp_path):
+    events = [("a", "x", second) for second in range(4)]
+    pl.DataFrame(events, schema=["user_id", "item_id", "timestamp_s"], orient="row").write_parquet(
+        tmp_path / "events.parquet"
+    )
+    pl.DataFrame({"item_id": ["x"], "title": ["Красный лак 💅"]}).write_parquet(tmp_path / "items.parquet")
+    build = "data build events --events events.parquet --items items.parquet --out shards --ray never"
+    grail(
+        tmp_path, build, f"pretrain m6-rec --data.path shards {SMALL} {STEPS} 1 --run-dir run", blocked=True
+    )
+    told = grail(tmp_path, "recommend run --all --out all.parquet", blocked=False, fails=True)
+    assert "items they have not taken" in told and not (tmp_path / "all.parquet").exists()
+    everything = "recommend run --all --out all.parquet --evaluation.no-filter-seen"
+    assert "for 1 users" in grail(tmp_path, everything, blocked=False)

@@ -1,5 +1,6 @@
 """M6-Rec against its definition written out on dense masks, one sequence at a time; and what tuning trains."""
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -7,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cluster.errors import ConfigError
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
-from launch.recipes import m6_rec
+from models.kernels.length_buckets import BucketLayout, padded_layout
 from models.layers.attention_plan import Plan
 from models.objectives.sampled_softmax import SampledSoftmax
 from models.recommender import StepContext
@@ -21,7 +21,6 @@ from sharding.lookup import make_lookup
 from sharding.unsharded import UnshardedTables
 from tests.models.test_mtgr import CODES, log_of_two_users, random_log
 from tests.text_cases import TEXT_RANKERS, WORDS, make_text_model
-from trainer.checks import check
 from trainer.configuration import TrainConfig
 from trainer.dense_module import DenseModule
 from trainer.plain_engine import PlainEngine
@@ -212,6 +211,39 @@ def test_candidates_get_the_scores_and_likelihoods_of_one_sequence_for_each(name
         torch.testing.assert_close(likelihoods[user, slot], expected.expand(2), atol=1e-4, rtol=1e-4)
 
 
+def test_items_are_not_laid_out_as_long_as_histories_where_all_rows_are(monkeypatch):
+    """As on an accelerator."""
+    model, shapes = make_model(PUBLISHED, positions=1), []
+    expected = loss_of(model, make_users()).sum
+
+    def padded(rows: Jagged) -> BucketLayout:
+        layout = padded_layout(rows)
+        shapes.extend(layout.buckets)
+        return layout
+
+    for module in ("text_encoder", "kernels.page_attention"):
+        monkeypatch.setattr(f"models.{module}.bucket_layout", padded)
+    torch.testing.assert_close(loss_of(model, make_users()).sum, expected)
+    longest = max(length for _, length in shapes)
+    # A copy of the history for each prompt, and the mark that stands for none.
+    assert [rows for rows, length in shapes if length == longest] == [len(HISTORIES) + 1]
+
+
+def test_an_item_without_words_is_as_likely_as_any_word_and_not_certain():
+    model = make_model("m6-rec-ranking as published", scoring="likelihood")
+    reader, items = model.encoder.reader, model.texts.items
+    lengths = items.lengths.clone()
+    lengths[0] = 0
+    texts = replace(model.texts, items=Jagged.from_lengths(items.values[items.lengths[0] :], lengths))
+    model.encoder.reader = replace(reader, texts=texts)
+    candidates = torch.tensor([[0, 1], [2, 0], [0, -1]])
+    scores = model.logits(
+        looked_up(model, model.candidate_ids(make_users(), candidates)), make_users(), candidates
+    )
+    assert torch.allclose(scores[candidates == 0], torch.tensor(-math.log(WORDS)))
+    assert (scores[candidates > 0] != scores[0, 0]).all()
+
+
 def by_hand(written: Written, states: Tensor, item: int) -> Tensor:
     """Log-odds of click and cart, from the states of [EOS'] and all of a candidate."""
     model = written.model
@@ -351,27 +383,3 @@ def test_a_model_knows_no_items_but_by_their_words():
     rows = LookedUp(ids=torch.arange(NUM_ITEMS), rows=torch.zeros(NUM_ITEMS, 0))
     large.texts.items.values[: len(small.texts.items.values)] = small.texts.items.values
     torch.testing.assert_close(large.item_vectors(rows), small.item_vectors(rows))
-
-
-def test_sizes_that_do_not_fit_are_refused():
-    with pytest.raises(ConfigError, match="separate-blocks must be 0 to 3"):
-        make_model(FORWARD, separate_blocks=4)
-    with pytest.raises(ConfigError, match="joint-tokens last needs lower layers"):
-        make_model(FORWARD, separate_blocks=0, joint_tokens="last")
-    with pytest.raises(ConfigError, match=r"num-soft-prompts must be at least 4 .* got 3"):
-        make_model("m6-rec-ranking", tuning="option", num_soft_prompts=3)
-    with pytest.raises(ConfigError, match="joint-tokens all, got last"):
-        make_model("m6-rec-ranking", scoring="likelihood", joint_tokens="last")
-    with pytest.raises(ConfigError, match="even width"):
-        make_model(FORWARD, width=6, num_heads=2)
-    with pytest.raises(ConfigError, match="max-tokens must be at least 1"):
-        replace(make_model(FORWARD).config.text, max_tokens=0)
-
-
-def test_a_frozen_language_model_must_have_learnt():
-    recipe = m6_rec.recipe()
-    tuned = replace(recipe, model=replace(recipe.model, tuning="option"))
-    check(recipe)
-    check(replace(tuned, init_from="runs/a"))
-    with pytest.raises(ConfigError, match=r"frozen as it is.*--init-from RUN"):
-        check(tuned)

@@ -116,3 +116,21 @@ def test_a_language_model_whose_layers_cannot_be_run_alone_is_refused(tmp_path):
     transformers.GPT2Model(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"GPT2Model in .* has no layers, rotary_emb, norm"):
         make_model(str(tmp_path))
+
+
+def test_language_models_that_scale_the_vectors_of_words_are_refused(tmp_path):
+    import transformers
+
+    sizes = {"vocab_size": WORDS, "hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
+    kinds = {
+        # One scales them in the embedding, the other on the way to the layers.
+        "gemma": transformers.GemmaModel(transformers.GemmaConfig(**sizes, **heads)),
+        "granite": transformers.GraniteModel(
+            transformers.GraniteConfig(**sizes, **heads, embedding_multiplier=12.0)
+        ),
+    }
+    for name, model in kinds.items():
+        model.save_pretrained(tmp_path / name)
+        with pytest.raises(ConfigError, match="vectors as they are"):
+            make_model(str(tmp_path / name))

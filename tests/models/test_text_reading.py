@@ -51,9 +51,8 @@ def test_a_user_is_a_region_of_attributes_and_items_and_a_query_stands_behind_it
     visible = jagged([[3, 1], [1]], torch.int64)
     reading = make_reader().retrieval(batch, visible, np.array([1, 3]))
     # Both ways, so prompts that know other events have a copy of their own, in the order of what they know.
+    assert written(reading, reading.alone) == [[3, SEP], [SEP]]
     assert written(reading, reading.regions) == [
-        [3, SEP],
-        [SEP],
         [OPEN, 7, 1, 2, SEP],
         [OPEN, 7, 1, 2, SEP, 3, SEP, 1, 2, SEP],
         [OPEN, 8, 9, 4, 5, 6, SEP],
@@ -61,7 +60,7 @@ def test_a_user_is_a_region_of_attributes_and_items_and_a_query_stands_behind_it
     ]
     assert reading.slots.tolist() == [1, 0, 2]
     assert written(reading, reading.prompts) == [[CLOSE]] * 3
-    assert reading.visible.lengths.tolist() == [0, 0, 1, 1, 1, 0]
+    assert reading.visible.lengths.tolist() == [1, 1, 1, 0]
     assert reading.visible.values.tolist() == [5, 10, 7]
     lengths = reading.regions.lengths
     assert torch.equal(reading.region_limits, lengths[reading.regions.row_index()])
@@ -109,10 +108,11 @@ def test_of_a_text_the_last_token_alone_may_reach_the_upper_layers():
 
 
 def test_a_reading_travels_as_ids_and_comes_back():
-    reading = make_reader().scoring(make_users([[0, 1]]), jagged([[2]], torch.int64), np.array([2]))
+    shown = np.array([2])
+    reading = make_reader().scoring(make_users([[0, 1]]), jagged([[2]], torch.int64), shown, with_items=True)
     rows = {name: LookedUp(ids=ids, rows=torch.zeros(0, 0)) for name, ids in reading.as_ids().items()}
     back = Reading.of(rows)
-    for name in ("segments", "regions", "prompts", "visible"):
+    for name in ("segments", "alone", "regions", "prompts", "visible"):
         one, other = getattr(back, name), getattr(reading, name)
         assert torch.equal(one.values, other.values) and torch.equal(one.offsets, other.offsets)
         assert one.max_length == other.max_length

@@ -3,10 +3,14 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from cluster.errors import ConfigError
+from data_streams.build import build
+from data_streams.build_config import BuildConfig
 from data_streams.configuration import DataConfig
+from data_streams.sources.events import EventsSource
 from data_streams.text_tokenizer import TOKENIZER, TextTokenizer
 from models.texts import TextConfig
 from tests.tiny_run import NUM_ITEMS, build_tiny_data
@@ -20,6 +24,7 @@ class Reading:
 
     text: TextConfig = field(default_factory=TextConfig)
     pretrained: str = ""
+    reads_item_texts: bool = True
     needs_texts = True
 
 
@@ -51,3 +56,22 @@ def test_a_language_model_brings_its_tokenizer(data, tmp_path):
     own = TextTokenizer.train(["a language model's own words"], 300)
     own.save(str(tmp_path))
     assert load_texts(config).fingerprint == own.fingerprint
+
+
+def test_items_without_titles_are_no_matter_to_a_model_that_reads_only_users(tmp_path):
+    source = EventsSource.Config(events=(write_events(tmp_path),))
+    build(source, BuildConfig(out=str(tmp_path / "shards"), ray="never"))
+    model = Reading(pretrained=str(tmp_path), reads_item_texts=False)
+    config = PretrainConfig(data=DataConfig(path=str(tmp_path / "shards")), model=model)
+    TextTokenizer.train(["a language model's own words"], 300).save(str(tmp_path))
+    texts = load_texts(config)
+    assert texts.items is None and texts.encode(["words"]).num_rows == 1
+    for other in (Reading(pretrained=str(tmp_path)), Reading(reads_item_texts=False)):
+        with pytest.raises(ConfigError, match="and there is none"):
+            load_texts(replace(config, model=other))
+
+
+def write_events(folder: Path) -> str:
+    rows = {"user_id": [1, 1, 1], "item_id": [7, 8, 9], "timestamp_s": [1, 2, 3]}
+    pl.DataFrame(rows).write_parquet(folder / "events.parquet")
+    return str(folder / "events.parquet")
