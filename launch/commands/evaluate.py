@@ -142,12 +142,17 @@ def _scores_given_items(config: PretrainConfig) -> bool:
     return getattr(config.model, "has_own_objective", False) and not generates
 
 
-def _check_given_items(config: PretrainConfig, per_user: str) -> None:
+def _check_given_items(config: PretrainConfig, per_user: str | None) -> None:
     """Raises: ConfigError for options that only say something of a ranking of all items."""
     if per_user:
         raise ConfigError(
             "--per-user keeps how each user's held-out item is ranked, and this run's model scores given ones; "
             "leave it out"
+        )
+    if config.evaluation.held_out_action:
+        raise ConfigError(
+            "evaluation.held-out-action chooses users by the event that is to be found, and this run's model scores "
+            "given items, with metrics for each action; leave it out"
         )
     if narrowing := _narrowing(config):
         raise ConfigError(

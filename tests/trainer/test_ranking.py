@@ -28,7 +28,7 @@ from trainer.assembly import Assembly
 from trainer.calibration import Calibration, fit_calibration
 from trainer.checkpoint_reader import CheckpointReader
 from trainer.checks import check
-from trainer.configuration import PretrainConfig, SearchConfig, TrainConfig
+from trainer.configuration import EvaluationConfig, PretrainConfig, SearchConfig, TrainConfig
 from trainer.frozen import load_frozen
 from trainer.ranking import auc, calibration_error, grouped_auc
 
@@ -222,6 +222,8 @@ def test_what_needs_a_search_is_refused_for_a_reward_model(tmp_path):
         evaluate(config, per_user=str(tmp_path / "users.parquet"))
     with pytest.raises(ConfigError, match=r"search\.deny would narrow a search of all items"):
         evaluate(replace(config, search=SearchConfig(deny="items.txt")))
+    with pytest.raises(ConfigError, match=r"evaluation\.held-out-action chooses users by the event"):
+        evaluate(replace(config, evaluation=EvaluationConfig(held_out_action="click")))
     model = RewardSim.Config().build(num_items=3, actions=("click", "exposure"))
     assembly = Assembly(
         config=config,
