@@ -61,6 +61,20 @@ def prepare(config: PretrainConfig) -> dict[str, Any]:
     return document
 
 
+def require_own_folder(run_dir: str) -> None:
+    """Raises: ConfigError where the run directory is a file, or holds a data set, whose files a run would replace."""
+    from data_streams.manifest import MANIFEST_NAME
+
+    for place in (Path(run_dir), *Path(run_dir).parents):
+        if place.is_file():
+            raise ConfigError(f"run-dir must be a folder, and {place} is a file; name another one")
+    if Storage(run_dir).exists(MANIFEST_NAME):
+        raise ConfigError(
+            f"run-dir must be a folder of its own, and {run_dir} holds a data set; name another one, such as "
+            f"{run_dir.rstrip('/')}-run"
+        )
+
+
 def write_document(run_dir: str, name: str, document: dict[str, Any]) -> None:
     Storage(run_dir).write(name, to_yaml(document).encode())
 

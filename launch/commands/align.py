@@ -26,6 +26,7 @@ from launch.run_directory import (
     has_checkpoint,
     load_config,
     prepare,
+    require_own_folder,
     way_on,
     write_document,
 )
@@ -153,6 +154,7 @@ def align(config: "AlignConfig") -> int:
     # From the beginning: to prepare rewards and to start Ray may take long.
     with stop.on_signals():
         start = load_config(config.start)
+        require_own_folder(config.run_dir)
         check_alignment(config, start)
         setting = reward_setting(
             config.rewards,

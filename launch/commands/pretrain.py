@@ -17,6 +17,7 @@ from launch.run_directory import (
     absolute_search,
     load_config,
     prepare,
+    require_own_folder,
     way_on,
 )
 from trainer.checks import check
@@ -85,6 +86,7 @@ def train(config: PretrainConfig) -> int:
     from launch.run_status import StatusKeeper
 
     check(config)
+    require_own_folder(config.run_dir)
     open_data(config.data)
     console, stop = start_console(), StopSignal()
     keeper = StatusKeeper(config.run_dir, config.recipe, config.log.prometheus_file)
