@@ -46,7 +46,7 @@ def parse_config(name: str, options: list[str]) -> PretrainConfig:
     default = _default(name)
     objective, options = take_option(options, "--objective")
     if objective is not None:
-        default = dataclasses.replace(default, objective=plugin_config(OBJECTIVES, objective)())
+        default = dataclasses.replace(default, objective=_objective(objective))
     config = parse(PretrainConfig, options, program=f"grail pretrain {name}", default=default)
     run_dir = config.run_dir or f"runs/{config.recipe}"
     return dataclasses.replace(
@@ -62,6 +62,13 @@ def parse_config(name: str, options: list[str]) -> PretrainConfig:
         ),
         search=absolute_search(config.search),
     )
+
+
+def _objective(name: str) -> Any:
+    names = objective_names()
+    if name not in names:
+        raise ConfigError(f"--objective must be the name of an objective, got '{name}'{suggestion(name, names)}")
+    return plugin_config(OBJECTIVES, name)()
 
 
 def _with_absolute_folder(model: Any) -> Any:

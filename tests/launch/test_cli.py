@@ -42,6 +42,7 @@ def test_help_lists_every_command_and_imports_nothing_slow():
         (["pretrain"], "needs a recipe or the config.yaml of a run in front of the options"),
         (["data", "build", "evnts"], "a source in front of the options, got 'evnts'; did you mean 'events'?"),
         (["pretrain", "sasrec", "--objective", "full-sofmax"], "did you mean 'full-softmax'?"),
+        (["pretrain", "sasrec", "--objective", "negatives"], "in-batch-softmax, sampled-softmax, top1"),
     ],
 )
 def test_a_wrong_name_is_answered_with_the_nearest_valid_one(arguments, message, capsys):
