@@ -67,7 +67,9 @@ def parse_config(name: str, options: list[str]) -> PretrainConfig:
 def _objective(name: str) -> Any:
     names = objective_names()
     if name not in names:
-        raise ConfigError(f"--objective must be the name of an objective, got '{name}'{suggestion(name, names)}")
+        raise ConfigError(
+            f"--objective must be the name of an objective, got '{name}'{suggestion(name, names)}"
+        )
     return plugin_config(OBJECTIVES, name)()
 
 
