@@ -43,6 +43,8 @@ def build(source_config: SourceConfig, config: BuildConfig) -> Manifest:
     check_options(config)
     parent, name = os.path.split(config.out.rstrip("/"))
     home = Storage(parent or ".")
+    if home.is_file(name):
+        raise ConfigError(f"--out must be a folder, and {config.out} is a file; name another one")
     if home.list(name) and not config.overwrite:
         raise ConfigError(
             f"--out must be new or empty, but {config.out} holds files; name another or add --overwrite"

@@ -288,6 +288,14 @@ def test_a_data_set_is_replaced_only_when_asked(tmp_path):
     assert Manifest.load(Storage(tmp_path / "out")) == second != first
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_is_never_replaced(tmp_path, overwrite):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ConfigError, match=r"--out must be a folder, and .*out is a file; name another one"):
+        build_events(tmp_path, random_events(0), overwrite=overwrite)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 def test_an_interrupted_build_leaves_what_was_there(tmp_path, monkeypatch):
     first = build_events(tmp_path, random_events(0))
 
