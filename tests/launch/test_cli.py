@@ -81,6 +81,18 @@ def test_a_full_disk_is_an_error_without_a_traceback_and_other_errors_of_the_sys
         cli.run(["pretrain"])
 
 
+@pytest.mark.parametrize("number", [errno.ENOTDIR, errno.EACCES, errno.EEXIST])
+def test_a_path_that_cannot_be_used_is_an_error_without_a_traceback(capsys, monkeypatch, number):
+    def fail(arguments):
+        raise OSError(number, os.strerror(number), "/data/events.csv/manifest.json")
+
+    monkeypatch.setattr(cli, "find_command", fail)
+    assert cli.run(["pretrain"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("grail: /data/events.csv/manifest.json must be there to read or write")
+    assert f"the system says: {os.strerror(number)}; look at the paths you gave" in error
+
+
 def test_the_first_word_of_commands_lists_those_that_begin_with_it(capsys):
     assert cli.run(["checkpoint"]) == 0
     output = capsys.readouterr().out
