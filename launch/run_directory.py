@@ -118,8 +118,10 @@ def load_config(path: str) -> PretrainConfig:
             f"{path} must be {'a file' if is_file else f'a run directory with a {CONFIG}'}, and there is "
             "none; look at the path, or start a run with `grail pretrain`"
         )
-    text = storage.read(name).decode()
-    config = from_document(PretrainConfig, from_yaml(text, storage.path(name)))
+    document = from_yaml(storage.read(name).decode(), storage.path(name))
+    if "rewards" in document:
+        raise ConfigError(f"{path} is the configuration of an alignment; go on with it by `grail align {path}`")
+    config = from_document(PretrainConfig, document)
     return config if is_file else dataclasses.replace(config, run_dir=absolute(path))
 
 

@@ -122,7 +122,13 @@ def _saved(path: str) -> "AlignConfig":
         raise CheckpointError(
             f"{path} must be the {ALIGN} of an alignment, and there is none; look at the path"
         )
-    return from_document(AlignConfig, from_yaml(storage.read(name).decode(), path))
+    document = from_yaml(storage.read(name).decode(), path)
+    if "recipe" in document:
+        raise ConfigError(
+            f"{path} must be the {ALIGN} of an alignment, and is the configuration of a pretraining; give the folder of "
+            "that run to align it"
+        )
+    return from_document(AlignConfig, document)
 
 
 def _plug_ins(options: list[str]) -> tuple[dict[str, Any], list[str]]:
