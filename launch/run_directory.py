@@ -120,7 +120,9 @@ def load_config(path: str) -> PretrainConfig:
         )
     document = from_yaml(storage.read(name).decode(), storage.path(name))
     if "rewards" in document:
-        raise ConfigError(f"{path} is the configuration of an alignment; go on with it by `grail align {path}`")
+        raise ConfigError(
+            f"{path} is the configuration of an alignment; go on with it by `grail align {path}`"
+        )
     config = from_document(PretrainConfig, document)
     return config if is_file else dataclasses.replace(config, run_dir=absolute(path))
 

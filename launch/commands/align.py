@@ -125,8 +125,8 @@ def _saved(path: str) -> "AlignConfig":
     document = from_yaml(storage.read(name).decode(), path)
     if "recipe" in document:
         raise ConfigError(
-            f"{path} must be the {ALIGN} of an alignment, and is the configuration of a pretraining; give the folder of "
-            "that run to align it"
+            f"{path} must be the {ALIGN} of an alignment, and is the configuration of a pretraining; give the folder "
+            "of that run to align it"
         )
     return from_document(AlignConfig, document)
 

@@ -44,7 +44,9 @@ def test_without_options_it_is_grpo_sr_from_the_run_with_the_hybrid_reward(start
 
 
 def test_configurations_of_the_other_command_are_told_apart(start, tmp_path):
-    with pytest.raises(ConfigError, match=r"is the configuration of a pretraining; give the folder of that run"):
+    with pytest.raises(
+        ConfigError, match=r"is the configuration of a pretraining; give the folder of that run"
+    ):
         align.parse_config(f"{start.run_dir}/config.yaml", [])
     (tmp_path / "align.yaml").write_text(to_yaml(to_document(align.parse_config(start.run_dir, []))))
     with pytest.raises(ConfigError, match=r"of an alignment; go on with it by `grail align .*align.yaml`"):
