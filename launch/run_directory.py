@@ -61,8 +61,9 @@ def prepare(config: PretrainConfig) -> dict[str, Any]:
     return document
 
 
-def require_own_folder(run_dir: str) -> None:
-    """Raises: ConfigError where the run directory is a file, or holds a data set, whose files a run would replace."""
+def require_own_folder(run_dir: str, *, alignment: bool) -> None:
+    """Raises: ConfigError where the run directory is a file, or holds a data set or a run of the other kind, of
+    pretraining or alignment, which this one would go on with or replace."""
     from data_streams.manifest import MANIFEST_NAME
 
     for place in (Path(run_dir), *Path(run_dir).parents):
@@ -72,6 +73,16 @@ def require_own_folder(run_dir: str) -> None:
         raise ConfigError(
             f"run-dir must be a folder of its own, and {run_dir} holds a data set; name another one, such as "
             f"{run_dir.rstrip('/')}-run"
+        )
+    is_alignment = Storage(run_dir).exists(ALIGN)
+    if is_alignment and not alignment:
+        raise ConfigError(
+            f"run-dir must be a folder without an alignment, and {run_dir} holds one; go on with it by `grail align "
+            f"{run_dir}/{ALIGN}`, or name another --run-dir (with --init-from {run_dir} to take its weights)"
+        )
+    if alignment and not is_alignment and has_checkpoint(run_dir):
+        raise ConfigError(
+            f"run-dir must be a new folder or that of an alignment, and {run_dir} holds a pretraining; name another one"
         )
 
 

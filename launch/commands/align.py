@@ -160,7 +160,7 @@ def align(config: "AlignConfig") -> int:
     # From the beginning: to prepare rewards and to start Ray may take long.
     with stop.on_signals():
         start = load_config(config.start)
-        require_own_folder(config.run_dir)
+        require_own_folder(config.run_dir, alignment=True)
         check_alignment(config, start)
         setting = reward_setting(
             config.rewards,

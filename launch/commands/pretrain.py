@@ -95,7 +95,7 @@ def train(config: PretrainConfig) -> int:
     from launch.run_status import StatusKeeper
 
     check(config)
-    require_own_folder(config.run_dir)
+    require_own_folder(config.run_dir, alignment=False)
     open_data(config.data)
     console, stop = start_console(), StopSignal()
     keeper = StatusKeeper(config.run_dir, config.recipe, config.log.prometheus_file)

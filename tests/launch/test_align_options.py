@@ -101,7 +101,10 @@ def test_help_names_what_can_be_chosen_and_errors_say_what_is_missing(capsys, st
     ("rewards", "message"),
     [
         ("python-function --rewards.python-function.path no_such_module:reward", "cannot be imported"),
-        ("relevance", "compares items by their vectors, and .* has none"),
+        (
+            "relevance",
+            "compares items by their vectors, and .* has none: name a matrix with --rewards.NAME.vectors",
+        ),
         ("relevance --rewards.relevance.vectors missing.npy", "missing.npy"),
     ],
 )

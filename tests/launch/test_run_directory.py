@@ -18,6 +18,7 @@ from launch.run_directory import (
     load_config,
     parse_checkpoint,
     prepare,
+    require_own_folder,
     way_on,
     write_document,
 )
@@ -59,6 +60,18 @@ def test_a_file_or_a_data_set_is_no_run_directory(tmp_path, capsys):
         assert grail([*line, str(tmp_path / folder)]) == 2
         assert words in capsys.readouterr().err
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_neither_pretraining_nor_alignment_goes_on_with_a_run_of_the_other(tmp_path):
+    for name in ("pretrained", "aligned"):
+        (tmp_path / name / "checkpoints" / "step-3").mkdir(parents=True)
+    (tmp_path / "aligned" / "align.yaml").touch()
+    for name, alignment in (("pretrained", False), ("aligned", True), ("new", False), ("new", True)):
+        require_own_folder(str(tmp_path / name), alignment=alignment)
+    with pytest.raises(ConfigError, match=r"go on with it by `grail align .*/aligned/align.yaml`, or name"):
+        require_own_folder(str(tmp_path / "aligned"), alignment=False)
+    with pytest.raises(ConfigError, match=r"pretrained holds a pretraining; name another one"):
+        require_own_folder(str(tmp_path / "pretrained"), alignment=True)
 
 
 def test_the_options_scripts_rely_on_are_there(tmp_path):
