@@ -139,7 +139,19 @@ class _Build:
                 f"a data set needs events, but {len(tasks)} files or parts held none that can be used "
                 f"({_in_words(self.counters)}); check --events and --sequence-actions"
             )
-        return tuple(sorted(frozenset().union(*(result.actions for result in results))))
+        actions = tuple(sorted(frozenset().union(*(result.actions for result in results))))
+        self._tell_unknown(actions)
+        return actions
+
+    def _tell_unknown(self, actions: tuple[str, ...]) -> None:
+        """A name that no event has may be a typing mistake, or an action that is rare."""
+        for option in ("sequence_actions", "page_actions", "split_actions"):
+            unknown = [name for name in getattr(self.config, option) if name not in actions]
+            if unknown:
+                logger.warning(
+                    "no event has the action %s of --%s; the actions that were read are %s",
+                    *(", ".join(unknown), option.replace("_", "-"), ", ".join(actions)),
+                )
 
     def _leave_out_items(self, catalogue: Catalogue) -> None:
         config = self.config

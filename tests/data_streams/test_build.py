@@ -288,6 +288,15 @@ def test_a_data_set_is_replaced_only_when_asked(tmp_path):
     assert Manifest.load(Storage(tmp_path / "out")) == second != first
 
 
+def test_actions_that_no_event_has_are_told(tmp_path, caplog):
+    build_events(tmp_path, random_events(0), split_actions=("click",))
+    assert "no event has" not in caplog.text
+    build_events(tmp_path, random_events(0), page_actions=("clck",), overwrite=True)
+    assert (
+        "no event has the action clck of --page-actions; the actions that were read are click" in caplog.text
+    )
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_file_is_never_replaced(tmp_path, overwrite):
     (tmp_path / "out").write_text("mine")
