@@ -235,7 +235,13 @@ class _Build:
             for part, first_user in zip(gathered, first_users, strict=False)
             if part.num_users
         ]
-        return self._run(partition.write_shards, tasks, "writing shards")
+        written = self._run(partition.write_shards, tasks, "writing shards")
+        if not sum(part.num_validation for part in written):
+            logger.warning(
+                "no user has an event that is held out for validation, and training ends where it first validates; "
+                "build from more events or with another --split"
+            )
+        return written
 
     def _page_actions(self) -> dict[str, Any]:
         """What a reader must know to tell the sequence from what lies beside it."""

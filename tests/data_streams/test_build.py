@@ -297,6 +297,13 @@ def test_actions_that_no_event_has_are_told(tmp_path, caplog):
     )
 
 
+def test_a_split_that_holds_nothing_out_for_validation_is_told(tmp_path, caplog):
+    build_events(tmp_path, random_events(0))
+    assert "held out for validation" not in caplog.text
+    build_events(tmp_path, random_events(0), split="by-time", valid_from_s=9, test_from_s=9, overwrite=True)
+    assert "no user has an event that is held out for validation" in caplog.text
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_file_is_never_replaced(tmp_path, overwrite):
     (tmp_path / "out").write_text("mine")
