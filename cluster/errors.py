@@ -73,7 +73,7 @@ def ours(error: BaseException) -> GrailError | None:
         )
     if isinstance(error, OSError) and error.errno in _WRONG_PLACE and error.filename:
         return StorageError(
-            f"{error.filename} must be there to read or write, and the system says: {error.strerror}; look at the "
-            "paths you gave (a file where a folder should be, or the reverse) and at what you may read and write"
+            f"{error.filename} must be a path that can be used here, and the system says: {error.strerror}; look at "
+            "the paths you gave (a file where a folder should be, or the reverse) and at what you may read and write"
         )
     return None

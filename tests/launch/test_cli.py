@@ -89,7 +89,7 @@ def test_a_path_that_cannot_be_used_is_an_error_without_a_traceback(capsys, monk
     monkeypatch.setattr(cli, "find_command", fail)
     assert cli.run(["pretrain"]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("grail: /data/events.csv/manifest.json must be there to read or write")
+    assert error.startswith("grail: /data/events.csv/manifest.json must be a path that can be used here")
     assert f"the system says: {os.strerror(number)}; look at the paths you gave" in error
 
 
