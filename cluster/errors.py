@@ -55,8 +55,14 @@ class RewardError(GrailError):
     """A reward failed, or returned something that is no reward; names the reward and the user."""
 
 
+_WRONG_PLACE = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
 def ours(error: BaseException) -> GrailError | None:
-    """The error itself if it was raised on purpose; a full disk as such a one; None for any other."""
+    """The error itself if it was raised on purpose; a full disk, or a path that cannot be used, as such a one.
+
+    None for any other.
+    """
     if isinstance(error, GrailError):
         return error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -64,5 +70,10 @@ def ours(error: BaseException) -> GrailError | None:
         return StorageError(
             f"{place} must have room to write, and the system says: {error.strerror}; make room, then start again "
             "to go on from the latest checkpoint"
+        )
+    if isinstance(error, OSError) and error.errno in _WRONG_PLACE and error.filename:
+        return StorageError(
+            f"{error.filename} must be a path that can be used here, and the system says: {error.strerror}; look at "
+            "the paths you gave (a file where a folder should be, or the reverse) and at what you may read and write"
         )
     return None

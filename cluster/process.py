@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from cluster.errors import ClusterError, MeetingError
+from cluster.errors import ClusterError, ConfigError, MeetingError
 from cluster.faults import COLLECTIVE, kind_of
 from cluster.memory import keep_freed_memory
 
@@ -49,8 +49,11 @@ def start_process(
     `rendezvous` is `file:///path` on one machine, where no port of the store is opened then, or
     `tcp://host:port` between machines; gloo speaks over loopback or over the interface towards that host.
 
-    Raises: MeetingError if the other processes do not arrive within `timeout_s`, or the port is taken.
+    Raises: MeetingError if the other processes do not arrive within `timeout_s`, or the port is taken; ConfigError
+    where torch does not see the accelerator.
     """
+    if use_gpu:
+        _require_accelerator(local_rank)
     _set_environment(rank, world_size, local_rank, local_world_size, num_threads, use_gpu)
     os.environ["GLOO_SOCKET_IFNAME"] = interface_towards(rendezvous)
     torch.set_num_threads(num_threads)
@@ -70,6 +73,16 @@ def start_process(
         host_group=host_group,
         num_threads=num_threads,
     )
+
+
+def _require_accelerator(local_rank: int) -> None:
+    found = torch.cuda.device_count()
+    if found <= local_rank:
+        raise ConfigError(
+            f"cluster.gpus-per-worker above 0 needs an accelerator for every worker of a machine, and torch "
+            f"{torch.__version__} sees {found} here; give --cluster.gpus-per-worker 0, or install a driver and a build "
+            "of torch for it"
+        )
 
 
 def _meet(

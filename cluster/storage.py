@@ -38,6 +38,9 @@ class Storage:
     def exists(self, name: str = "") -> bool:
         return self._ask(self.filesystem.exists, name)
 
+    def is_file(self, name: str = "") -> bool:
+        return self._ask(self.filesystem.isfile, name)
+
     def list(self, name: str = "") -> list[str]:
         """Names directly below `name`, sorted; empty where it does not exist."""
         if not self.exists(name):

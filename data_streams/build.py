@@ -43,6 +43,8 @@ def build(source_config: SourceConfig, config: BuildConfig) -> Manifest:
     check_options(config)
     parent, name = os.path.split(config.out.rstrip("/"))
     home = Storage(parent or ".")
+    if home.is_file(name):
+        raise ConfigError(f"--out must be a folder, and {config.out} is a file; name another one")
     if home.list(name) and not config.overwrite:
         raise ConfigError(
             f"--out must be new or empty, but {config.out} holds files; name another or add --overwrite"
@@ -137,7 +139,19 @@ class _Build:
                 f"a data set needs events, but {len(tasks)} files or parts held none that can be used "
                 f"({_in_words(self.counters)}); check --events and --sequence-actions"
             )
-        return tuple(sorted(frozenset().union(*(result.actions for result in results))))
+        actions = tuple(sorted(frozenset().union(*(result.actions for result in results))))
+        self._tell_unknown(actions)
+        return actions
+
+    def _tell_unknown(self, actions: tuple[str, ...]) -> None:
+        """A name that no event has may be a typing mistake, or an action that is rare."""
+        for option in ("sequence_actions", "page_actions", "split_actions"):
+            unknown = [name for name in getattr(self.config, option) if name not in actions]
+            if unknown:
+                logger.warning(
+                    "no event has the action %s of --%s; the actions that were read are %s",
+                    *(", ".join(unknown), option.replace("_", "-"), ", ".join(actions)),
+                )
 
     def _leave_out_items(self, catalogue: Catalogue) -> None:
         config = self.config
@@ -221,7 +235,13 @@ class _Build:
             for part, first_user in zip(gathered, first_users, strict=False)
             if part.num_users
         ]
-        return self._run(partition.write_shards, tasks, "writing shards")
+        written = self._run(partition.write_shards, tasks, "writing shards")
+        if not sum(part.num_validation for part in written):
+            logger.warning(
+                "no user has an event that is held out for validation, and training ends where it first validates; "
+                "build from more events or with another --split"
+            )
+        return written
 
     def _page_actions(self) -> dict[str, Any]:
         """What a reader must know to tell the sequence from what lies beside it."""

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from cluster.errors import DataError
 from cluster.storage import Storage
+from data_streams.item_table import shown_title
 from data_streams.shards import Chunk, Manifest, read_chunk
 from data_streams.user_table import read_users
 
@@ -44,7 +45,7 @@ class Report:
     num_validation: int
     num_test: int
     samples: list[tuple[str, list[str]]]
-    """A few users: raw id and the titles of the latest events, oldest first."""
+    """A few users: raw id and the titles of the latest events, oldest first, with the action of what was not chosen."""
     plot: str
     """Where the picture lies."""
 
@@ -79,8 +80,8 @@ class Report:
 
     def _users_table(self) -> Table:
         table = Table(title="some users, latest events last", show_lines=True)
-        table.add_column("user")
-        table.add_column("events")
+        table.add_column("user", overflow="fold")
+        table.add_column("events", overflow="fold")
         for user, titles in self.samples:
             table.add_row(Text(user), Text("\n".join(titles)))
         return table
@@ -146,8 +147,18 @@ class _Tally:
         if "timestamp_s" in chunk.columns:
             self._count(self.day_counts, chunk.columns["timestamp_s"] // DAY_S, int)
         for user in range(min(self.num_samples - len(self.samples), chunk.num_users)):
-            latest = chunk.items[chunk.offsets[user] : chunk.offsets[user + 1]][-MAX_TITLES:]
-            self.samples.append((int(chunk.users[user]), self.titles[latest.tolist()].to_list()))
+            self.samples.append((int(chunk.users[user]), self._latest(chunk, user)))
+
+    def _latest(self, chunk: Chunk, user: int) -> list[str]:
+        """Titles of a user's latest events; what lies beside the sequence is called by its action."""
+        stop = int(chunk.offsets[user + 1])
+        start = max(int(chunk.offsets[user]), stop - MAX_TITLES)
+        titles = [shown_title(title) for title in self.titles[chunk.items[start:stop].tolist()]]
+        if "action" not in chunk.columns:
+            return titles
+        names = {code: f" ({self.manifest.actions[code]})" for code in self.manifest.beside_codes()}
+        actions = chunk.columns["action"][start:stop].tolist()
+        return [title + names.get(action, "") for title, action in zip(titles, actions, strict=True)]
 
     @staticmethod
     def _count(counts: Counter, values: np.ndarray, name: Callable[[int], object]) -> None:

@@ -18,6 +18,7 @@ ITEMS_NAME = "items.parquet"
 EMBEDDINGS_NAME = "item_embeddings.npy"
 FINITE_SAMPLE_ROWS = 10_000
 _HASHED_ROWS = 100_000
+_SHOWN_CHARACTERS = 80
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,12 @@ class ItemTable:
             train_counts=frame["train_count"].cast(pl.Int64).to_numpy(),
             embeddings=_read_embeddings(storage, manifest),
         )
+
+
+def shown_title(title: str) -> str:
+    """A title for a line of a terminal: without line breaks, and cut off where it is very long."""
+    line = " ".join(title.split())
+    return line if len(line) <= _SHOWN_CHARACTERS else f"{line[: _SHOWN_CHARACTERS - 1]}…"
 
 
 def _categories(frame: pl.DataFrame) -> pl.Series | None:

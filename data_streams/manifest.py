@@ -127,7 +127,7 @@ def _read_manifest_json(storage: Storage) -> dict[str, Any]:
     path = storage.path(MANIFEST_NAME)
     try:
         content = json.loads(storage.read(MANIFEST_NAME))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(
             f"{storage.root} holds no {MANIFEST_NAME}: it is not a data set, or its build did not finish; "
             "make one with `grail data build`"

@@ -307,6 +307,8 @@ class Written:
 
     index: int
     num_events: int
+    num_validation: int
+    """Users with an event that is held out for validation."""
     train_length_counts: Counter
     train_action_counts: Counter
     """Code of an action -> training events."""
@@ -348,6 +350,7 @@ def write_shards(task: WriteTask) -> Written:
     return Written(
         index=task.index,
         num_events=events.height,
+        num_validation=int((split.valid_at >= 0).sum()),
         train_length_counts=Counter(split.train_end.tolist()),
         train_action_counts=Counter(
             dict(enumerate(np.bincount(events["action"].to_numpy()[trained]).tolist()))

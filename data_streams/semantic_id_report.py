@@ -112,8 +112,8 @@ def measure(
 def category_codes(categories: pl.Series, level: int | None = None) -> np.ndarray | None:
     """A number for each item's category at one place of its list, -1 for items that have none there.
 
-    Left out, `level` is the first place at which no name covers 90 % of the items (the first name is often that of
-    the whole shop); None is returned where there is no such place.
+    Left out, `level` is the first place at which no name covers 90 % of the items that have one there (the first name
+    is often that of the whole shop); None is returned where there is no such place.
 
     Shapes: categories [N] lists of text -> [N] int32.
     """
@@ -125,7 +125,7 @@ def category_codes(categories: pl.Series, level: int | None = None) -> np.ndarra
         if not len(known):
             return None
         largest = known.value_counts()["count"].max()
-        if level is not None or largest < _COMMON_SHARE * len(categories):
+        if level is not None or largest < _COMMON_SHARE * len(known):
             ranked = names.rank("dense").cast(pl.Int32) - 1
             return ranked.fill_null(-1).to_numpy()
     return None

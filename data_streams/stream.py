@@ -363,7 +363,8 @@ def open_data(config: DataConfig) -> tuple[Storage, Manifest]:
     if missing:
         raise ConfigError(
             f"the model needs the event columns {', '.join(missing)} (data.columns), but {config.path} holds "
-            f"{', '.join(sorted(manifest.columns)) or 'none'}; build the shards from a source that has them"
+            f"{', '.join(sorted(manifest.columns)) or 'none'}; build the shards from a source that has "
+            "them, or turn off the option of the model that reads them, where it has one"
         )
     return storage, manifest
 

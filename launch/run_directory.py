@@ -61,6 +61,31 @@ def prepare(config: PretrainConfig) -> dict[str, Any]:
     return document
 
 
+def require_own_folder(run_dir: str, *, alignment: bool) -> None:
+    """Raises: ConfigError where the run directory is a file, or holds a data set or a run of the other kind, of
+    pretraining or alignment, which this one would go on with or replace."""
+    from data_streams.manifest import MANIFEST_NAME
+
+    for place in (Path(run_dir), *Path(run_dir).parents):
+        if place.is_file():
+            raise ConfigError(f"run-dir must be a folder, and {place} is a file; name another one")
+    if Storage(run_dir).exists(MANIFEST_NAME):
+        raise ConfigError(
+            f"run-dir must be a folder of its own, and {run_dir} holds a data set; name another one, such as "
+            f"{run_dir.rstrip('/')}-run"
+        )
+    is_alignment = Storage(run_dir).exists(ALIGN)
+    if is_alignment and not alignment:
+        raise ConfigError(
+            f"run-dir must be a folder without an alignment, and {run_dir} holds one; go on with it by `grail align "
+            f"{run_dir}/{ALIGN}`, or name another --run-dir (with --init-from {run_dir} to take its weights)"
+        )
+    if alignment and not is_alignment and has_checkpoint(run_dir):
+        raise ConfigError(
+            f"run-dir must be a new folder or that of an alignment, and {run_dir} holds a pretraining; name another one"
+        )
+
+
 def write_document(run_dir: str, name: str, document: dict[str, Any]) -> None:
     Storage(run_dir).write(name, to_yaml(document).encode())
 
@@ -104,8 +129,12 @@ def load_config(path: str) -> PretrainConfig:
             f"{path} must be {'a file' if is_file else f'a run directory with a {CONFIG}'}, and there is "
             "none; look at the path, or start a run with `grail pretrain`"
         )
-    text = storage.read(name).decode()
-    config = from_document(PretrainConfig, from_yaml(text, storage.path(name)))
+    document = from_yaml(storage.read(name).decode(), storage.path(name))
+    if "rewards" in document:
+        raise ConfigError(
+            f"{path} is the configuration of an alignment; go on with it by `grail align {path}`"
+        )
+    config = from_document(PretrainConfig, document)
     return config if is_file else dataclasses.replace(config, run_dir=absolute(path))
 
 

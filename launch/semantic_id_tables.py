@@ -39,7 +39,7 @@ class TableOptions:
     """Replace a table that is at --out."""
     category_level: int | None = None
     """Place in the items' category lists that prefixes are compared with, from 0 on; left out, the first one at
-    which no category covers 90 % of the items."""
+    which no category covers 90 % of the items that have one there."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,7 +110,9 @@ class OneRec(ContextGenerator):
     def __init__(self, config: Config, *, max_length: int, **parts: Any):
         super().__init__(config, token_dim=config.width, **parts)
         self.max_length = max_length
-        self.session_actions = codes_of("session.actions", config.session.actions, parts.get("actions", ()))
+        self.session_actions = codes_of(
+            "model.session.actions", config.session.actions, parts.get("actions", ())
+        )
         # A vector for each pathway and number of events back from the target.
         self.ages = nn.Embedding(len(self.context.pathways) * (max_length + 1), config.width)
         # The first item of a session is a target like any other.

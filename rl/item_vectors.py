@@ -30,8 +30,8 @@ class UnitVectors:
         if items.embeddings is None:
             raise ConfigError(
                 f"the reward compares items by their vectors, and {data_path} has none: name a matrix with "
-                "--...vectors FILE.npy (`grail tokenize` keeps the one it was given), or build the data with "
-                "--embeddings"
+                "--rewards.NAME.vectors FILE.npy, NAME being diversity, relevance or hybrid.relevance (`grail "
+                "tokenize` keeps the one it was given), or build the data with --embeddings"
             )
         return UnitVectors(items.embeddings)
 

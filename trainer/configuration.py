@@ -70,7 +70,7 @@ class EvaluationConfig:
     cutoffs: tuple[int, ...] = (5, 10, 20)
     """Lengths of the list at which metrics are taken."""
     filter_seen: bool = True
-    """Leave items of the user's known past out of the ranking."""
+    """Leave items of the user's known past out of the ranking, but for the held-out one where it is of them."""
     users_per_batch: int = 512
     """Users ranked together by all workers."""
     user_share: float = 1.0

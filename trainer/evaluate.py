@@ -45,6 +45,8 @@ class EvaluationResult:
     num_users: int
     seen_filtered: bool
     """Whether items of each user's known past were left out of the ranking."""
+    seen_held_out: int = 0
+    """Users whose held-out item is of their known past and was ranked all the same, where such items were left out."""
     metrics: Mapping[str, float]
     """`recall@10` and so on, means over users."""
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
@@ -90,6 +92,7 @@ def evaluate(
         coverage = {f"coverage@{k}": coverage_at(ranked.lists, k, search.num_items) for k in config.cutoffs}
         outcome = {
             "num_users": len(ranked.users),
+            "seen_held_out": int(ranked.has_seen.sum()),
             "metrics": _means(per_user) | coverage,
             "intervals": bootstrap_intervals(per_user, resamples=config.bootstrap_resamples, seed=seed)
             if config.bootstrap_resamples
@@ -147,6 +150,8 @@ def render(results: Mapping[str, EvaluationResult]) -> Table:
     """
     first = next(iter(results.values()))
     seen = "seen items left out" if first.seen_filtered else "seen items not left out"
+    if first.seen_held_out:
+        seen += f"\nbut for the held-out ones of {first.seen_held_out:,} users"
     table = Table(title=f"{first.split} split, {first.num_users:,} users\n{seen}")
     table.add_column("metric")
     for name in results:
@@ -175,6 +180,8 @@ class Ranked:
     """[U, K] int64."""
     held_out: np.ndarray
     """[U] int64."""
+    has_seen: np.ndarray
+    """[U] bool: who knows the held-out item, where seen items are left out."""
     measures: Mapping[str, np.ndarray]
     """[U] fp32 each: what else the search says of itself."""
 
@@ -194,7 +201,8 @@ def _rank_users(
         measures = list(found.measures)
         nothing = found.ranks.new_zeros(batch.num_users, 0, dtype=torch.int64)
         numbers = torch.stack((found.ranks, *found.measures.values()), dim=1)
-        parts.append((batch.user_ids, batch.held_out, found.items if k else nothing, numbers))
+        known = _has_seen(batch, config.filter_seen)
+        parts.append((batch.user_ids, batch.held_out, found.items if k else nothing, known, numbers))
     own_users = sum(len(part[0]) for part in parts)
     counts = [count for (count,) in exchange_integers([own_users], search.process)]
     if not sum(counts):
@@ -210,14 +218,24 @@ def _rank_users(
     if gathered[0] is None:
         return None
     order = gathered[0].argsort()
-    users, held_out, lists, numbers = (values[order].numpy() for values in gathered)
+    users, held_out, lists, has_seen, numbers = (values[order].numpy() for values in gathered)
     return Ranked(
         users=users,
         ranks=numbers[:, 0],
         lists=lists,
         held_out=held_out,
+        has_seen=has_seen,
         measures={name: numbers[:, column] for column, name in enumerate(measures, start=1)},
     )
+
+
+def _has_seen(batch: SequenceBatch, filter_seen: bool) -> Tensor:
+    """Whose held-out item is of the known past, where that is left out of the ranking. Shapes: [B] bool."""
+    found = torch.zeros(batch.num_users, dtype=torch.bool)
+    if filter_seen:
+        rows = batch.seen.row_index()
+        found[rows[batch.seen.values == batch.held_out[rows]]] = True
+    return found
 
 
 def _check_each_once(users: Tensor | None, process: Process | None) -> None:

@@ -8,6 +8,7 @@ from cluster.errors import CheckpointError
 
 _MOST_LISTED = 20
 _ABSENT = "absent"
+_KIND = "model.model.type: "
 
 
 def model_fingerprint(shapes: Mapping[str, Sequence[int]], model: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,8 +25,12 @@ def compare_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
     differences = _differences(json.loads(json.dumps(saved)), json.loads(json.dumps(current)), "")
     if not differences:
         return
-    listed = differences[:_MOST_LISTED]
-    if len(differences) > len(listed):
+    # Of another kind of model all differs, and its kind says it all.
+    kinds = [line for line in differences if line.startswith(_KIND)]
+    listed = kinds or differences[:_MOST_LISTED]
+    if kinds:
+        listed.append("and more that follows from it")
+    elif len(differences) > len(listed):
         listed.append(f"and {len(differences) - len(listed)} more")
     raise CheckpointError(
         "the checkpoint must belong to the same model, but these differ:\n  "

@@ -222,7 +222,8 @@ def _load_dense(reader: CheckpointReader, assembly: Weights, may_lack: tuple[str
             continue
         if saved != list(tensor.shape):
             raise CheckpointError(
-                f"the weights of {name} must have shape {list(tensor.shape)}, the checkpoint has {saved}; "
-                "give the model options the checkpoint was trained with"
+                f"the weights of {name} must have shape {list(tensor.shape)}, the checkpoint has "
+                f"{'none of that name' if saved is None else saved}; give the model options the checkpoint was trained "
+                "with"
             )
         tensor.data.copy_(reader.read_rows(prefix + name, 0, tensor.numel()).view(tensor.shape))

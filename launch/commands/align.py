@@ -26,6 +26,7 @@ from launch.run_directory import (
     has_checkpoint,
     load_config,
     prepare,
+    require_own_folder,
     way_on,
     write_document,
 )
@@ -121,7 +122,13 @@ def _saved(path: str) -> "AlignConfig":
         raise CheckpointError(
             f"{path} must be the {ALIGN} of an alignment, and there is none; look at the path"
         )
-    return from_document(AlignConfig, from_yaml(storage.read(name).decode(), path))
+    document = from_yaml(storage.read(name).decode(), path)
+    if "recipe" in document:
+        raise ConfigError(
+            f"{path} must be the {ALIGN} of an alignment, and is the configuration of a pretraining; give the folder "
+            "of that run to align it"
+        )
+    return from_document(AlignConfig, document)
 
 
 def _plug_ins(options: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -153,6 +160,7 @@ def align(config: "AlignConfig") -> int:
     # From the beginning: to prepare rewards and to start Ray may take long.
     with stop.on_signals():
         start = load_config(config.start)
+        require_own_folder(config.run_dir, alignment=True)
         check_alignment(config, start)
         setting = reward_setting(
             config.rewards,

@@ -17,6 +17,7 @@ from launch.run_directory import (
     absolute_search,
     load_config,
     prepare,
+    require_own_folder,
     way_on,
 )
 from trainer.checks import check
@@ -45,7 +46,7 @@ def parse_config(name: str, options: list[str]) -> PretrainConfig:
     default = _default(name)
     objective, options = take_option(options, "--objective")
     if objective is not None:
-        default = dataclasses.replace(default, objective=plugin_config(OBJECTIVES, objective)())
+        default = dataclasses.replace(default, objective=_objective(objective))
     config = parse(PretrainConfig, options, program=f"grail pretrain {name}", default=default)
     run_dir = config.run_dir or f"runs/{config.recipe}"
     return dataclasses.replace(
@@ -61,6 +62,15 @@ def parse_config(name: str, options: list[str]) -> PretrainConfig:
         ),
         search=absolute_search(config.search),
     )
+
+
+def _objective(name: str) -> Any:
+    names = objective_names()
+    if name not in names:
+        raise ConfigError(
+            f"--objective must be the name of an objective, got '{name}'{suggestion(name, names)}"
+        )
+    return plugin_config(OBJECTIVES, name)()
 
 
 def _with_absolute_folder(model: Any) -> Any:
@@ -85,6 +95,7 @@ def train(config: PretrainConfig) -> int:
     from launch.run_status import StatusKeeper
 
     check(config)
+    require_own_folder(config.run_dir, alignment=False)
     open_data(config.data)
     console, stop = start_console(), StopSignal()
     keeper = StatusKeeper(config.run_dir, config.recipe, config.log.prometheus_file)

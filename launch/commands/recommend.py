@@ -225,6 +225,8 @@ def _user_table(user: dict[str, Any]) -> Any:
     from rich.markup import escape
     from rich.table import Table
 
+    from data_streams.item_table import shown_title
+
     table = Table(title=f"user {escape(user['user'])}, {user['num_events']} events", title_justify="left")
     table.add_column("latest history, oldest first", overflow="fold")
     table.add_column("recommended", overflow="fold")
@@ -232,5 +234,7 @@ def _user_table(user: dict[str, Any]) -> Any:
     for index in range(max(len(user["history"]), len(user["recommended"]))):
         past = user["history"][index] if index < len(user["history"]) else ""
         title, score = user["recommended"][index] if index < len(user["recommended"]) else ("", None)
-        table.add_row(escape(past), escape(title), "" if score is None else f"{score:.3f}")
+        table.add_row(
+            escape(shown_title(past)), escape(shown_title(title)), "" if score is None else f"{score:.3f}"
+        )
     return table

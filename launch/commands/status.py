@@ -85,9 +85,13 @@ def _short(run_dir: str) -> str:
 
 def _progress(report: RunReport) -> str:
     status = report.status
-    if status.step is None:
-        return ""
-    return f"step {status.step}/{status.total_steps}, epoch {status.epoch}/{status.epochs}"
+    parts = (("step", status.step, status.total_steps), ("epoch", status.epoch, status.epochs))
+    return ", ".join(f"{name} {_of(done, planned)}" for name, done, planned in parts if done is not None)
+
+
+def _of(done: int, planned: int | None) -> str:
+    """A run that ended before its first report has told of its checkpoints alone."""
+    return str(done) if planned is None else f"{done}/{planned}"
 
 
 def _age(seconds: float | None) -> str:

@@ -127,7 +127,7 @@ class UserContext(nn.Module):
             {name: Pathway(sizes[name], config.hidden, dim) for name in config.pathways}
         )
         self.register_buffer("item_codes", semantic_ids.codes, persistent=False)
-        self.positive_codes = codes_of("positive-actions", config.positive_actions, actions)
+        self.positive_codes = codes_of("model.context.positive-actions", config.positive_actions, actions)
 
     def tables(self) -> list[TableSpec]:
         """Rows of items are needed where features come with them too."""
@@ -211,6 +211,7 @@ def codes_of(option: str, names: Sequence[str], actions: Sequence[str]) -> list[
     if missing:
         raise ConfigError(
             f"{option} must be actions of the data, and {', '.join(missing)} is none; it has "
-            f"{', '.join(actions) or 'no actions'}"
+            f"{', '.join(actions) or 'no actions'}; name some of those with "
+            f"--{option}"
         )
     return [actions.index(name) for name in names]

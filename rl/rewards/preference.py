@@ -40,8 +40,9 @@ class Preference(RewardFunction):
         def run_names(self) -> tuple[str, ...]:
             if not self.run:
                 raise ConfigError(
-                    "the preference reward needs a trained reward model: give its run directory with --...run "
-                    "(train one with `grail pretrain reward-sim`)"
+                    "the preference reward needs a trained reward model: give its run directory with "
+                    "--rewards.preference.run, within hybrid --rewards.hybrid.preference.run (train one with `grail "
+                    "pretrain reward-sim`)"
                 )
             return (self.run,)
 

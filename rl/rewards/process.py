@@ -49,7 +49,8 @@ class Process(RewardFunction):
         def run_names(self) -> tuple[str, ...]:
             if not self.run:
                 raise ConfigError(
-                    "the process reward needs a trained PRM: give its run directory with --...run"
+                    "the process reward needs a trained PRM: give its run directory with "
+                    "--rewards.process.run"
                 )
             return (self.run,)
 

@@ -78,7 +78,7 @@ def find_threshold(config: Relevance.Config, data_path: str) -> float:
     if not len(long):
         raise ConfigError(
             f"the threshold of the relevance gate is read off users with two training events, and {data_path} "
-            "has none; give --...threshold"
+            "has none; give --rewards.relevance.threshold, within hybrid --rewards.hybrid.relevance.threshold"
         )
     histories = [
         events.items[start : stop - 1] for start, stop in zip(starts[long], stops[long], strict=True)

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cluster.process import Process, interface_towards, loopback_interface
+from cluster.errors import ConfigError
+from cluster.process import Process, interface_towards, loopback_interface, start_process
 from cluster.seeds import purpose_seed
 from tests.process_group import run_on_processes
 
@@ -80,3 +81,11 @@ def test_seeds_differ_by_purpose_and_fit_in_63_bits():
     assert purpose_seed(0, "shuffle", 1) == purpose_seed(0, "shuffle", 1)
     assert purpose_seed(0, "a", 1) != purpose_seed(0, "a1")
     assert purpose_seed(7, "table", "item") == 6089275409163691560
+
+
+@pytest.mark.parametrize("there", [0, 1])
+def test_an_accelerator_that_is_not_there_is_an_error_in_words(monkeypatch, there):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    where = {"rank": there, "local_rank": there, "world_size": 2, "local_world_size": 2}
+    with pytest.raises(ConfigError, match=f"sees {there} here; give --cluster.gpus-per-worker 0"):
+        start_process(**where, rendezvous="file:///nowhere", num_threads=1, use_gpu=True)

@@ -288,6 +288,30 @@ def test_a_data_set_is_replaced_only_when_asked(tmp_path):
     assert Manifest.load(Storage(tmp_path / "out")) == second != first
 
 
+def test_actions_that_no_event_has_are_told(tmp_path, caplog):
+    build_events(tmp_path, random_events(0), split_actions=("click",))
+    assert "no event has" not in caplog.text
+    build_events(tmp_path, random_events(0), page_actions=("clck",), overwrite=True)
+    assert (
+        "no event has the action clck of --page-actions; the actions that were read are click" in caplog.text
+    )
+
+
+def test_a_split_that_holds_nothing_out_for_validation_is_told(tmp_path, caplog):
+    build_events(tmp_path, random_events(0))
+    assert "held out for validation" not in caplog.text
+    build_events(tmp_path, random_events(0), split="by-time", valid_from_s=9, test_from_s=9, overwrite=True)
+    assert "no user has an event that is held out for validation" in caplog.text
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_is_never_replaced(tmp_path, overwrite):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ConfigError, match=r"--out must be a folder, and .*out is a file; name another one"):
+        build_events(tmp_path, random_events(0), overwrite=overwrite)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 def test_an_interrupted_build_leaves_what_was_there(tmp_path, monkeypatch):
     first = build_events(tmp_path, random_events(0))
 

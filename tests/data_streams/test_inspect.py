@@ -60,6 +60,20 @@ def test_the_report_is_printed_with_titles_and_plotted(data_set):
     assert len(picture) > 10_000
 
 
+def test_a_user_is_shown_in_short_lines_that_tell_what_was_not_chosen(tmp_path):
+    events = EVENTS.with_columns(action=pl.col("action").replace("cart", "exposure"))
+    events.write_parquet(tmp_path / "events.parquet")
+    titles = {"Kettle": "Kettle\nof steel", "Mug": "Mug " * 500}
+    ITEMS.with_columns(title=pl.col("title").replace(titles)).write_parquet(tmp_path / "items.parquet")
+    source = EventsSource.Config(
+        events=(str(tmp_path / "events.parquet"),), items=str(tmp_path / "items.parquet")
+    )
+    build(source, BuildConfig(out=str(tmp_path / "data"), keep_exposures=True))
+    shown = dict(inspect(str(tmp_path / "data")).samples)["7"]
+    assert [shown[0], shown[1], shown[3]] == ["Kettle of steel", "Pan (exposure)", "Pan"]
+    assert shown[2].startswith("Mug Mug") and len(shown[2]) <= 80
+
+
 def test_names_with_brackets_are_shown_as_they_are(tmp_path):
     marked = {"Kettle": "Kettle [/b] [red]", "Pan": "Pan [2-pack]", "Mug": "Mug :heart:"}
     events = EVENTS.with_columns(

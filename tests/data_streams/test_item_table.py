@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from cluster.errors import DataError
-from data_streams.item_table import ItemTable
+from data_streams.item_table import ItemTable, shown_title
 from tests.data_streams.tiny_data import make_chunk, write_data_set
 
 FRAME = pl.DataFrame(
@@ -42,6 +42,12 @@ def test_titles_and_categories_may_be_absent(tmp_path):
     table = ItemTable.load(str(write(tmp_path, FRAME.drop("title", "categories"))))
     assert table.titles.to_list() == ["10", "20", "30"]
     assert table.categories is None
+
+
+def test_a_title_is_shown_as_one_line_that_ends_somewhere():
+    assert shown_title("soap\nof  the day\t") == "soap of the day"
+    assert shown_title("長い" * 40) == "長い" * 40
+    assert shown_title("長い" * 41) == "長い" * 39 + "長…"
 
 
 def test_embeddings_are_mapped_not_read(tmp_path):

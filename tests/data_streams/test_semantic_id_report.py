@@ -53,6 +53,8 @@ def test_shuffled_categories_show_what_chance_gives():
 def test_the_first_place_that_tells_items_apart_is_the_category():
     lists = pl.Series([["Shop", "Hair", "Combs"], ["Shop", "Skin"], ["Shop"], ["Shop", "Hair"]])
     assert category_codes(lists).tolist() == [0, 1, -1, 0]
+    nameless = pl.Series([*lists.to_list(), [], None], dtype=lists.dtype)
+    assert category_codes(nameless).tolist() == [0, 1, -1, 0, -1, -1]
     assert category_codes(lists, level=0).tolist() == [0, 0, 0, 0]
     assert category_codes(lists, level=2).tolist() == [0, -1, -1, -1]
     assert category_codes(lists, level=5) is None

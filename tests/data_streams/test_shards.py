@@ -97,6 +97,9 @@ def test_a_missing_manifest_says_how_to_make_a_data_set(tmp_path):
         DataError, match=r"holds no manifest.json.*did not finish; make one with `grail data build`"
     ):
         Manifest.load(Storage(tmp_path))
+    (tmp_path / "events.csv").write_text("user_id,item_id")
+    with pytest.raises(DataError, match=r"events.csv holds no manifest.json: it is not a data set"):
+        Manifest.load(Storage(tmp_path / "events.csv"))
 
 
 @pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("[]", "must hold a JSON object")])

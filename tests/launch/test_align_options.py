@@ -9,7 +9,7 @@ from cluster.errors import CheckpointError, ConfigError
 from launch import cli
 from launch.commands import align
 from launch.config_document import to_document, to_yaml
-from launch.run_directory import ALIGN, absolute, way_on, write_document
+from launch.run_directory import ALIGN, absolute, load_config, way_on, write_document
 from models.decoder_only import DecoderOnly
 from rl.advantages.binary import Binary
 from rl.objectives.ecpo import Ecpo
@@ -41,6 +41,16 @@ def test_without_options_it_is_grpo_sr_from_the_run_with_the_hybrid_reward(start
     assert isinstance(config.objective, GrpoSr.Config) and config.seed == 4
     assert [term.name for term in config.rewards] == ["hybrid"]
     assert config.train.selection_metric == "recall@10" and config.train.table_learning_rate == 0
+
+
+def test_configurations_of_the_other_command_are_told_apart(start, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"is the configuration of a pretraining; give the folder of that run"
+    ):
+        align.parse_config(f"{start.run_dir}/config.yaml", [])
+    (tmp_path / "align.yaml").write_text(to_yaml(to_document(align.parse_config(start.run_dir, []))))
+    with pytest.raises(ConfigError, match=r"of an alignment; go on with it by `grail align .*align.yaml`"):
+        load_config(str(tmp_path / "align.yaml"))
 
 
 def test_names_choose_and_sections_set(start, tmp_path):
@@ -91,7 +101,10 @@ def test_help_names_what_can_be_chosen_and_errors_say_what_is_missing(capsys, st
     ("rewards", "message"),
     [
         ("python-function --rewards.python-function.path no_such_module:reward", "cannot be imported"),
-        ("relevance", "compares items by their vectors, and .* has none"),
+        (
+            "relevance",
+            "compares items by their vectors, and .* has none: name a matrix with --rewards.NAME.vectors",
+        ),
         ("relevance --rewards.relevance.vectors missing.npy", "missing.npy"),
     ],
 )

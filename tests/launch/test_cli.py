@@ -42,6 +42,7 @@ def test_help_lists_every_command_and_imports_nothing_slow():
         (["pretrain"], "needs a recipe or the config.yaml of a run in front of the options"),
         (["data", "build", "evnts"], "a source in front of the options, got 'evnts'; did you mean 'events'?"),
         (["pretrain", "sasrec", "--objective", "full-sofmax"], "did you mean 'full-softmax'?"),
+        (["pretrain", "sasrec", "--objective", "negatives"], "in-batch-softmax, sampled-softmax, top1"),
     ],
 )
 def test_a_wrong_name_is_answered_with_the_nearest_valid_one(arguments, message, capsys):
@@ -78,6 +79,18 @@ def test_a_full_disk_is_an_error_without_a_traceback_and_other_errors_of_the_sys
     monkeypatch.setattr(cli, "find_command", lambda arguments: fail(errno.EIO))
     with pytest.raises(OSError, match="Input/output error"):
         cli.run(["pretrain"])
+
+
+@pytest.mark.parametrize("number", [errno.ENOTDIR, errno.EACCES, errno.EEXIST])
+def test_a_path_that_cannot_be_used_is_an_error_without_a_traceback(capsys, monkeypatch, number):
+    def fail(arguments):
+        raise OSError(number, os.strerror(number), "/data/events.csv/manifest.json")
+
+    monkeypatch.setattr(cli, "find_command", fail)
+    assert cli.run(["pretrain"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("grail: /data/events.csv/manifest.json must be a path that can be used here")
+    assert f"the system says: {os.strerror(number)}; look at the paths you gave" in error
 
 
 def test_the_first_word_of_commands_lists_those_that_begin_with_it(capsys):

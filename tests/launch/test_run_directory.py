@@ -18,11 +18,13 @@ from launch.run_directory import (
     load_config,
     parse_checkpoint,
     prepare,
+    require_own_folder,
     way_on,
     write_document,
 )
 from launch.served_run import parse_served
 from models.objectives.full_softmax import FullSoftmax
+from tests.tiny_run import build_tiny_data
 from trainer.checks import check
 from trainer.configuration import LogConfig, PretrainConfig
 from trainer.metric_log import MetricLog
@@ -36,6 +38,40 @@ def test_a_run_is_started_again_from_what_it_wrote(tmp_path):
     assert load_config(str(tmp_path / "run")) == config
     again = parse_config(str(tmp_path / "run" / "config.yaml"), ["--train.max-steps", "9"])
     assert again == dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=9))
+
+
+def test_a_file_or_a_data_set_is_no_run_directory(tmp_path, capsys):
+    build_tiny_data(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    line = [
+        "pretrain",
+        "sasrec",
+        "--data.path",
+        str(tmp_path / "shards"),
+        "--cluster.in-process",
+        "--run-dir",
+    ]
+    for folder, words in (
+        ("file", "file is a file; name another one"),
+        ("file/run", "file is a file; name another one"),
+        ("shards", "shards holds a data set; name another one, such as"),
+    ):
+        assert grail([*line, str(tmp_path / folder)]) == 2
+        assert words in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_neither_pretraining_nor_alignment_goes_on_with_a_run_of_the_other(tmp_path):
+    for name in ("pretrained", "aligned"):
+        (tmp_path / name / "checkpoints" / "step-3").mkdir(parents=True)
+    (tmp_path / "aligned" / "align.yaml").touch()
+    for name, alignment in (("pretrained", False), ("aligned", True), ("new", False), ("new", True)):
+        require_own_folder(str(tmp_path / name), alignment=alignment)
+    with pytest.raises(ConfigError, match=r"go on with it by `grail align .*/aligned/align.yaml`, or name"):
+        require_own_folder(str(tmp_path / "aligned"), alignment=False)
+    with pytest.raises(ConfigError, match=r"pretrained holds a pretraining; name another one"):
+        require_own_folder(str(tmp_path / "pretrained"), alignment=True)
 
 
 def test_the_options_scripts_rely_on_are_there(tmp_path):

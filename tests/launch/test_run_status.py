@@ -61,6 +61,15 @@ def test_a_run_is_seen_while_it_works_and_after_its_end(run_dir, capsys):
     assert json.loads(capsys.readouterr().out)["status"]["loss"] == 2.5
 
 
+def test_what_a_short_run_never_told_is_left_out_of_its_progress(run_dir, capsys):
+    with Lease(run_dir, print), StatusKeeper(run_dir, "sasrec") as keeper:
+        keeper.on_event(Event(kind="saved", rank=0, values={"step": 4}))
+        keeper.end("finished")
+    assert grail(["status", run_dir]) == 0
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.startswith(f"{run_dir}  finished  step 4 ") and "None" not in line
+
+
 def test_the_numbers_of_a_run_that_goes_on_are_those_its_last_holder_left(run_dir):
     late = StatusKeeper(run_dir, "sasrec")
     with StatusKeeper(run_dir, "sasrec") as first:

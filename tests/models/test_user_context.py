@@ -129,6 +129,7 @@ def test_a_positive_action_that_the_data_lacks_is_refused():
     config = ContextConfig(positive_length=3, positive_actions=("adored",))
     with pytest.raises(
         ConfigError,
-        match="positive-actions must be actions of the data, and adored is none; it has click, like, share",
+        match=r"model.context.positive-actions must be actions of the data, and adored is none; it has "
+        r"click, like, share; name some of those with --model.context.positive-actions",
     ):
         make_context(config)

@@ -243,7 +243,10 @@ def test_a_function_that_is_none_is_refused_before_any_worker_starts(path, messa
         (lambda: Duration.Config(base=1.0), "base"),
         (lambda: Preference.Config().run_names(), "reward-sim"),
         (lambda: Hybrid.Config().run_names(), "reward-sim"),
-        (lambda: Process.Config().run_names(), "trained PRM"),
+        (
+            lambda: Process.Config().run_names(),
+            r"trained PRM: give its run directory with --rewards.process.run",
+        ),
     ],
 )
 def test_impossible_options_are_refused(build, message):

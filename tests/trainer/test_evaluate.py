@@ -131,6 +131,7 @@ def test_two_workers_with_uneven_batches_give_what_one_gives(alone):
     first, second = run_on_processes(run_all, 2)
     assert first["result"] == second["result"]
     assert first["result"]["num_users"] == NUM_USERS
+    assert first["result"]["seen_held_out"] == alone["result"]["seen_held_out"]
     for name in ("metrics", "intervals"):
         assert first["result"][name].keys() == alone["result"][name].keys()
         for metric, value in alone["result"][name].items():
@@ -169,6 +170,7 @@ def test_evaluation_json_has_the_keys_that_scripts_rely_on(alone):
         "split",
         "num_users",
         "seen_filtered",
+        "seen_held_out",
         "metrics",
         "intervals",
         "checkpoint",
@@ -236,6 +238,11 @@ def test_the_printed_table_says_whether_seen_items_were_left_out():
         result = evaluate(make_search(None), own_batches(None), config=config, **arguments)
         assert "valid split, 43 users" in printed({"sasrec": result})
         assert f" {words} " in printed({"sasrec": result})
+        batch = make_batch(range(NUM_USERS))
+        pasts = batch.seen.values.split(batch.seen.lengths.tolist())
+        again = sum(int(item in past) for item, past in zip(batch.held_out, pasts, strict=True)) * filter_seen
+        assert result.seen_held_out == again
+        assert (f"but for the held-out ones of {again} users" in printed({"sasrec": result})) == filter_seen
         low, high = result.intervals["mrr"]
         assert f"{low:.4f} to {high:.4f}" in printed({"sasrec": result})
         assert f"{result.metrics['mrr']:.4f}" in printed({"sasrec": result, "popularity": result})

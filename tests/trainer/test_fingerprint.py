@@ -31,6 +31,15 @@ def test_another_model_is_refused_with_a_list_of_what_differs():
     assert "widths" not in message and "--init-from" in message and "may change on resume" in message
 
 
+def test_of_another_kind_of_model_only_the_kind_is_told():
+    saved, now = ({"model": {"type": name, "width": width}} for name, width in (("Tiger", 4), ("TDM", 8)))
+    with pytest.raises(CheckpointError) as caught:
+        compare_fingerprint(model_fingerprint(SHAPES, saved), model_fingerprint({}, now))
+    message = str(caught.value)
+    assert "model.model.type: Tiger saved, TDM now\n  and more that follows from it" in message
+    assert "width" not in message and "shapes." not in message
+
+
 def test_a_long_list_of_differences_is_cut():
     many = {f"dense/{index}": (index,) for index in range(50)}
     with pytest.raises(CheckpointError, match="and 30 more"):
