@@ -27,7 +27,8 @@ class DataConfig:
     feedback_lag_s: float = 0.0
     """Seconds before a held-out event that its history lacks in evaluation, as where feedback comes in late."""
     history_exposures: bool = False
-    """Let exposures, and other actions kept beside the sequence, be part of the history."""
+    """Let exposures, and other actions kept beside the sequence, be part of the history: for models of how users answer
+    what they are shown."""
     pages: Literal["none", "auto", "recorded", "gap", "count"] = "none"
     """Target pages for models that predict whole pages: recorded ones (page_id), or made up by a pause (gap) or of some
     events each (count); auto takes the first of these that the data set allows."""

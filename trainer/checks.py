@@ -63,6 +63,12 @@ def _check_needs_of_model(config: PretrainConfig) -> None:
             f"{type(config.model).__qualname__.split('.')[0]} learns from exposures, and "
             "needs --data.history-exposures; histories hold none otherwise"
         )
+    if config.data.history_exposures and not getattr(config.model, "needs_exposures", False):
+        raise ConfigError(
+            "data.history-exposures is for models of how users answer what they are shown, and "
+            f"{type(config.model).__qualname__.split('.')[0]} finds items: what a page showed would stand in front of "
+            "what was taken from it, so that evaluations would know the answer; leave it out"
+        )
     if getattr(config.model, "needs_pages", False) and config.data.pages == "none":
         raise ConfigError(
             f"{type(config.model).__qualname__.split('.')[0]} learns whole pages and needs --data.pages (auto, "

@@ -21,6 +21,7 @@ from data_streams.sources.world import WorldSource
 from models.mtgr import MTGR
 from models.objectives.sampled_softmax import SampledSoftmax
 from models.reward_sim import RewardSim
+from models.sasrec import SASRec
 from sharding.unsharded import UnshardedTables
 from tests.process_group import run_on_processes
 from tests.tiny_run import assert_same_state, read_all, run
@@ -210,6 +211,9 @@ def test_a_reward_model_is_chosen_by_its_own_metrics():
         check(replace(fine, data=replace(fine.data, history_exposures=False)))
     with pytest.raises(ConfigError, match="has a loss of its own; leave --objective out"):
         check(replace(fine, objective=SampledSoftmax.Config()))
+    finds = replace(fine, model=SASRec.Config(), objective=SampledSoftmax.Config(), train=TrainConfig())
+    with pytest.raises(ConfigError, match="SASRec finds items: what a page showed would stand in front"):
+        check(finds)
 
 
 def test_what_needs_a_search_is_refused_for_a_reward_model(tmp_path):
