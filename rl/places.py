@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from cluster.errors import ClusterError
 from cluster.placement import Placement, place, require_gpus
 from cluster.reporter import StopSignal
 from rl.configuration import AlignConfig
@@ -25,16 +26,24 @@ class Places:
             config.num_gpus(),
             "--cluster.gpus-per-worker, --rollout.gpus-per-worker and --reward.gpus-per-worker",
         )
-        return Places(
-            **{
-                name: place(
-                    pool.workers,
-                    cpus=pool.cpus_per_worker,
-                    gpus=pool.gpus_per_worker,
-                    timeout_s=config.cluster.start_timeout_s,
-                    stop=stop,
-                )
-                for name, pool in (("rollout", config.rollout), ("reward", config.reward))
-                if pool.workers
-            }
-        )
+        found: dict[str, Placement] = {}
+        try:
+            for name, pool in (("rollout", config.rollout), ("reward", config.reward)):
+                if pool.workers:
+                    found[name] = place(
+                        pool.workers,
+                        cpus=pool.cpus_per_worker,
+                        gpus=pool.gpus_per_worker,
+                        timeout_s=config.cluster.start_timeout_s,
+                        stop=stop,
+                    )
+        except ClusterError:
+            Places(**found).remove()
+            raise
+        return Places(**found)
+
+    def remove(self) -> None:
+        """Give the room back; the driver's process may align again."""
+        for placement in (self.rollout, self.reward):
+            if placement is not None:
+                placement.remove()

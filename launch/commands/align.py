@@ -213,13 +213,16 @@ def _run(
             raise
         places = None
 
-    return run_gang(
+    result = run_gang(
         *(align_job, *arguments, places),
         config=config.cluster,
         run_dir=config.run_dir,
         on_event=on_event,
         stop=stop,
     )
+    if places is not None:
+        places.remove()
+    return result
 
 
 def _learnt(document: dict[str, Any]) -> dict[str, Any]:

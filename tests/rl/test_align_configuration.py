@@ -143,6 +143,29 @@ def test_each_pool_reserves_its_accelerators_and_works_on_them(monkeypatch):
     assert setting.device == "cuda:0" and options["gpus_per_member"] == 0.5
 
 
+def test_room_is_given_back_at_the_end_and_where_the_second_pool_finds_none(monkeypatch):
+    kept = []
+
+    class Room:
+        def __init__(self, workers: int, **_):
+            if workers == 5:
+                raise ClusterError("no room")
+            kept.append(self)
+
+        def remove(self) -> None:
+            kept.remove(self)
+
+    monkeypatch.setattr("cluster.placement.ray.cluster_resources", dict)
+    monkeypatch.setattr("rl.places.place", Room)
+    places = Places.reserve(config(rollout=RolloutConfig(workers=1), reward=RewardPoolConfig(workers=1)))
+    assert len(kept) == 2
+    places.remove()
+    assert not kept
+    with pytest.raises(ClusterError, match="no room"):
+        Places.reserve(config(rollout=RolloutConfig(workers=1), reward=RewardPoolConfig(workers=5)))
+    assert not kept
+
+
 def test_the_policy_of_an_alignment_has_no_dropout_and_starts_from_the_run(monkeypatch):
     monkeypatch.setattr("rl.configuration.with_users_per_step", lambda data, users: data)
     policy = config(run_dir="runs/aligned").policy(POLICY)
