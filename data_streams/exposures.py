@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cluster.errors import DataError
+from cluster.user_draws import drawn_users
 from data_streams.batch import SequenceBatch, page_item_key
 from data_streams.canonical import ChunkReader, Deal
 from data_streams.configuration import DataConfig
@@ -16,7 +17,7 @@ from data_streams.held_out_windows import between, held_out_window
 from data_streams.jagged import Jagged
 from data_streams.schema import EXPOSURE
 from data_streams.shards import Chunk
-from data_streams.stream import drawn_users, open_data
+from data_streams.stream import open_data
 from data_streams.target_pages import EventReading
 
 NO_ITEM = -1

@@ -9,9 +9,8 @@ from typing import Any, Literal
 import numpy as np
 
 from cluster.errors import ConfigError, DataError
-from cluster.seeds import purpose_seed
 from cluster.storage import Storage
-from cluster.user_draws import uniform_of_events
+from cluster.user_draws import drawn_users
 from data_streams import token_budget
 from data_streams.batch import SequenceBatch
 from data_streams.canonical import CanonicalStream, ChunkReader, Deal, deal_epoch, event_columns
@@ -338,12 +337,6 @@ class EvaluationStream:
             seen_offsets=offsets_of(known),
             pages=pages and pages.within(known - lengths, lengths),
         )
-
-
-def drawn_users(users: np.ndarray, share: float) -> np.ndarray:
-    """Which users are of a share of them: by their rows alone, so always the same. Shapes: [U] -> [U] bool."""
-    seed = purpose_seed(0, "evaluated users")
-    return uniform_of_events(seed, users, np.zeros_like(users)) < share
 
 
 def open_data(config: DataConfig) -> tuple[Storage, Manifest]:

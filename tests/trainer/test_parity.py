@@ -26,9 +26,24 @@ def assert_same_training(case: Case, world_size: int, against: Case) -> None:
     state = join_pieces([state for _, state in results])
     assert state.keys() == expected.keys()
     for name, tensor in state.items():
+        kept = ~moved_by_rounding(name, against)
         torch.testing.assert_close(
-            tensor.view(-1), expected[name].view(-1), atol=TOLERANCE, rtol=1e-3, msg=name
+            tensor.view(-1)[kept], expected[name].view(-1)[kept], atol=TOLERANCE, rtol=1e-3, msg=name
         )
+
+
+def moved_by_rounding(name: str, case: Case) -> torch.Tensor:
+    """The few weights of text models whose first gradient is next to nothing, a ten-thousandth of the others: its
+    rounding alone decides between no step of Adam and a whole one. Shapes: [elements] bool."""
+    is_weight = case.model.startswith("m6-rec") and name.startswith("dense/")
+    first = reference(replace(case, steps=1))[1] if is_weight else {}
+    moment = first.get(name.replace("dense/", "exp_avg/"))
+    if moment is None:
+        return torch.zeros(reference(case)[1][name].numel(), dtype=torch.bool)
+    moment = moment.view(-1).abs()
+    found = (moment > 0) & (moment < 1e-8)
+    assert found.sum() <= 3, name
+    return found
 
 
 @pytest.mark.parametrize(
