@@ -35,8 +35,8 @@ class PageLayout:
     """The tokens of all pages, a row per user."""
     keys: tuple[Tensor, ...]
     """By bucket of `users`: [users, length] int64, the history tokens of each user, any where there are fewer."""
-    visible: tuple[Tensor, ...]
-    """By bucket of `users`: [users, queries] int64, how many history tokens each page token sees."""
+    hidden: tuple[Tensor, ...]
+    """By bucket of `users`: [users, 1, queries, length], `hidden_bias` of what a page token may not see."""
 
     @staticmethod
     def build(history: Jagged, pages: Jagged, visible: Jagged) -> "PageLayout":
@@ -51,7 +51,7 @@ class PageLayout:
         )
         users = bucket_layout(of_users)
         of_token = torch.stack((visible.values[pages.row_index()], of_users.row_index()), dim=1)
-        keys, seen = [], []
+        keys, hidden = [], []
         for cells in to_cells(of_token, users):
             # Padding cells of a row hold some token's user: its first cell is always real.
             who = cells[:, 0, 1]
@@ -61,14 +61,14 @@ class PageLayout:
             keys.append(
                 torch.minimum(history.offsets[who, None] + places, history.offsets[who + 1, None] - 1)
             )
-            seen.append(cells[..., 0])
+            hidden.append(hidden_bias(places >= cells[:, None, :, :1]))
         return PageLayout(
             num_history=history.values.shape[0],
             history=bucket_layout(history),
             own=bucket_layout(pages),
             users=users,
             keys=tuple(keys),
-            visible=tuple(seen),
+            hidden=tuple(hidden),
         )
 
 
@@ -112,10 +112,8 @@ def _attend_history(
     """Each page token over the history before its page; shapes as above, keys and values [H, heads, D]."""
     blocks = []
     for number, cells in enumerate(to_cells(queries, layout.users)):
-        index, visible = layout.keys[number], layout.visible[number]
-        places = torch.arange(index.shape[1], device=index.device)
-        hidden = hidden_bias(places >= visible[:, None, :, None])
-        blocks.append(_attend(cells, keys[index], values[index], hidden))
+        index = layout.keys[number]
+        blocks.append(_attend(cells, keys[index], values[index], layout.hidden[number]))
     return _split_weight(to_tokens(blocks, layout.users))
 
 
