@@ -19,7 +19,7 @@ from rich.table import Table
 from benchmarks.setting.benchmark import Benchmark, Request, Scale
 from benchmarks.setting.ranks import measure_on_ranks
 from benchmarks.setting.users import build_users
-from cluster.errors import GrailError
+from cluster.errors import ConfigError, GrailError
 from cluster.plugins import load_plugin, plugin_files
 
 TIMEOUT_S = 1800.0
@@ -32,7 +32,8 @@ class Options:
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Benchmarks to run; left out, all of them."""
     scale: Scale = "full"
-    """small only shows that everything works; its ratios mean nothing and no bar is asked for."""
+    """small only shows that everything works; its ratios mean nothing and no bar is asked for. accelerator: one process
+    and one CUDA device, at sizes for it; the bars are those of the processor and not asked for."""
     data: str | None = None
     """Shards to take users and items from; left out, made-up users (benchmarks/setting/users.py)."""
     results: str = str(Path(__file__).parent / "results")
@@ -43,9 +44,7 @@ def main(arguments: list[str]) -> int:
     """Exit code 1 where a bar is not met, 2 for a benchmark that does not exist."""
     options = tyro.cli(Options, args=arguments, prog="python -m benchmarks")
     try:
-        modules = {
-            name: load_plugin("benchmarks", name) for name in options.names or plugin_files("benchmarks")
-        }
+        modules = _modules(options)
     except GrailError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
@@ -57,16 +56,35 @@ def main(arguments: list[str]) -> int:
             _write(Path(options.results), results[-1])
     Console().print(_table(results, options.scale))
     met = all(bar["met"] for result in results for bar in result["bars"])
-    return 0 if met or options.scale == "small" else 1
+    return 0 if met or options.scale != "full" else 1
+
+
+def _modules(options: Options) -> dict[str, Any]:
+    """The files of the benchmarks that are to be run. Raises: ConfigError for one that cannot be."""
+    modules = {name: load_plugin("benchmarks", name) for name in options.names or plugin_files("benchmarks")}
+    if options.scale != "accelerator":
+        return modules
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"--scale accelerator needs a CUDA device, and torch sees no CUDA device here (torch {torch.__version__}); "
+            "give --scale full for this processor"
+        )
+    able = {name: module for name, module in modules.items() if module.BENCHMARK.on_accelerator}
+    if options.names and len(able) < len(modules):
+        others = ", ".join(sorted(set(modules) - set(able)))
+        raise ConfigError(f"{others} runs on processors only; leave it out, or give --scale full")
+    return able
 
 
 def _run(name: str, module: Any, options: Options, data: str) -> dict[str, Any]:
     benchmark: Benchmark = module.BENCHMARK
     with tempfile.TemporaryDirectory(prefix=f"benchmark-{name}-") as scratch:
         request = Request(scale=options.scale, data=data, scratch=scratch)
-        threads = benchmark.threads_per_rank if options.scale == "full" else 1
+        threads = 1 if options.scale == "small" else benchmark.threads_per_rank
+        use_gpu = options.scale == "accelerator"
+        world_size = 1 if use_gpu else benchmark.world_size
         measured = measure_on_ranks(
-            module.measure, benchmark.world_size, threads, request, timeout_s=TIMEOUT_S
+            module.measure, world_size, threads, request, timeout_s=TIMEOUT_S, use_gpu=use_gpu
         )
     return {
         "name": name,
@@ -79,10 +97,10 @@ def _run(name: str, module: Any, options: Options, data: str) -> dict[str, Any]:
         ],
         "scale": options.scale,
         "users": options.data or "made up",
-        "processes": benchmark.world_size,
+        "processes": world_size,
         "threads_per_process": threads,
         "cores": os.cpu_count(),
-        "processor": get_cpu_info().get("brand_raw", ""),
+        "processor": torch.cuda.get_device_name() if use_gpu else get_cpu_info().get("brand_raw", ""),
         "torch": torch.__version__,
         "commit": _commit(),
         "load_average": os.getloadavg()[0],
@@ -109,11 +127,13 @@ def _write(folder: Path, result: dict[str, Any]) -> None:
         from benchmarks.setting.cost import draw_curves
 
         result["exponents"] = draw_curves(folder / f"{result['name']}.png", result["curves"])
-    (folder / f"{result['name']}.json").write_text(json.dumps(result, indent=2) + "\n")
+    file_name = result["name"] + ("-accelerator" if result["scale"] == "accelerator" else "")
+    (folder / f"{file_name}.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _table(results: list[dict[str, Any]], scale: Scale) -> Table:
-    title = "Ours against stock libraries" + (", at a size that means nothing" if scale == "small" else "")
+    what = {"full": "", "small": ", at a size that means nothing", "accelerator": ", on an accelerator"}
+    title = "Ours against stock libraries" + what[scale]
     table = Table(title=title)
     table.add_column("benchmark", min_width=max(len(result["name"]) for result in results))
     for column in ("ours", "peer", "ratio", "processor time", "bars"):
@@ -133,7 +153,7 @@ def _table(results: list[dict[str, Any]], scale: Scale) -> Table:
 
 def _verdict(bar: dict[str, Any], scale: Scale) -> str:
     said = f"{bar['bar']}: {_rounded(bar['value'])}"
-    if scale == "small":
+    if scale != "full":
         return said
     return f"{said}, met" if bar["met"] else f"{said}, [bold red]NOT MET"
 

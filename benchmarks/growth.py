@@ -87,7 +87,7 @@ def _sides(
         name: _our_step(process, config, batch, length, items, precision) for name, config in configs.items()
     }
     peer = PaddedSASRec(num_negatives=1, precision=precision).build(
-        configs["SASRec"], num_items=items, max_length=length
+        configs["SASRec"], num_items=items, max_length=length, device=process.device
     )
     return {**sides, PEER: lambda: peer.take(batch)}
 

@@ -23,12 +23,13 @@ BENCHMARK = Benchmark(
     unit="users/s",
     bars=(Bar(key="least_of_flops", at_least=0.5), Bar(key="most_of_flops", at_most=2.0)),
     threads_per_rank=2,
+    on_accelerator=True,
 )
-CONTEXTS = {"full": (128, 512, 2048), "small": (8, 16)}
-EVENTS = {"full": 2**15, "small": 32}
+CONTEXTS = {"full": (128, 512, 2048), "small": (8, 16), "accelerator": (128, 512, 2048)}
+EVENTS = {"full": 2**15, "small": 32, "accelerator": 2**17}
 """Of all users of a step."""
-ROUNDS = {"full": 3, "small": 1}
-WIDTH = {"full": 256, "small": 16}
+ROUNDS = {"full": 3, "small": 1, "accelerator": 10}
+WIDTH = {"full": 256, "small": 16, "accelerator": 1024}
 CODE_SIZES = (256,) * 3
 NUM_ITEMS = 1000
 
@@ -48,7 +49,7 @@ def measure(process: Process, request: Request) -> dict[str, Any]:
     precision = resolve_precision("auto", process.device)
     for context in CONTEXTS[scale]:
         for name, config in configs.items():
-            sides[f"{name} {context}"] = _step(config, users[context], context, precision)
+            sides[f"{name} {context}"] = _step(config, users[context], context, process.device, precision)
     timings = interleave(process, sides, rounds=ROUNDS[scale])
     for context in CONTEXTS[scale]:
         ours, peer = (timings[f"{name} {context}"] for name in configs)
@@ -90,24 +91,29 @@ def _flops(config: OneRecV2.Config | OneRec.Config, users: int, context: int) ->
 
 
 def _step(
-    config: OneRecV2.Config | OneRec.Config, users: int, context: int, precision: torch.dtype
+    config: OneRecV2.Config | OneRec.Config,
+    users: int,
+    context: int,
+    device: torch.device,
+    precision: torch.dtype,
 ) -> Callable[[], None]:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(CODE_SIZES[0], (NUM_ITEMS, len(CODE_SIZES)), generator=generator)
-    model = config.build(
-        num_items=NUM_ITEMS,
-        max_length=context,
-        item_feature_dim=0,
-        semantic_ids=SemanticIds(codes=codes, code_sizes=CODE_SIZES),
-    )
+    with device:
+        model = config.build(
+            num_items=NUM_ITEMS,
+            max_length=context,
+            item_feature_dim=0,
+            semantic_ids=SemanticIds(codes=codes.to(device), code_sizes=CODE_SIZES),
+        )
     step = StepContext(step=0)
-    batch = model.training_batch(made_up_batch([context] * users), step)
+    batch = model.training_batch(made_up_batch([context] * users), step).to(device)
     dim = model.tables()[0].dim
-    vectors = torch.randn(users * context, dim, generator=generator)
+    vectors = torch.randn(users * context, dim, generator=generator).to(device)
 
     def run() -> None:
         rows = {"history": LookedUp(ids=batch.items.values, rows=vectors.clone().requires_grad_())}
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
             loss = model(rows, batch, step)
         loss.sum.backward()
         model.zero_grad()

@@ -18,9 +18,11 @@ class PaddedSASRec:
     num_negatives: int
     precision: torch.dtype
 
-    def build(self, config: SASRec.Config, *, num_items: int, max_length: int) -> "PaddedSASRecStep":
+    def build(
+        self, config: SASRec.Config, *, num_items: int, max_length: int, device: torch.device
+    ) -> "PaddedSASRecStep":
         torch.manual_seed(0)
-        model = PaddedTransformer(config, num_items, max_length)
+        model = PaddedTransformer(config, num_items, max_length).to(device)
         return PaddedSASRecStep(self, model, torch.optim.Adam(model.parameters(), lr=1e-3), num_items)
 
 
@@ -35,12 +37,14 @@ class PaddedSASRecStep:
     def take(self, batch: SequenceBatch) -> Tensor:
         """Pad, draw negatives, forward, backward, update -> mean loss."""
         self.model.train()
-        is_real = torch.arange(batch.items.max_length) < batch.items.lengths[:, None]
-        items = torch.zeros(is_real.shape, dtype=torch.int64)
+        device = batch.items.values.device
+        is_real = torch.arange(batch.items.max_length, device=device) < batch.items.lengths[:, None]
+        items = torch.zeros(is_real.shape, dtype=torch.int64, device=device)
         items[is_real] = batch.items.values
-        negatives = torch.randint(self.num_items, (batch.num_tokens, self.options.num_negatives))
+        size = (batch.num_tokens, self.options.num_negatives)
+        negatives = torch.randint(self.num_items, size, device=device)
         bf16 = self.options.precision == torch.bfloat16
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
             states = self.model(items, ~is_real)[is_real]
             loss = self._loss(states.float(), batch.targets, negatives, self.model.items)
         self.optimizer.zero_grad()

@@ -51,9 +51,9 @@ class PaddedTransformer(nn.Module):
 
     def forward(self, items: Tensor, is_padding: Tensor) -> Tensor:
         """Shapes: items, is_padding [B, L] -> states [B, L, D]."""
-        length = items.shape[1]
-        hidden = self.dropout(self.items(items) + self.positions(torch.arange(length)))
-        is_later = torch.ones(length, length, dtype=torch.bool).triu(1)
+        length, device = items.shape[1], items.device
+        hidden = self.dropout(self.items(items) + self.positions(torch.arange(length, device=device)))
+        is_later = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
         return self.encoder(hidden, mask=is_later, src_key_padding_mask=is_padding, is_causal=True)
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from benchmarks.setting.timing import Timing
 
-Scale = Literal["full", "small"]
+Scale = Literal["full", "small", "accelerator"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,8 @@ class Benchmark:
     bars: tuple[Bar, ...]
     world_size: int = 1
     threads_per_rank: int
+    on_accelerator: bool = False
+    """Whether it has sizes for an accelerator, where a single process measures."""
 
 
 @dataclass(frozen=True, kw_only=True)

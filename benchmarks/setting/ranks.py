@@ -22,6 +22,7 @@ def measure_on_ranks(
     threads_per_rank: int,
     *arguments: Any,
     timeout_s: float,
+    use_gpu: bool = False,
 ) -> dict[str, Any]:
     """What `measure(process, *arguments)` returns on rank 0, which must be plain JSON values.
 
@@ -32,7 +33,7 @@ def measure_on_ranks(
     with tempfile.TemporaryDirectory() as folder:
         context = torch.multiprocessing.start_processes(
             _run_rank,
-            args=(world_size, threads_per_rank, folder, timeout_s, measure, arguments),
+            args=(world_size, threads_per_rank, folder, timeout_s, use_gpu, measure, arguments),
             nprocs=world_size,
             join=False,
             start_method="forkserver",
@@ -61,6 +62,7 @@ def _run_rank(
     threads_per_rank: int,
     folder: str,
     timeout_s: float,
+    use_gpu: bool,
     measure: Callable,
     arguments: tuple,
 ) -> None:
@@ -74,6 +76,7 @@ def _run_rank(
         local_world_size=world_size,
         rendezvous=f"file://{folder}/rendezvous",
         num_threads=threads_per_rank,
+        use_gpu=use_gpu,
         timeout_s=timeout_s,
     )
     result = measure(process, *arguments)

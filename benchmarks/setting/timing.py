@@ -35,7 +35,7 @@ def interleave(
     rounds: int,
     settle: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
-    """Run the sides in turn, A B A B ..., after one warm-up of each; a collective call.
+    """Run the sides in turn, A B A B ..., after one warm-up of each; a collective call. An accelerator is waited for.
 
     `settle` runs before each timed call and is not timed.
     """
@@ -47,6 +47,8 @@ def interleave(
             dist.barrier(group=process.host_group)
             started, cpu_started = time.perf_counter(), time.process_time()
             run()
+            if process.device.type == "cuda":
+                torch.cuda.synchronize()
             wall_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
             if number > 0:
                 timings[name].wall_s.append(wall_s)

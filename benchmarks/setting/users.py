@@ -9,8 +9,8 @@ from benchmarks.setting.benchmark import Scale
 from data_streams.build import BuildConfig, build
 from data_streams.sources.events import EventsSource
 
-NUM_USERS = {"full": 22_363, "small": 100}
-NUM_ITEMS = {"full": 12_101, "small": 300}
+NUM_USERS = {"full": 22_363, "small": 100, "accelerator": 22_363}
+NUM_ITEMS = {"full": 12_101, "small": 300, "accelerator": 12_101}
 LONGEST_USER = 200
 SEED = 0
 

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import torch
 
 from benchmarks.__main__ import main
 from benchmarks.setting.benchmark import Bar
@@ -43,6 +44,15 @@ def test_a_benchmark_writes_its_comparison(name, users, tmp_path, capsys):
 def test_an_unknown_benchmark_is_answered_with_the_nearest_name(tmp_path, capsys):
     assert main(["strem", "--results", str(tmp_path)]) == 2
     assert "did you mean 'stream'?" in capsys.readouterr().err
+
+
+def test_sizes_for_an_accelerator_are_refused_where_there_are_none(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["experts", "--scale", "accelerator", "--results", str(tmp_path)]) == 2
+    assert "torch sees no CUDA device here" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert main(["stream", "experts", "--scale", "accelerator", "--results", str(tmp_path)]) == 2
+    assert "stream runs on processors only" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
