@@ -18,6 +18,9 @@ from cluster.memory import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
+all_gather_equal = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Tensors of one size from all ranks, one after another: torch 2.13 renamed it and warns at the name that 2.11 has."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Process:

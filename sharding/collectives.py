@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cluster.process import Process
+from cluster.process import Process, all_gather_equal
 
 
 def exchange_integers(numbers: Sequence[int], process: Process | None) -> list[tuple[int, ...]]:
@@ -20,7 +20,7 @@ def exchange_integers(numbers: Sequence[int], process: Process | None) -> list[t
         return [tuple(numbers)]
     own = torch.tensor(numbers, dtype=torch.int64)
     gathered = own.new_empty(process.world_size * len(numbers))
-    dist.all_gather_single(gathered, own, group=process.host_group)
+    all_gather_equal(gathered, own, group=process.host_group)
     return [tuple(row) for row in gathered.view(process.world_size, -1).tolist()]
 
 
@@ -37,7 +37,7 @@ def gather_rows(values: Tensor, counts: Sequence[int]) -> Tensor:
     padded = values.new_zeros(longest, *values.shape[1:])
     padded[: values.shape[0]] = values.detach()
     gathered = values.new_empty(len(counts) * longest, *values.shape[1:])
-    dist.all_gather_single(gathered, padded)
+    all_gather_equal(gathered, padded)
     return torch.cat([part[:count] for part, count in zip(gathered.split(longest), counts, strict=True)])
 
 

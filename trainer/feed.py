@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cluster.process import Process
+from cluster.process import Process, all_gather_equal
 from data_streams.batch import SequenceBatch
 from data_streams.prefetch import prefetched
 from data_streams.stream import TrainStream
@@ -124,9 +124,7 @@ class _Exchange:
         counts = [micro.num_targets for micro in prepared.micro_batches]
         own = torch.tensor(counts + flags)
         self.everyone = own.new_empty(process.world_size, len(own))
-        self.work = dist.all_gather_single(
-            self.everyone.view(-1), own, group=process.host_group, async_op=True
-        )
+        self.work = all_gather_equal(self.everyone.view(-1), own, group=process.host_group, async_op=True)
 
     def agree(self) -> tuple[StepInput, Agreement] | None:
         """The step with the counts of all ranks, or None once every rank has run out."""
