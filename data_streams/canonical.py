@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cluster.errors import DataError
+from cluster.seeds import purpose_seed
 from cluster.storage import Storage
 from data_streams.configuration import DataConfig
 from data_streams.jagged import gather_ranges, offsets_of
@@ -100,10 +101,10 @@ class ChunkReader:
         """What `read` gives for users without any page."""
         return PageTable.empty(num_users) if self._reading.has_pages else None
 
-    def read(self, piece: Piece) -> tuple[Chunk, PageTable | None] | None:
+    def read(self, piece: Piece, seed: int = 0) -> tuple[Chunk, PageTable | None] | None:
         """The histories of the users of a piece and, where they are asked for, their pages.
 
-        None where the chunk is bad and such chunks are skipped.
+        None where the chunk is bad and such chunks are skipped. `seed` draws the borders of training pages.
         """
         index, record = piece.chunk, self._manifest.chunks[piece.chunk]
         columns = tuple(dict.fromkeys((*self._config.columns, *self._reading.columns)))
@@ -117,7 +118,7 @@ class ChunkReader:
                 log.warning("Skipped %d users of a bad chunk: %s", record.num_users, error)
             return None
         users = chunk.select(piece.start, piece.stop)
-        return self._reading.history(users), self._reading.pages(users)
+        return self._reading.history(users), self._reading.pages(users, seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,12 +136,16 @@ class TrainingGroup:
 
 
 def read_group(
-    reader: ChunkReader, pieces: Sequence[Piece], config: DataConfig, random: np.random.Generator
+    reader: ChunkReader,
+    pieces: Sequence[Piece],
+    config: DataConfig,
+    random: np.random.Generator,
+    page_seed: int = 0,
 ) -> TrainingGroup:
     """Read the chunks of a group and gather the events of its training users in shuffled order."""
     slots, events, tables, num_events = [], [reader.no_events()], [], 0
     for piece in pieces:
-        read = reader.read(piece)
+        read = reader.read(piece, page_seed)
         if read is None:
             slots.append(np.zeros((4, piece.num_users), dtype=np.int64))
             tables.append(reader.no_pages(piece.num_users))
@@ -245,7 +250,8 @@ class CanonicalStream:
     def _open_group(self) -> None:
         seed, epoch, stream = self._place
         random = generator(seed, "user order", epoch, stream, self._group_index)
-        self._group = read_group(self._reader, self._groups[self._group_index], self._config, random)
+        pieces, page_seed = self._groups[self._group_index], purpose_seed(seed, "page borders", epoch)
+        self._group = read_group(self._reader, pieces, self._config, random, page_seed)
         self._cursor = int(np.searchsorted(self._group.places, self._first_place))
         remaining = step_of_users(self._group.tokens[self._cursor :], self._tokens, self._config)
         self._steps = np.concatenate([np.full(self._cursor, -1), remaining])

@@ -36,6 +36,9 @@ class DataConfig:
     """Seconds between two events after which a page made up by gap ends."""
     page_events: int = 5
     """Events of a page made up by count, counted back from the end of the training span."""
+    page_borders: Literal["fixed", "drawn"] = "fixed"
+    """Where training cuts pages made up by count: after as many events each, or anew in every epoch, where any event
+    begins a page with a chance of 1 / page-events."""
     page_items: int = 10
     """Most items of a page; the least chosen ones are cut off."""
     page_ordered: tuple[str, ...] = ("purchase", "order")

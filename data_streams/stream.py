@@ -29,6 +29,7 @@ PAGE_OPTIONS = (
     "pages",
     "page_gap_s",
     "page_events",
+    "page_borders",
     "page_items",
     "page_ordered",
     "page_disliked",

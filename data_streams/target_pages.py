@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from cluster.errors import ConfigError
+from cluster.user_draws import uniform_of_events
 from data_streams.batch import CLICKED, EXPOSED, ORDERED
 from data_streams.configuration import DataConfig
 from data_streams.held_out_windows import in_held_out_windows
@@ -62,6 +63,12 @@ class EventReading:
         return self.pages_from != "none"
 
     @property
+    def _draws_pages(self) -> bool:
+        """Whether pages by count are cut by chance; the page of a held-out event is told by its place alone."""
+        is_drawn = self.pages_from == "count" and self._config.page_borders == "drawn"
+        return is_drawn and self._read_for == "train"
+
+    @property
     def has_lag(self) -> bool:
         """Whether histories end some time before the held-out event."""
         return self._config.feedback_lag_s > 0 and self._read_for in ("valid", "test")
@@ -78,9 +85,11 @@ class EventReading:
             "recorded": "recorded by the data set (page_id)",
             "gap": f"synthesised: a pause of more than {config.page_gap_s:g} s begins a new one",
             "count": f"synthesised: {config.page_events} events that follow each other",
+            "drawn": f"synthesised anew in each epoch: {config.page_events} events that follow each other in the mean",
         }
         if self.has_pages:
-            logger.info("Target pages are %s; at most %d items each", how[self.pages_from], config.page_items)
+            cut = "drawn" if self._draws_pages else self.pages_from
+            logger.info("Target pages are %s; at most %d items each", how[cut], config.page_items)
 
     def history(self, chunk: Chunk) -> Chunk:
         """The chunk as if it held nothing beside the sequences; in training, no exposures that evaluate a model."""
@@ -122,11 +131,14 @@ class EventReading:
         in_time = (chunk.places < known[user]) & (times < limits[user])
         return np.bincount(user[in_time], minlength=chunk.num_users)
 
-    def pages(self, chunk: Chunk) -> PageTable | None:
-        """The pages of all users of a chunk: those of the training span, or those of the held-out events."""
+    def pages(self, chunk: Chunk, seed: int = 0) -> PageTable | None:
+        """The pages of all users of a chunk: those of the training span, or those of the held-out events.
+
+        `seed` belongs to the epoch and draws where training cuts them.
+        """
         if not self.has_pages:
             return None
-        span = self._span(chunk)
+        span = self._span(chunk, seed)
         return cut_pages(
             chunk,
             span,
@@ -146,7 +158,7 @@ class EventReading:
             return np.full(chunk.num_events, CLICKED, dtype=np.int8)
         return self._strength[chunk.columns["action"]]
 
-    def _span(self, chunk: Chunk) -> "PageSpan":
+    def _span(self, chunk: Chunk, seed: int) -> "PageSpan":
         user, within = chunk.user_index, chunk.places
         held_out, stops = None, chunk.train_end.astype(np.int64)
         if self._read_for == "valid":
@@ -156,7 +168,8 @@ class EventReading:
             )
         elif self._read_for == "test":
             held_out, stops = chunk.test_at, chunk.lengths
-        page = self._page_numbers(chunk, user, within, stops if held_out is None else held_out)
+        border = stops if held_out is None else held_out
+        page = self._page_numbers(chunk, user, within, border, seed)
         if held_out is not None:
             at = np.append(page, NO_PAGE)[
                 np.where(held_out < 0, chunk.num_events, chunk.offsets[:-1] + held_out)
@@ -165,22 +178,25 @@ class EventReading:
         return PageSpan(user=user, within=within, page=page, stops=stops)
 
     def _page_numbers(
-        self, chunk: Chunk, user: np.ndarray, within: np.ndarray, border: np.ndarray
+        self, chunk: Chunk, user: np.ndarray, within: np.ndarray, border: np.ndarray, seed: int
     ) -> np.ndarray:
-        """Page of each event within its user, NO_PAGE for none; pages by count are counted from `border` [U].
+        """Page of each event within its user, NO_PAGE for none; fixed pages by count are counted from `border` [U].
 
         The first event of a user lies in no synthesised page: something must be the history.
         """
         if self.pages_from == "recorded":
             return chunk.columns["page_id"].astype(np.int64)
-        if self.pages_from == "count":
-            size = self._config.page_events
+        size = self._config.page_events
+        if self.pages_from == "count" and not self._draws_pages:
             page = (within - border[user]) // size + chunk.lengths[user] // size + 1
+            return np.where(within == 0, NO_PAGE, page)
+        if self._draws_pages:
+            begins = uniform_of_events(seed, chunk.users[user], within) < 1 / size
         else:
             times = chunk.columns["timestamp_s"]
             begins = np.diff(times, prepend=times[:1]) > self._config.page_gap_s
-            upto = np.cumsum(begins)
-            page = upto - np.append(upto, 0)[chunk.offsets[:-1]][user]
+        upto = np.cumsum(begins)
+        page = upto - np.append(upto, 0)[chunk.offsets[:-1]][user]
         return np.where(within == 0, NO_PAGE, page)
 
 

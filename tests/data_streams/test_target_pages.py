@@ -193,6 +193,35 @@ def test_pages_by_count_are_counted_back_from_the_end_of_the_training_span(tmp_p
     assert [(page[0], page[1]) for page in found[1]] == [(items[1][:1], items[1][1:2])]
 
 
+def drawn_pages(path, epoch, world_size=1, **options) -> dict[int, list[tuple]]:
+    options = config(path, **{"pages": "count", "page_events": 2, "page_borders": "drawn"} | options)
+    streams = [TrainStream(options, seed=0, rank=rank, world_size=world_size) for rank in range(world_size)]
+    return by_user([batch for stream in streams for batch in stream.batches(epoch)])
+
+
+def test_drawn_pages_cut_the_training_span_anew_in_each_epoch_and_alike_on_any_number_of_ranks(tmp_path):
+    chunk = plain_data(tmp_path, lengths=(1, 4, 9, 12, 40, 60))
+    sizes, cuts = [], set()
+    for epoch in range(8):
+        found = drawn_pages(tmp_path, epoch)
+        assert drawn_pages(tmp_path, epoch, world_size=2) == found
+        for user, pages in found.items():
+            events = chunk.items[chunk.offsets[user] :][: chunk.train_end[user]].tolist()
+            history = events[:1]
+            for before, items, _, _ in pages:
+                assert before == history and sorted(items) == sorted(set(items))
+                size = next(n for n in range(1, len(events)) if set(events[len(history) :][:n]) == set(items))
+                history = events[: len(history) + size]
+                sizes.append(size)
+            assert history == events, "every event but the first lies on one page"
+        cuts.add(str(found))
+    assert len(cuts) == 8 and 1.6 < np.mean(sizes) < 2.3
+    assert (
+        drawn_pages(tmp_path, 0, page_events=1)[2]
+        == by_user(training(tmp_path, pages="count", page_events=1))[2]
+    )
+
+
 def test_pages_by_gap_begin_after_a_pause(tmp_path):
     chunk = plain_data(tmp_path)
     found, gap_s = by_user(training(tmp_path, page_gap_s=1e8)), 1e8

@@ -171,3 +171,48 @@ def test_pages_that_are_missing_or_too_large_are_refused():
     config = PretrainConfig(model=GenRec.Config(), data=DataConfig(path="x", semantic_ids="y"))
     with pytest.raises(ConfigError, match="learns whole pages"):
         check(config)
+
+
+def continuing_batch(lengths=(6, 3, 1, 11)) -> SequenceBatch:
+    return page_batch(tuple((length, ()) for length in lengths))
+
+
+@pytest.mark.parametrize("separators", [False, True])
+def test_events_of_the_page_that_goes_on_keep_their_codes_and_the_first_event_is_history(separators):
+    model, batch = make_genrec(continued_events=2, separators=separators), continuing_batch()
+    per_item = 1 + separators
+    assert model.prefill({}, batch).lengths.tolist() == [
+        4 * per_item + 6,
+        per_item + 6,
+        per_item,
+        9 * per_item + 6,
+    ]
+    tokens = model._prompt_tokens(batch)
+    assert tokens.max_length == int(tokens.lengths.max())
+    last_codes = model.codes(model.item_codes[batch.items.values[4:6]]).flatten(0, 1)
+    torch.testing.assert_close(tokens.values[4 * per_item :][:6], last_codes)
+
+
+@pytest.mark.parametrize("options", [{}, {"separators": True}, {"merge": False}])
+def test_a_page_that_goes_on_is_served_as_it_is_trained(options):
+    users = (
+        (4, ((2, ((5, CLICKED), (9, CLICKED), (70, CLICKED))),)),
+        (1, ((1, ((40, CLICKED), (3, CLICKED))),)),
+    )
+    model, batch = make_genrec(continued_events=2, **options), page_batch(users)
+    paths = model.item_codes[batch.pages.items.values]
+    _, written = model.encode_pages(batch, paths)
+    for last, history in ((2, [*batch.items.values[:2], 5, 9]), (4, [*batch.items.values[4:5], 40])):
+        trained = [
+            model.heads[0](written[last - 1, -1]),
+            *(model.heads[level](written[last, level - 1]) for level in (1, 2)),
+        ]
+        asked = page_batch(((len(history), ()),), [torch.tensor(history)])
+        served = model.path_logits({}, asked, paths[last][None, None])
+        for own, expected in zip(served, trained, strict=True):
+            torch.testing.assert_close(own.flatten(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_page_must_have_room_behind_the_events_that_go_on():
+    with pytest.raises(ConfigError, match=r"model.continued-events must lie in 0..3, .* got 4"):
+        make_genrec(continued_events=4)
