@@ -15,6 +15,10 @@ class DataError(GrailError):
     """Input data is missing, damaged or of another form than required; names the file, shard or chunk."""
 
 
+class NobodyHeldOutError(DataError):
+    """A split that models are measured on is empty; names the split."""
+
+
 class PlanError(GrailError):
     """Tables cannot be placed on the given workers as asked; names the table."""
 

@@ -238,8 +238,8 @@ class _Build:
         written = self._run(partition.write_shards, tasks, "writing shards")
         if not sum(part.num_validation for part in written):
             logger.warning(
-                "no user has an event that is held out for validation, and training ends where it first validates; "
-                "build from more events or with another --split"
+                "no user has an event that is held out for validation, so training cannot tell its best step and no "
+                "alignment starts; build from more events or with another --split"
             )
         return written
 

@@ -4,6 +4,7 @@ Nothing slow is imported before the command is known, so that help is instant.
 """
 
 import difflib
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +16,9 @@ COMMANDS = "launch.commands"
 
 def main() -> None:
     """Entry point of the console command."""
+    if {"-h", "--help"} & set(sys.argv):
+        # `grail pretrain --help | head` ends in silence, as such a pipe does everywhere.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(run(sys.argv[1:]))
 
 

@@ -56,6 +56,16 @@ def from_document(form: type, document: Mapping[str, Any], path: str = "") -> An
     return form(**{name: _value(hints[name], value, _join(path, name)) for name, value in document.items()})
 
 
+def from_file(form: type, document: Mapping[str, Any], source: str) -> Any:
+    """`from_document`, for what lies in a file. Raises: ConfigError that names the file too."""
+    try:
+        return from_document(form, document)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{source}: {error}; where another version of grail wrote the file, take such lines out or rename them"
+        ) from error
+
+
 def to_yaml(document: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True)
 

@@ -26,7 +26,7 @@ from typing import Any
 from cluster.errors import CheckpointError, ConfigError, GrailError
 from cluster.reporter import Event
 from cluster.storage import Storage
-from launch.config_document import from_document, from_yaml, to_document, to_yaml
+from launch.config_document import from_file, from_yaml, to_document, to_yaml
 from trainer.configuration import CHECKPOINTS, PretrainConfig, SearchConfig
 
 CONFIG = "config.yaml"
@@ -134,7 +134,7 @@ def load_config(path: str) -> PretrainConfig:
         raise ConfigError(
             f"{path} is the configuration of an alignment; go on with it by `grail align {path}`"
         )
-    config = from_document(PretrainConfig, document)
+    config = from_file(PretrainConfig, document, storage.path(name))
     return config if is_file else dataclasses.replace(config, run_dir=absolute(path))
 
 

@@ -10,7 +10,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from cluster.errors import DataError
+from cluster.errors import DataError, NobodyHeldOutError
 from cluster.memory import FreedMemory
 from cluster.process import Process
 from data_streams.batch import SequenceBatch
@@ -80,7 +80,7 @@ def evaluate(
     lists, where the truth is known; `keep` gets the user rows and each metric by user, on rank 0. A collective call,
     whose result is the same on every rank.
 
-    Raises: DataError when there are no users, or one was evaluated twice.
+    Raises: NobodyHeldOutError when there are no users; DataError when one was evaluated twice.
     """
     longest = max(config.cutoffs)
     ranked = _rank_users(search, batches, empty_batch, config, k=longest)
@@ -206,7 +206,7 @@ def _rank_users(
     own_users = sum(len(part[0]) for part in parts)
     counts = [count for (count,) in exchange_integers([own_users], search.process)]
     if not sum(counts):
-        raise DataError(
+        raise NobodyHeldOutError(
             "evaluation needs users with a held-out item, and there are none; build the shards from more "
             "events or with another split"
         )

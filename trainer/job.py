@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cluster.errors import NobodyHeldOutError
 from cluster.memory import FreedMemory
 from cluster.process import Process
 from cluster.reporter import Reporter
@@ -95,7 +96,7 @@ def complete_step(
         job.freed_memory.give_back_excess()
     if config.max_steps is not None and progress.step >= config.max_steps:
         progress.status = "finished"
-    improved = validate(job) if _validation_due(config, progress) else False
+    improved = _improved(job) if _validation_due(config, progress) else False
     if agreement.stop and progress.status == "running":
         progress.status = "stopped"
     # Agreed on steps ahead, in which another may have been saved.
@@ -111,7 +112,7 @@ def end_epoch(job: Job) -> None:
     if progress.epoch >= config.epochs:
         progress.status = "finished"
     due = progress.status == "finished" or progress.epoch % config.validate_every_epochs == 0
-    if config.validate_every_steps is None and due and validate(job):
+    if config.validate_every_steps is None and due and _improved(job):
         save(job, best=True)
 
 
@@ -126,8 +127,22 @@ def _checkpoint_due(config: TrainConfig, progress: Progress) -> bool:
     return every is not None and progress.step % every == 0
 
 
+def _improved(job: Job) -> bool:
+    """Whether this step is the best so far, which the last one is where nobody is held out for validation."""
+    try:
+        return validate(job)
+    except NobodyHeldOutError as error:
+        logger.warning(
+            "No validation at step %d, which counts as the best so far: %s", job.progress.step, error
+        )
+        return True
+
+
 def validate(job: Job) -> bool:
-    """Rank the validation items and keep account of the best step -> whether this is the best so far."""
+    """Rank the validation items and keep account of the best step -> whether this is the best so far.
+
+    Raises: NobodyHeldOutError, on every rank, where there are none.
+    """
     config, progress = job.config.train, job.progress
     started = time.perf_counter()
     job.reporter.pause_steps()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scipy.special import expit
 
-from cluster.errors import DataError
+from cluster.errors import NobodyHeldOutError
 from data_streams.configuration import DataConfig
 from data_streams.exposures import NO_ITEM, ExposureBatch, ExposureStream
 from sharding.collectives import broadcast_json, exchange_integers, gather_on_first
@@ -73,7 +73,7 @@ def _calibrated(calibration: Calibration, logits: np.ndarray) -> np.ndarray:
 def _collect(assembly: Assembly, data: DataConfig, split: str) -> Answers | None:
     """All exposures of a split on rank 0; None on the other ranks.
 
-    Raises: DataError where there are none.
+    Raises: NobodyHeldOutError where there are none.
     """
     process = assembly.process
     stream = ExposureStream(
@@ -88,7 +88,7 @@ def _collect(assembly: Assembly, data: DataConfig, split: str) -> Answers | None
     own = _score(assembly, stream.batches(), stream.empty_batch())
     counts = [count for (count,) in exchange_integers([len(own.users)], process)]
     if not sum(counts):
-        raise DataError(
+        raise NobodyHeldOutError(
             f"there are no exposures around the {split} events of {data.path}; build from more events or with "
             "another split"
         )

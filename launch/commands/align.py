@@ -11,7 +11,7 @@ from cluster.errors import CheckpointError, ClusterError, ConfigError
 from cluster.plugins import first_line, plugin_config, plugin_files
 from cluster.reporter import Event, StopSignal, to_all
 from cluster.storage import Storage
-from launch.config_document import from_document, from_yaml, to_document
+from launch.config_document import from_file, from_yaml, to_document
 from launch.options import parse, split_name, take_option
 from launch.progress import TrainingProgress, start_console
 from launch.reward_parts import REWARDS, located, reward_setting, reward_term, terms_form, terms_of
@@ -128,7 +128,7 @@ def _saved(path: str) -> "AlignConfig":
             f"{path} must be the {ALIGN} of an alignment, and is the configuration of a pretraining; give the folder "
             "of that run to align it"
         )
-    return from_document(AlignConfig, document)
+    return from_file(AlignConfig, document, path)
 
 
 def _plug_ins(options: list[str]) -> tuple[dict[str, Any], list[str]]:

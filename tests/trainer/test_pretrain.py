@@ -6,8 +6,10 @@ from itertools import pairwise
 import pytest
 
 from cluster.storage import Storage
+from data_streams.build import BuildConfig, build
+from data_streams.sources.events import EventsSource
 from tests.process_group import run_on_processes
-from tests.tiny_run import NUM_USERS, build_tiny_data, run, tiny_config
+from tests.tiny_run import NUM_USERS, build_tiny_data, run, tiny_config, write_events
 from trainer.audit import read_audit
 from trainer.checkpoint_layout import best_step, committed_steps
 from trainer.metric_log import read_metrics
@@ -63,6 +65,17 @@ def test_validation_every_few_steps(data, tmp_path):
     ((result, _),) = run_on_processes(run, 1, config)
     steps = [line["step"] for line in read_metrics(config.run_dir) if "validation/mrr" in line]
     assert steps == list(range(3, result["step"] + 1, 3))
+
+
+def test_without_anybody_held_out_for_validation_the_last_step_is_the_best(tmp_path):
+    events, items = write_events(tmp_path / "raw")
+    source = EventsSource.Config(events=(str(events),), items=str(items), timestamp_column="pos")
+    moments = {"valid_from_s": 10**6, "test_from_s": 2 * 10**6}
+    build(source, BuildConfig(out=str(tmp_path / "shards"), split="by-time", ray="never", **moments))
+    config = tiny_config(str(tmp_path / "shards"), tmp_path / "run", epochs=2, patience=0)
+    (result, _), _ = run_on_processes(run, 2, config)
+    assert (result["status"], result["epoch"], result["best"]) == ("finished", 2, None)
+    assert best_step(Storage(config.run_dir).folder("checkpoints")) == result["step"]
 
 
 def test_a_checkpoint_that_is_due_by_time_is_saved_once(data, tmp_path):
