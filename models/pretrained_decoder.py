@@ -132,7 +132,9 @@ class PretrainedDecoder(nn.Module):
         if num_words:
             _check_words(num_words, len(vocabulary), folder)
             self.vocabulary = Vocabulary(vocabulary.clone())
-            self.is_tied = self.model.config.tie_word_embeddings
+            # Cohere's decoders multiply the scores of words by a number of their own.
+            is_scaled = getattr(self.model.config, "logit_scale", None) not in (None, 1.0)
+            self.is_tied = self.model.config.tie_word_embeddings and not is_scaled
             _check_layers(self.model, folder)
             self._check_alike(embedding, folder)
 

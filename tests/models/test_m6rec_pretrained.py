@@ -118,6 +118,19 @@ def test_a_language_model_whose_layers_cannot_be_run_alone_is_refused(tmp_path):
         make_model(str(tmp_path))
 
 
+def test_a_language_model_that_scales_the_scores_of_words_does_not_judge_by_likelihood(tmp_path):
+    import transformers
+
+    sizes = {"vocab_size": WORDS, "hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = transformers.CohereConfig(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, logit_scale=0.25, tie_word_embeddings=True
+    )
+    transformers.CohereModel(config).save_pretrained(tmp_path)
+    make_model(str(tmp_path))
+    with pytest.raises(ConfigError, match="or scales the scores"):
+        make_model(str(tmp_path), scoring="likelihood")
+
+
 def test_language_models_that_scale_the_vectors_of_words_are_refused(tmp_path):
     import transformers
 
