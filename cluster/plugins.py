@@ -10,6 +10,9 @@ from types import ModuleType
 
 from cluster.errors import ConfigError
 
+_LISTED = 60
+"""Names that an error message lists at most."""
+
 
 def plugin_files(package: str) -> dict[str, Path]:
     """Name -> file of each plug-in of a package, sorted by name; nothing is imported."""
@@ -66,8 +69,9 @@ def first_line(path: Path) -> str:
 
 
 def suggestion(name: str, valid: Iterable[str]) -> str:
-    """The end of an error message: the nearest valid name, where one is near, and all of them."""
+    """The end of an error message: the nearest valid name, where one is near, and all of them, or the first of many."""
     valid = sorted(valid)
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     nearest = f"; did you mean '{near[0]}'?" if near else ""
-    return f"{nearest} (there are: {', '.join(valid)})" if valid else nearest
+    more = f" and {len(valid) - _LISTED} more" if len(valid) > _LISTED else ""
+    return f"{nearest} (there are: {', '.join(valid[:_LISTED])}{more})" if valid else nearest

@@ -153,7 +153,8 @@ class SemanticIdTable:
             _require_catalogue(frame["item_id"], item_ids, storage.path(TABLE_NAME))
         table = SemanticIdTable(
             item_ids=frame["item_id"] if item_ids is None else item_ids,
-            codes=np.ascontiguousarray(frame.select(columns).to_numpy(), dtype=np.int32),
+            # Copied: of one column polars gives a view that nobody may write to, which torch warns of.
+            codes=np.array(frame.select(columns).to_numpy(), dtype=np.int32, order="C"),
             code_sizes=tuple(header["code_sizes"]),
             tokenizer=header["tokenizer"],
             extends=tuple(header["extends"]),

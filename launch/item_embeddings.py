@@ -86,7 +86,9 @@ def load_inputs(options: EmbeddingOptions, items: "ItemTable", *, data: str, out
     matrices = load_matrices(options, items, data=data, out=out)
     if len(matrices) == 1 and options.width is None:
         return Inputs(vectors=matrices[0], kinds=options.kinds, fusion=None)
-    widths = [options.width or min(FUSED_WIDTH, matrix.shape[1]) for matrix in matrices]
+    widths = [
+        min(FUSED_WIDTH, matrix.shape[1]) if options.width is None else options.width for matrix in matrices
+    ]
     fusion = Fusion.fit(matrices, widths=widths, weights=weights, whiten=options.whiten)
     return Inputs(vectors=FusedVectors(fusion, matrices), kinds=options.kinds, fusion=fusion)
 

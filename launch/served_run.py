@@ -21,6 +21,9 @@ class DataOptions:
 
     path: str = ""
     """Folder or address of the shards, if not the one the run was trained on."""
+    semantic_ids: str = ""
+    """Folder of the table of semantic IDs, if not the one the run was trained with: of a larger catalogue, one that
+    `grail tokenize add` has made from it."""
     feedback_lag_s: float = 0.0
     """Seconds before a held-out event that its history lacks, as where feedback comes in late."""
     on_bad_shard: Literal["fail", "skip"] = "fail"
@@ -91,8 +94,9 @@ def checkpoint_name(config: PretrainConfig, checkpoint: str) -> str:
 
 
 def asked_alike(config: PretrainConfig, other: PretrainConfig) -> PretrainConfig:
-    """A run's configuration, evaluated as another run is, on its data and by its search."""
-    served = {entry.name: getattr(other.data, entry.name) for entry in dataclasses.fields(DataOptions)}
+    """A run's configuration, evaluated as another run is, on its data and by its search; with its own semantic IDs."""
+    names = (entry.name for entry in dataclasses.fields(DataOptions) if entry.name != "semantic_ids")
+    served = {name: getattr(other.data, name) for name in names}
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, **served),
@@ -103,14 +107,18 @@ def asked_alike(config: PretrainConfig, other: PretrainConfig) -> PretrainConfig
 
 
 def _check_search(config: PretrainConfig, trained: PretrainConfig) -> None:
-    """Raises: ConfigError for options of a beam where the model has none."""
+    """Raises: ConfigError for options of semantic IDs and their search where the model has none."""
     if getattr(config.model, "needs_semantic_ids", False):
         return
     names = (entry.name for entry in dataclasses.fields(config.search) if entry.name not in FOR_ANY_MODEL)
-    given = [name for name in names if getattr(config.search, name) != getattr(trained.search, name)]
+    given = [
+        f"search.{name}" for name in names if getattr(config.search, name) != getattr(trained.search, name)
+    ]
+    if config.data.semantic_ids != trained.data.semantic_ids:
+        given.append("data.semantic_ids")
     if given:
         raise ConfigError(
-            f"{', '.join(f'search.{name}'.replace('_', '-') for name in given)} is for models that generate semantic "
+            f"{', '.join(given).replace('_', '-')} is for models that generate semantic "
             f"IDs, and a {type(config.model).__qualname__.split('.')[0]} ranks its items one by one; leave it out "
             "(search.allow and search.deny work for any model)"
         )
@@ -132,8 +140,7 @@ def _with_sections(form: type, config: PretrainConfig) -> Any:
 
 def _override(config: PretrainConfig, section: str, given: Any) -> PretrainConfig:
     values = {entry.name: getattr(given, entry.name) for entry in dataclasses.fields(given)}
-    if "path" in values:
-        values["path"] = absolute(values["path"])
+    values |= {name: absolute(values[name]) for name in ("path", "semantic_ids") if name in values}
     changed = dataclasses.replace(getattr(config, section), **values)
     if section == "search":
         changed = absolute_search(changed)

@@ -25,6 +25,9 @@ OFFERED = "item_conditions"
 """Feature [T, m]: all conditions that this event's item meets, filled up with -1."""
 NO_CONDITION = -2
 
+_ALL_TIME_S = 2.0**40
+"""Longer windows hide no more."""
+
 
 def slots_name(branch: int) -> str:
     """Supervision: the events, by their place in the user, whose follower a branch learns."""
@@ -72,7 +75,8 @@ def _older_events(batch: SequenceBatch, window_s: float) -> np.ndarray:
         return np.zeros(0, dtype=np.int64)
     # Times of all users in one rising sequence: each user's lie in a range of their own.
     first = times.min()
-    limits = np.maximum(batch.target_features[TIME].numpy() - math.floor(window_s) - first, 0)
+    window = math.floor(min(window_s, _ALL_TIME_S))
+    limits = np.maximum(batch.target_features[TIME].numpy() - window - first, 0)
     span = max(int(times.max() - first), int(limits.max())) + 1
     before = np.searchsorted(users * span + (times - first), users * span + limits)
     return before - batch.items.offsets.numpy()[users]

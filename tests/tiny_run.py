@@ -26,11 +26,16 @@ NUM_USERS = 150
 
 
 def write_events(
-    folder: Path, *, num_users: int = NUM_USERS, first_item: int = 0, categories: bool = False
+    folder: Path,
+    *,
+    num_users: int = NUM_USERS,
+    first_item: int = 0,
+    extra_items: int = 0,
+    categories: bool = False,
 ) -> tuple[Path, Path]:
     """Users who walk along a circle of items, so that the next one can be learnt -> events and items files.
 
-    Categories, where wanted, are sixths of the circle.
+    Categories, where wanted, are sixths of the circle. Extra items are those that nobody has taken.
     """
     random = np.random.default_rng(0)
     rows = []
@@ -39,14 +44,15 @@ def write_events(
         steps = np.cumsum(random.integers(1, 3, length)) + start
         rows += [(f"u{user}", f"i{first_item + step % NUM_ITEMS}", place) for place, step in enumerate(steps)]
     events = pl.DataFrame(rows, schema=["user_id", "item_id", "pos"], orient="row")
+    numbers = range(NUM_ITEMS + extra_items)
     items = pl.DataFrame(
         {
-            "item_id": [f"i{first_item + item}" for item in range(NUM_ITEMS)],
-            "title": [f"Title {first_item + item}" for item in range(NUM_ITEMS)],
+            "item_id": [f"i{first_item + item}" for item in numbers],
+            "title": [f"Title {first_item + item}" for item in numbers],
         }
     )
     if categories:
-        parts = [[f"part {item // 10}"] for item in range(NUM_ITEMS)]
+        parts = [[f"part {item // 10}"] for item in numbers]
         items = items.with_columns(pl.Series("categories", parts))
     folder.mkdir(parents=True, exist_ok=True)
     events.write_parquet(folder / "events.parquet")

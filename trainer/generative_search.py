@@ -111,7 +111,7 @@ class GenerativeSearch(Search):
             earlier_widths=_checked(config.earlier_widths, "earlier-widths", len(model.code_sizes) - 1),
             over=config.over,
             temperature=config.temperature,
-            guided_candidates=_num_candidates(config, model, config.width),
+            guided_candidates=_num_candidates(config, model),
         )
 
     @classmethod
@@ -237,11 +237,11 @@ class GenerativeSearch(Search):
         return self.trie.item_nodes(depth, items)
 
 
-def _num_candidates(config: SearchConfig, model: Generator, width: int) -> tuple[int, ...]:
+def _num_candidates(config: SearchConfig, model: Generator) -> tuple[int, ...]:
     """How many prefixes a PRM scores at each depth; all of them where no generator proposes any."""
     if config.depth_candidates:
         return _checked(config.depth_candidates, "depth-candidates", len(model.code_sizes))
-    number = config.candidates[0] if config.candidates else 4 * width
+    number = config.candidates[0] if config.candidates else 4 * config.width
     if not config.candidates and not model.proposes_codes:
         number = sys.maxsize
     depths = range(1, len(model.code_sizes) + 1)
@@ -250,7 +250,9 @@ def _num_candidates(config: SearchConfig, model: Generator, width: int) -> tuple
         raise ConfigError(
             f"search.prm-depths must lie in 1..{len(depths)}, the levels of the semantic IDs, and {beyond[0]} does not"
         )
-    return tuple(number if depth in (config.prm_depths or depths) else width for depth in depths)
+    widths = (*(config.earlier_widths or (config.width,) * (len(depths) - 1)), config.width)
+    chosen = config.prm_depths or depths
+    return tuple(number if depth in chosen else width for depth, width in zip(depths, widths, strict=True))
 
 
 def _checked(numbers: tuple[int, ...], option: str, depths: int) -> tuple[int, ...]:

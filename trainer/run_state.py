@@ -126,14 +126,27 @@ class Weights(Protocol):
 def load_weights(reader: CheckpointReader, assembly: Weights) -> None:
     """Tables and dense weights for evaluation and serving, without an engine.
 
-    Raises: CheckpointError where the model was trained with other semantic IDs, or on another catalogue.
+    Raises: CheckpointError where the model was trained with other semantic IDs, on another catalogue, or has rows for
+    items or prefixes of this one that it never learnt.
     """
     _require_catalogue(reader, assembly)
     if assembly.semantic_ids is not None:
         assembly.semantic_ids.require(reader.shared_state["fingerprint"]["model"]["semantic_ids"])
     _load_dense(reader, assembly)
     for piece in assembly.tables.pieces():
+        _require_rows(reader, piece)
         reader.read_into(piece.name, piece.start, piece.tensor)
+
+
+def _require_rows(reader: CheckpointReader, piece: Piece) -> None:
+    """Of semantic IDs that were extended, a table may have more rows than were trained."""
+    (saved, *_), _ = reader.tensors[piece.name]
+    if saved < piece.global_shape[0]:
+        raise CheckpointError(
+            f"{piece.name} must have {piece.global_shape[0]} rows for the catalogue at hand, and the checkpoint of "
+            f"step {reader.step} has {saved}: new items have none in it; give the data and the semantic IDs it was "
+            "trained with, or train a run on these"
+        )
 
 
 def _require_catalogue(reader: CheckpointReader, assembly: Weights) -> None:

@@ -32,8 +32,16 @@ def compare_searches(assembly: Assembly, *, prm: Assembly | None, split: str) ->
 
 
 def plain_beams(assembly: Assembly, *, split: str) -> list[dict[str, Any]]:
-    """Lines of plain beams as wide at all depths as the configured candidates are many; collective."""
-    config = assembly.config.search
+    """Lines of plain beams as wide at all depths as the configured candidates are many; collective.
+
+    Raises: ConfigError where there are fewer items than candidates.
+    """
+    config, num_items = assembly.config.search, assembly.items.num_items
+    if config.space == "catalogue" and max(config.candidates, default=0) > num_items:
+        raise ConfigError(
+            f"several search.candidates are compared with plain beams as wide, so they must not exceed the {num_items} "
+            f"items of the catalogue, and {max(config.candidates)} do; lower them"
+        )
     unguided = replace(config, earlier_widths=(), prm=False, prm_run="", candidates=(), prm_depths=())
     widths = [config.width, *(number for number in config.candidates if number > config.width)]
     measured = [_measure(assembly, replace(unguided, width=width), split, width) for width in widths]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
+from cluster.errors import ConfigError
 from cluster.storage import Storage
 from launch.options import parse
 from launch.run_directory import folder_and_name
@@ -24,6 +25,10 @@ def run(arguments: list[str]) -> int:
         """Picture (.png) to draw them into."""
 
     options = parse(Options, arguments, program="grail tokenize report")
+    if not options.tables:
+        raise ConfigError(
+            "grail tokenize report needs the folder of a table at least, and got none; name some"
+        )
     reports = [SemanticIdReport.load(Storage(path)) for path in options.tables]
     folder, name = folder_and_name(options.out) if options.out else (None, "")
     show_reports(reports, Storage(folder) if folder else None, name)

@@ -94,10 +94,11 @@ class PathSearch(ABC):
 
 
 def check_width(what: str, width: int, space: PathSpace) -> None:
-    """Raises: ConfigError where more different items are asked for than there are."""
+    """Raises: ConfigError where more different items, or paths of a free search, are asked for than there are."""
     if width > space.num_results:
         raise ConfigError(
-            f"{what} must not exceed the {space.num_results} items there are, and it is {width}; lower it"
+            f"{what} must not exceed the {space.num_results} items (of a free search, paths) there are, and it is "
+            f"{width}; lower it"
         )
 
 

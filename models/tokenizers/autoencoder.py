@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cluster.errors import ConfigError, DivergenceError
 from cluster.seeds import purpose_seed
-from models.tokenizers.tokenizer import Matrix, Tokenizer, blocks, take_sample
+from models.tokenizers.tokenizer import Matrix, Tokenizer, blocks, require_at_least, take_sample
 
 _SHOWN_EVERY = 20
 _LINE_EVERY_S = 10.0
@@ -41,9 +41,11 @@ class Training:
     """Of AdamW, on the weights of the network."""
 
     def __post_init__(self):
-        if self.steps < 1 or self.batch_size < 1:
+        require_at_least(self, steps=1, batch_size=1, hidden=1)
+        if self.learning_rate <= 0 or self.weight_decay < 0:
             raise ConfigError(
-                f"--steps and --batch-size must be at least 1, got {self.steps} and {self.batch_size}"
+                "--learning-rate must be above 0 and --weight-decay at least 0, got "
+                f"{self.learning_rate} and {self.weight_decay}"
             )
 
 

@@ -13,7 +13,15 @@ import numpy as np
 from cluster.seeds import purpose_seed
 from models.tokenizers.capacity import assign_within_capacity
 from models.tokenizers.clustering import group_sums, kmeans, nearest
-from models.tokenizers.tokenizer import Codebooks, Matrix, Tokenizer, blocks, path_points, take_sample
+from models.tokenizers.tokenizer import (
+    Codebooks,
+    Matrix,
+    Tokenizer,
+    blocks,
+    path_points,
+    require_at_least,
+    take_sample,
+)
 
 
 class BalancedKMeans(Tokenizer):
@@ -25,6 +33,10 @@ class BalancedKMeans(Tokenizer):
         """Rounds of balanced assignment over the sample, after plain k-means; fewer where nothing changes."""
         sample_per_code: int = 256
         """Vectors in the sample, for each code of the largest level."""
+
+        def __post_init__(self):
+            super().__post_init__()
+            require_at_least(self, iterations=0, sample_per_code=1)
 
         def build(self, *, dim: int) -> "BalancedKMeans":
             return BalancedKMeans(self, dim)

@@ -17,6 +17,7 @@ from models.tokenizers.tokenizer import (
     blocks,
     greedy_codes,
     path_points,
+    require_at_least,
     take_sample,
 )
 
@@ -32,6 +33,10 @@ class ResidualKMeans(Tokenizer):
         """Vectors in the sample, for each code of the largest level."""
         passes: int = 1
         """Rounds over all vectors afterwards, for each level; none where the sample is all of them."""
+
+        def __post_init__(self):
+            super().__post_init__()
+            require_at_least(self, iterations=0, sample_per_code=1, passes=0)
 
         def build(self, *, dim: int) -> "ResidualKMeans":
             return ResidualKMeans(self, dim)

@@ -16,7 +16,7 @@ from cluster.errors import ConfigError
 from cluster.seeds import purpose_seed
 from models.tokenizers.autoencoder import Autoencoder, Quantiser, Training
 from models.tokenizers.clustering import kmeans, nearest
-from models.tokenizers.tokenizer import Codebooks
+from models.tokenizers.tokenizer import Codebooks, require_at_least
 
 _INITIAL_SAMPLE_PER_CODE = 64
 
@@ -40,6 +40,7 @@ class RqVae(Autoencoder):
         def __post_init__(self):
             Training.__post_init__(self)
             Codebooks.__post_init__(self)
+            require_at_least(self, latent=1)
             if not 0 <= self.reset_until <= 1 or self.reset_every < 1:
                 raise ConfigError(
                     "--reset-until must be in 0..1 and --reset-every at least 1, got "

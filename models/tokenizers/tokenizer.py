@@ -52,6 +52,14 @@ class Codebooks:
             raise ConfigError(f"--code-sizes must be one or more positive numbers, got {self.code_sizes}")
 
 
+def require_at_least(config: Any, **least: int) -> None:
+    """Raises: ConfigError for an option, a number or several, below the least it may be."""
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if min(value if isinstance(value, tuple) else (value,), default=bound) < bound:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least {bound}, got {value}")
+
+
 class Tokenizer(ABC):
     """Built by its `Config.build(dim=D)`; `fit` makes `code_vectors`, after which all else works."""
 

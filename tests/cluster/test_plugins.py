@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from cluster.errors import ConfigError
-from cluster.plugins import discover, first_line, load_plugin, plugin_files
+from cluster.plugins import discover, first_line, load_plugin, plugin_files, suggestion
 
 
 @pytest.fixture
@@ -33,6 +33,11 @@ def test_plugins_are_listed_with_their_first_line_and_without_import(package):
 def test_an_unknown_plugin_is_answered_with_the_nearest_name(package):
     with pytest.raises(ConfigError, match="has no 'ful-softmax'; did you mean 'full-softmax'"):
         load_plugin(package, "ful-softmax")
+
+
+def test_of_many_valid_names_the_nearest_and_the_first_are_told():
+    told = suggestion("title 99x", [f"title {number:03}" for number in range(12_000)])
+    assert told.startswith("; did you mean 'title ") and told.endswith("title 059 and 11940 more)")
 
 
 def test_a_plugin_that_cannot_be_imported_names_its_file(package, tmp_path):

@@ -36,6 +36,11 @@ def test_a_table_comes_back_as_it_was_saved(ids, tmp_path):
     assert pl.read_parquet(tmp_path / "semantic_ids.parquet").columns == ["item_id", "code_0", "code_1"]
 
 
+def test_codes_of_one_level_may_be_written_to_when_they_are_read_back(tmp_path):
+    make(codes=CODES[:, :1], code_sizes=(3,)).save(str(tmp_path))
+    assert SemanticIdTable.load(str(tmp_path)).codes.flags.writeable, "torch warns of arrays that are not"
+
+
 def test_the_fingerprint_changes_with_codes_sizes_items_and_their_order():
     changed = CODES.copy()
     changed[3, 0] = 2

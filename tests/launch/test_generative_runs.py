@@ -6,9 +6,12 @@ import shutil
 from contextlib import nullcontext
 from typing import IO
 
+import numpy as np
 import polars as pl
 import pytest
 
+from data_streams.item_table import ItemTable
+from data_streams.semantic_ids import SemanticIdTable
 from launch.cli import run as grail
 from launch.jobs import _write_per_user
 from tests.tiny_run import NUM_ITEMS, build_tiny_data, save_semantic_ids
@@ -126,6 +129,25 @@ def test_a_model_refuses_another_table_when_it_resumes_and_when_it_is_evaluated(
         assert "semantic_ids" in capsys.readouterr().err
     finally:
         shutil.copytree(kept, table, dirs_exist_ok=True)
+
+
+def test_a_run_serves_a_larger_catalogue_by_the_extended_table_unless_it_has_rows_of_items(
+    data, trained, tmp_path, capsys
+):
+    run_dir, table = trained
+    larger, extended = build_tiny_data(tmp_path, extra_items=4), str(tmp_path / "extended")
+    new_codes = np.array([[9, code] for code in range(4)], dtype=np.int32)
+    SemanticIdTable.load(table).extended(ItemTable.load(larger).item_ids, new_codes).save(extended)
+    served = ["--data.path", larger, "--data.semantic-ids", extended]
+    line = ["recommend", "--users", "1", "--k", str(NUM_ITEMS + 4), "--search.width", str(NUM_ITEMS + 4)]
+    assert grail([line[0], str(run_dir), *line[1:], "--evaluation.no-filter-seen", *served]) == 0
+    assert f"Title {NUM_ITEMS + 3} " in capsys.readouterr().out
+    tiny = [*TINY[:5], *TINY[9:11], *TINY[13:], "--model.num-blocks", "1", "--model.num-depth-blocks", "1"]
+    run_with_rows = str(tmp_path / "decoder")
+    of_data = ["--data.path", data, "--data.semantic-ids", str(table), "--run-dir", run_with_rows]
+    assert grail(["pretrain", "decoder-amazon", *of_data, *tiny]) == 0
+    assert grail([line[0], run_with_rows, *line[1:], *served]) == 1
+    assert f"must have {NUM_ITEMS + 4} rows for the catalogue at hand" in capsys.readouterr().err
 
 
 def test_a_table_of_another_catalogue_is_refused(data, tmp_path, capsys):

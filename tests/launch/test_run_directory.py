@@ -103,6 +103,8 @@ def test_options_of_a_beam_are_refused_where_there_is_none(tmp_path):
     for command, form in (("evaluate", EvaluateOptions), ("recommend", RecommendOptions)):
         with pytest.raises(ConfigError, match=r"search.method, search.width is for models .* a SASRec ranks"):
             parse_served(command, [str(tmp_path), "--search.method", "gumbel", "--search.width", "3"], form)
+        with pytest.raises(ConfigError, match=r"data.semantic-ids is for models .* a SASRec ranks"):
+            parse_served(command, [str(tmp_path), "--data.semantic-ids", "ids"], form)
         served, _ = parse_served(command, [str(tmp_path), "--search.deny", "d.txt"], form)
         assert served.search.deny == absolute("d.txt")
 

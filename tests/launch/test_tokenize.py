@@ -98,6 +98,8 @@ def test_vectors_of_another_catalogue_are_refused(command):
     assert "one vector of real numbers for each of the 80 items" in message
     message = command(f"tokenize random-codes --data old/shards --out x --embeddings.weights 2 1 {SMALL}", 2)
     assert "--embeddings.weights must be one positive number for each of 1 inputs" in message
+    message = command(f"tokenize random-codes --data old/shards --out x --embeddings.width 0 {SMALL}", 2)
+    assert f"--embeddings.width must be 1 to the width of the input, {VECTORS.shape[1]}, got 0" in message
     message = command(f"tokenize random-codes --data new/shards --out x {SMALL}", 2)
     assert "has no item embeddings of its own; name some: --embeddings.file" in message
 
@@ -172,6 +174,7 @@ def test_published_ids_are_imported_and_shown_beside_others(folder, command):
     table = load(folder, "published", "old")
     assert table.codes[0].tolist() == [79 % 7, 79 % 11]
     command(f"tokenize random-codes --data old/shards --out beside {SMALL}")
+    assert "needs the folder of a table at least" in command("tokenize report", 2)
     printed = command("tokenize report published beside --out both.png")
     assert table.fingerprint in printed and "beside" in printed and (folder / "both.png").exists()
     command("tokenize report published beside --out memory://pictures/both.png")

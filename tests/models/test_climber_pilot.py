@@ -91,7 +91,7 @@ def naive_targets(batch, window_s, branches):
     return found
 
 
-@pytest.mark.parametrize("window_s", [0.0, 500.0, 1000.0, 2500.0])
+@pytest.mark.parametrize("window_s", [0.0, 500.0, 1000.0, 2500.0, 1e30, float("inf")])
 def test_what_is_learnt_where_is_what_the_definition_says(window_s):
     model = pilot(num_branches=3, time_window_s=window_s)
     batch = model.training_batch(make_users(), CONTEXT)

@@ -109,6 +109,17 @@ def test_the_prm_chooses_at_the_depths_it_is_asked_for():
         make_search(model, lookup, reward=own_prm(model, lookup), prm_depths=(4,))
 
 
+@pytest.mark.parametrize("earlier", [(2, 3), (2, 9)])
+def test_the_prm_leaves_narrower_and_wider_earlier_beams_alone_where_it_is_not_to_choose(earlier):
+    model = make_generator("promise")
+    lookup, batch = unsharded_lookup(model), users(5)
+    plain = make_search(model, lookup, earlier_widths=earlier)._decode(batch, batch.seen)
+    reward = own_prm(model, lookup)
+    last = make_search(model, lookup, reward=reward, earlier_widths=earlier, prm_depths=(3,))
+    for own, expected in zip(last._decode(batch, batch.seen).kept[:2], plain.kept[:2], strict=True):
+        assert torch.equal(own.sort(1).values, expected.sort(1).values)
+
+
 def test_each_depth_has_its_own_width_and_candidates():
     model = make_generator("promise")
     lookup, batch = unsharded_lookup(model), users(5)

@@ -168,11 +168,17 @@ def test_too_few_items_for_the_codes_are_refused():
     [
         ("residual-kmeans", {"code_sizes": ()}, "--code-sizes must be one or more positive numbers"),
         ("random-codes", {"code_sizes": (4, 0)}, "--code-sizes must be one or more positive numbers"),
-        ("rq-vae", {"steps": 0}, "--steps and --batch-size must be at least 1, got 0"),
+        ("residual-kmeans", {"sample_per_code": 0}, "--sample-per-code must be at least 1, got 0"),
+        ("residual-kmeans", {"passes": -1}, "--passes must be at least 0, got -1"),
+        ("balanced-kmeans", {"iterations": -1}, "--iterations must be at least 0, got -1"),
+        ("rq-vae", {"steps": 0}, "--steps must be at least 1, got 0"),
+        ("rq-vae", {"latent": 0}, "--latent must be at least 1, got 0"),
+        ("rq-vae", {"hidden": (8, 0)}, r"--hidden must be at least 1, got \(8, 0\)"),
+        ("rq-vae", {"learning_rate": 0.0}, "--learning-rate must be above 0"),
         ("rq-vae", {"code_sizes": (0,)}, "--code-sizes must be one or more positive numbers"),
         ("rq-vae", {"reset_until": 1.5}, "--reset-until must be in 0..1"),
         ("finite-scalar", {"values": (8, 1)}, "all --values at least 2"),
-        ("finite-scalar", {"batch_size": 0}, "--steps and --batch-size must be at least 1"),
+        ("finite-scalar", {"batch_size": 0}, "--batch-size must be at least 1, got 0"),
     ],
 )
 def test_options_that_cannot_work_are_named(name, options, message):
