@@ -96,12 +96,14 @@ class ClimberPilot(ItemSequenceModel):
         *,
         condition_table: np.ndarray | None = None,
         num_conditions: int = 0,
+        condition_names: tuple[str, ...] = (),
         **parts: Any,
     ):
         """Shapes: condition_table [N, m], the conditions each item meets, -1 for none."""
         super().__init__(config, **parts)
         _check(config, condition_table)
         self.condition_table, self.num_conditions = condition_table, num_conditions
+        self.condition_names = condition_names
         self.blocks = nn.ModuleList(PilotBlock(config, self.max_length) for _ in range(config.num_blocks))
         self.branches = nn.ModuleList(Branch(config, self.max_length) for _ in range(config.num_branches))
         self.has_tokens = condition_table is not None and (
@@ -362,6 +364,11 @@ def _check(config: ClimberPilot.Config, condition_table: np.ndarray | None) -> N
         raise ConfigError(f"model.num-branches must be at least 1, got {config.num_branches}")
     if config.time_window_s is not None and config.time_window_s < 0:
         raise ConfigError(f"model.time-window-s must be at least 0, or None, got {config.time_window_s}")
+    if not config.condition_column and (config.condition_by != "attention" or not config.condition_token):
+        raise ConfigError(
+            "model.condition-by and model.condition-token say how conditions are learnt, and there are none without "
+            "model.condition-column; name a column of the items, or leave them out"
+        )
     if config.condition_column and condition_table is None:
         raise ConfigError(
             f"model.condition-column {config.condition_column} needs the conditions of all items; build the model from "

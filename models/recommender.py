@@ -76,6 +76,8 @@ class Recommender(nn.Module, ABC):
 
     added_parameters: tuple[str, ...] = ()
     """Beginnings of names of weights that a run this one starts from (--init-from) may lack."""
+    condition_names: tuple[str, ...] = ()
+    """What the numbers of the conditions it learns stand for."""
 
     @abstractmethod
     def tables(self) -> list[TableSpec]:

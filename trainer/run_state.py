@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 
 from cluster.errors import CheckpointError
-from data_streams.item_table import ItemTable
+from data_streams.item_table import ItemTable, catalogue_fingerprint
 from data_streams.semantic_ids import SemanticIdTable
 from data_streams.stream import Position, merge_positions
 from models.recommender import Recommender
@@ -71,6 +71,7 @@ def save_progress(
             "fingerprint": fingerprint(assembly, engine),
             "dense_shapes": {name: list(shape) for name, shape in engine.dense_shapes().items()},
             "catalogue": assembly.items.fingerprint,
+            "conditions": _conditions(assembly.model),
             "config": config,
         },
         best=best,
@@ -86,6 +87,7 @@ def restore_progress(
     ConfigError if the run has another seed.
     """
     _require_catalogue(reader, assembly)
+    _require_conditions(reader, assembly.model)
     compare_fingerprint(reader.shared_state["fingerprint"], fingerprint(assembly, engine))
     changed = changed_settings(reader.shared_state["config"], config)
     if changed:
@@ -130,6 +132,7 @@ def load_weights(reader: CheckpointReader, assembly: Weights) -> None:
     items or prefixes of this one that it never learnt.
     """
     _require_catalogue(reader, assembly)
+    _require_conditions(reader, assembly.model)
     if assembly.semantic_ids is not None:
         assembly.semantic_ids.require(reader.shared_state["fingerprint"]["model"]["semantic_ids"])
     _load_dense(reader, assembly)
@@ -161,14 +164,33 @@ def _require_catalogue(reader: CheckpointReader, assembly: Weights) -> None:
         )
 
 
+def _conditions(model: Recommender) -> str | None:
+    """Changes with the conditions of a model and with their order; None without any."""
+    names = model.condition_names
+    return catalogue_fingerprint(pl.Series(names, dtype=pl.String)) if names else None
+
+
+def _require_conditions(reader: CheckpointReader, model: Recommender) -> None:
+    """Conditions are learnt by number, and the numbers follow from all values of the item column."""
+    saved, own = reader.shared_state.get("conditions"), _conditions(model)
+    # A model without any can begin one with them, and checkpoints of earlier versions do not say.
+    if saved is not None and own is not None and saved != own:
+        raise CheckpointError(
+            f"the checkpoint of step {reader.step} must have learnt the conditions at hand, the values of "
+            "model.condition-column among the items of data.path, and it learnt others; give the shards it was trained "
+            "on with --data.path, or train a run on these from one without conditions"
+        )
+
+
 def initialise_from(reader: CheckpointReader, saved_items: pl.Series, assembly: Assembly) -> None:
     """Take the weights, and nothing else, of another run; must precede the engine.
 
     Items are matched by their raw ids: rows of items the other run did not have keep their initial values. So do
     weights that the model adds to the other one's (`Recommender.added_parameters`).
 
-    Raises: CheckpointError if the dense part has another shape.
+    Raises: CheckpointError if the dense part has another shape, or was learnt under other conditions.
     """
+    _require_conditions(reader, assembly.model)
     _load_dense(reader, assembly, may_lack=assembly.model.added_parameters)
     new_rows = _new_rows_of_saved(saved_items, assembly.items.item_ids)
     logger.info(

@@ -3,12 +3,16 @@
 from dataclasses import replace
 
 import numpy as np
+import polars as pl
 import pytest
 
 from cluster.errors import CheckpointError
 from cluster.storage import Storage
+from data_streams.build import BuildConfig, build
 from data_streams.item_table import ItemTable
 from data_streams.semantic_ids import SemanticIdTable
+from data_streams.sources.events import EventsSource
+from models.climber_pilot import ClimberPilot
 from models.trees.shape import codes_of_order
 from tests.generator_cases import TREES
 from tests.process_group import run_on_processes
@@ -19,6 +23,7 @@ from tests.tiny_run import (
     run,
     tiny_config,
     with_train,
+    write_events,
 )
 from trainer.audit import read_audit
 
@@ -131,6 +136,28 @@ def test_another_catalogue_of_the_same_size_is_refused_also_at_the_end_of_an_epo
     for fail, changed in ((fail_to_load, moved), (fail_to_run, with_train(moved, epochs=2))):
         (message,) = run_on_processes(fail, 1, changed)
         assert "must be of the catalogue at hand" in message and "--init-from" in message
+
+
+def test_conditions_of_other_names_are_refused(tmp_path):
+    """They are learnt by number, in the order of their names."""
+    names = build_tiny_data(tmp_path / "data", categories=True)
+    events, items = write_events(tmp_path / "raw", categories=True)
+    turned = pl.read_parquet(items).with_columns(pl.col("categories").reverse())
+    turned.write_parquet(items)
+    others = pl.read_parquet(items).with_columns(pl.col("categories").list.eval("other " + pl.element()))
+    config = tiny_config(names, tmp_path / "run", epochs=1)
+    sizes = {"width": 16, "num_blocks": 1, "num_heads": 2, "time_window_s": None}
+    pilot = ClimberPilot.Config(**sizes, condition_column="categories")
+    config = replace(config, model=pilot)
+    run_on_processes(run, 1, config)
+    for number, (changed, message) in enumerate(((turned, "no error"), (others, "learnt others"))):
+        changed.write_parquet(items)
+        source = EventsSource.Config(events=(str(events),), items=str(items), order_column="pos")
+        path = str(tmp_path / f"shards-{number}")
+        build(source, BuildConfig(out=path, ray="never"))
+        asked = replace(config, data=replace(config.data, path=path))
+        assert message in run_on_processes(fail_to_load, 1, asked)[0]
+    assert "learnt others" in run_on_processes(fail_to_run, 1, with_train(asked, epochs=2))[0]
 
 
 def initialised(process, config):
