@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from cluster.configuration import ClusterConfig
 from cluster.errors import ClusterError, PoolGoneError
 from cluster.packages import check_same, fingerprint, root
-from cluster.placement import Placement, death_cause, place
+from cluster.placement import ACTOR_DIED, Placement, death_cause, place
 from cluster.ray_start import start_ray
 
 logger = logging.getLogger(__name__)
@@ -269,7 +269,7 @@ class Pool:
                 return None
             ray.get(answer)
             return True
-        except RayActorError as error:
+        except ACTOR_DIED as error:
             self._bury(slot, None, error)
             return False
 
@@ -303,7 +303,7 @@ class Pool:
         slot, work = self._busy.pop(reference)
         try:
             result = ray.get(reference)
-        except RayActorError as error:
+        except ACTOR_DIED as error:
             self._bury(slot, work, error)
             return [] if work is None or work.repeats else [(work.ticket, GONE)]
         except RayTaskError as error:
@@ -321,7 +321,7 @@ class Pool:
         self._deaths_in_a_row = 0
         return [(work.ticket, result)]
 
-    def _bury(self, slot: _Slot, work: _Work | None, error: RayActorError) -> None:
+    def _bury(self, slot: _Slot, work: _Work | None, error: RayError) -> None:
         """Put the work of a dead member back in front of the queue, and replace the member."""
         self.deaths += 1
         cause, is_ready = death_cause(error), slot.pid is not None
@@ -342,7 +342,7 @@ class Pool:
         if is_ready and not self.pids:
             self._gone_since, self._has_said = time.monotonic(), False
 
-    def _count_death(self, work: _Work | None, cause: str, error: RayActorError) -> None:
+    def _count_death(self, work: _Work | None, cause: str, error: RayError) -> None:
         """Of a member that was ready. Raises: ClusterError where that is one too many."""
         self._deaths_in_a_row += 1
         with_item = ""
