@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
-from cluster.configuration import ClusterConfig
+from cluster.configuration import ClusterConfig, check_resources, check_seconds
 from cluster.errors import ConfigError, RewardError
 from cluster.placement import Placement
 from cluster.pool import Pool
@@ -45,15 +45,8 @@ class RewardPoolConfig:
                 "reward.workers must be at least 0 and reward.groups-per-call at least 1, got "
                 f"{self.workers} and {self.groups_per_call}"
             )
-        check_gpus("reward", self.gpus_per_worker)
-
-
-def check_gpus(pool: str, gpus: float) -> None:
-    """Raises: ConfigError unless it is a number that Ray can reserve for a worker."""
-    if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
-        raise ConfigError(
-            f"{pool}.gpus-per-worker must be 0, a fraction of 1 or a whole number, got {gpus:g}"
-        )
+        check_resources("reward", cpus=self.cpus_per_worker, gpus=self.gpus_per_worker)
+        check_seconds("reward.timeout-s", self.timeout_s)
 
 
 @dataclass(kw_only=True)

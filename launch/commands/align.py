@@ -133,6 +133,8 @@ def _saved(path: str) -> "AlignConfig":
 
 def _plug_ins(options: list[str]) -> tuple[dict[str, Any], list[str]]:
     """What is chosen by name, and the other options."""
+    from rl.reward_mix import check_terms
+
     chosen: dict[str, Any] = {}
     for field, package in (("objective", OBJECTIVES), ("advantage", ADVANTAGES)):
         name, options = take_option(options, f"--{field}")
@@ -141,6 +143,7 @@ def _plug_ins(options: list[str]) -> tuple[dict[str, Any], list[str]]:
     names, options = take_option(options, "--rewards")
     if names is not None:
         chosen["rewards"] = tuple(reward_term(name) for name in names.split(","))
+        check_terms(chosen["rewards"])
     return chosen, options
 
 
