@@ -72,6 +72,7 @@ def test_a_member_that_hangs_is_replaced_and_its_item_given_to_another(tmp_path,
     ) as pool:
         assert dict(pool.map(range(5))) == {n: n * n for n in range(5)}
     assert "of the reward pool has had item 2 for 2 s; it hangs" in caplog.text and pool.deaths == 1
+    assert "died with item 2: it took more than 2 s; replacing it" in caplog.text
 
 
 def test_an_item_that_kills_every_member_ends_the_pool_with_its_number():
