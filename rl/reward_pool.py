@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 from cluster.configuration import ClusterConfig, check_resources, check_seconds
-from cluster.errors import ConfigError, RewardError
+from cluster.errors import ConfigError, GrailError, RewardError
 from cluster.placement import Placement
 from cluster.pool import Pool
 from rl.reward_mix import MixedRewards, RewardTerm, check_rewards, mix, prepare_terms
@@ -245,15 +245,17 @@ async def _call(name: str, function: RewardFunction, groups: Sequence[Group]) ->
     try:
         return await function.score(groups)
     except Exception as error:
+        # Ours say themselves what to do.
+        advice = "" if isinstance(error, GrailError) else "; mend the reward"
         if len(groups) == 1:
             raise RewardError(
                 f"the reward {name} failed for user row {groups[0].user_row} (prompt {groups[0].serial}): "
-                f"{type(error).__name__}: {error}; mend the reward"
+                f"{type(error).__name__}: {error}{advice}"
             ) from error
         for group in groups:
             await _call(name, function, [group])
         users = ", ".join(str(group.user_row) for group in groups)
         raise RewardError(
             f"the reward {name} failed for the user rows {users} together, and for none of them alone: "
-            f"{type(error).__name__}: {error}; mend the reward"
+            f"{type(error).__name__}: {error}{advice}"
         ) from error
