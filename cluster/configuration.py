@@ -1,6 +1,9 @@
 """Where a job runs: how many workers, on which cluster, and how failures are met."""
 
+import math
 from dataclasses import dataclass
+
+from cluster.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,3 +32,26 @@ class ClusterConfig:
     further than before."""
     collective_timeout_s: float = 600.0
     """How long a collective operation, or a checkpoint, may wait for the other workers."""
+
+    def __post_init__(self) -> None:
+        check_resources("cluster", cpus=self.cpus_per_worker, gpus=self.gpus_per_worker)
+        check_seconds("cluster.start-timeout-s", self.start_timeout_s)
+        check_seconds("cluster.collective-timeout-s", self.collective_timeout_s)
+
+
+def check_resources(section: str, *, cpus: float, gpus: float) -> None:
+    """Raises: ConfigError unless both are numbers that Ray can reserve for a worker."""
+    if not 0 < cpus < math.inf:
+        raise ConfigError(
+            f"{section}.cpus-per-worker must be above 0, got {cpus:g}; fractions, such as 0.1, share a core"
+        )
+    if not (0 <= gpus <= 1 or (gpus > 1 and gpus % 1 == 0)):
+        raise ConfigError(
+            f"{section}.gpus-per-worker must be 0, a fraction of 1 or a whole number, got {gpus:g}"
+        )
+
+
+def check_seconds(option: str, seconds: float) -> None:
+    """Raises: ConfigError unless something can be waited for so long."""
+    if not seconds > 0:
+        raise ConfigError(f"{option} must be above 0 seconds, got {seconds:g}")

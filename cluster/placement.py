@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 from ray._private import state
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -26,6 +26,9 @@ _SETTLE_S = 10.0
 """How long an elastic group waits for all the room its cluster may have, before it takes less."""
 _CLAIM_S = 3.0
 """How long a reservation that should succeed is waited for; a host that just died may still be counted."""
+
+ACTOR_DIED = (RayActorError, OutOfMemoryError)
+"""What a call of a dead actor raises; the second where Ray 2.60 ended it, since its host ran out of memory."""
 
 
 class Placement:
@@ -161,7 +164,7 @@ def _free(bundle: dict[str, float]) -> str:
     return ", ".join(f"{free.get(name, 0):g} of {total.get(name, 0):g} {name} free" for name in bundle)
 
 
-def death_cause(error: RayActorError) -> str:
+def death_cause(error: RayError) -> str:
     """The sentence of Ray's long message that says why a process ended."""
     text = " ".join(str(error).split())
     _, found, rest = text.partition("exit detail: ")

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from cluster.configuration import ClusterConfig
 from cluster.errors import ClusterError, PoolGoneError
 from cluster.packages import check_same, fingerprint, root
-from cluster.placement import Placement, death_cause, place
+from cluster.placement import ACTOR_DIED, Placement, death_cause, place
 from cluster.ray_start import start_ray
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,8 @@ class _Slot:
     """When the member must be ready, while it starts."""
     restart_at: float | None = None
     """When the next member is started, where the last one died without an item."""
+    ended_because: str = ""
+    """Why the pool itself has ended the member, whose death Ray then does not explain."""
 
 
 @dataclass(kw_only=True)
@@ -221,6 +223,7 @@ class Pool:
 
     def _start(self, slot: _Slot) -> None:
         slot.pid, slot.restart_at, slot.start_due = None, None, time.monotonic() + self._start_timeout_s
+        slot.ended_because = ""
         slot.actor = self.placement.actor(_Member, slot.index, (root(), fingerprint()))
         self._busy[slot.actor.start.remote(self.build, self.arguments)] = (slot, None)
 
@@ -269,7 +272,7 @@ class Pool:
                 return None
             ray.get(answer)
             return True
-        except RayActorError as error:
+        except ACTOR_DIED as error:
             self._bury(slot, None, error)
             return False
 
@@ -281,14 +284,14 @@ class Pool:
                     "member %d of the %s has not been ready for %.0f s; it hangs, and is replaced",
                     *(slot.index, self.name, self._start_timeout_s),
                 )
-                slot.start_due = math.inf
+                slot.start_due, slot.ended_because = math.inf, "it was not ready in time"
                 ray.kill(slot.actor)
             if work is not None and now >= work.due:
                 logger.warning(
                     "member %d of the %s has had item %d for %.0f s; it hangs, and is replaced",
                     *(slot.index, self.name, work.ticket, self.item_timeout_s),
                 )
-                work.due = math.inf
+                work.due, slot.ended_because = math.inf, f"it took more than {self.item_timeout_s:g} s"
                 ray.kill(slot.actor)
 
     def _wait(self, seconds: float) -> list[Any]:
@@ -303,7 +306,7 @@ class Pool:
         slot, work = self._busy.pop(reference)
         try:
             result = ray.get(reference)
-        except RayActorError as error:
+        except ACTOR_DIED as error:
             self._bury(slot, work, error)
             return [] if work is None or work.repeats else [(work.ticket, GONE)]
         except RayTaskError as error:
@@ -321,10 +324,10 @@ class Pool:
         self._deaths_in_a_row = 0
         return [(work.ticket, result)]
 
-    def _bury(self, slot: _Slot, work: _Work | None, error: RayActorError) -> None:
+    def _bury(self, slot: _Slot, work: _Work | None, error: RayError) -> None:
         """Put the work of a dead member back in front of the queue, and replace the member."""
         self.deaths += 1
-        cause, is_ready = death_cause(error), slot.pid is not None
+        cause, is_ready = slot.ended_because or death_cause(error), slot.pid is not None
         # One that is only out of reach would keep its place.
         ray.kill(slot.actor)
         slot.pid = slot.actor = None
@@ -342,7 +345,7 @@ class Pool:
         if is_ready and not self.pids:
             self._gone_since, self._has_said = time.monotonic(), False
 
-    def _count_death(self, work: _Work | None, cause: str, error: RayActorError) -> None:
+    def _count_death(self, work: _Work | None, cause: str, error: RayError) -> None:
         """Of a member that was ready. Raises: ClusterError where that is one too many."""
         self._deaths_in_a_row += 1
         with_item = ""
@@ -354,7 +357,7 @@ class Pool:
         if self._deaths_in_a_row > most or (work is not None and work.deaths >= _ITEM_DEATHS):
             raise ClusterError(
                 f"{self.name} members must outlive their items, and {self.deaths} have died{with_item}: {cause}; look "
-                "at the item and at the memory of the machines"
+                "at the item, the memory of the machines and the time-out of the pool"
             ) from error
 
     def _has_come_back(self) -> None:

@@ -14,16 +14,16 @@ from typing import Any
 
 import psutil
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayError, RayTaskError
 
 from cluster.configuration import ClusterConfig
 from cluster.elastic import largest_world
 from cluster.errors import ClusterError, PlanError
-from cluster.faults import COLLECTIVE, DEATH, FaultHistory, kind_of_death
+from cluster.faults import COLLECTIVE, DEATH, MEMORY, FaultHistory, kind_of_death
 from cluster.gang_worker import Assignment, GangWorker, Seat, give_ranks
 from cluster.logs import show_worker_record, worker_log
 from cluster.packages import fingerprint, root
-from cluster.placement import Placement, death_cause, free_room, place_largest
+from cluster.placement import ACTOR_DIED, Placement, death_cause, free_room, place_largest
 from cluster.ray_start import start_ray
 from cluster.reporter import Event, StopSignal
 from cluster.storage import Storage
@@ -126,6 +126,11 @@ def _range(worlds: Sequence[int]) -> str:
 def _log_directory(run_dir: str) -> Path | None:
     storage = Storage(run_dir)
     return Path(storage.path("logs")) if storage.is_local else None
+
+
+def _kind(error: RayError) -> str:
+    """Of the death of an actor, as Ray tells of it."""
+    return MEMORY if isinstance(error, OutOfMemoryError) else DEATH
 
 
 class _Gang:
@@ -294,16 +299,16 @@ class _Gang:
             rank = pending.pop(reference)
             try:
                 events, pulse = ray.get(reference)
-            except RayActorError as error:
+            except ACTOR_DIED as error:
                 raise self._death(rank, error) from error
             found += events
             self.watchdog.hear(rank, pulse)
             pending[self.actors[rank].poll.remote()] = rank
         return found
 
-    def _death(self, rank: int, error: RayActorError) -> _Fault:
-        kind, last_words = DEATH, ""
-        if self.logs is not None:
+    def _death(self, rank: int, error: RayError) -> _Fault:
+        kind, last_words = _kind(error), ""
+        if self.logs is not None and kind == DEATH:
             kind, last_words = kind_of_death(worker_log(self.logs, rank), self._log_sizes[rank])
         cause = f"rank {rank} (pid {self.seats[rank].pid}) died: {death_cause(error)}"
         return _Fault(kind, f"{cause} [{kind}: {last_words}]" if last_words else cause)
@@ -319,7 +324,7 @@ class _Gang:
         texts = []
         for rank, reference in enumerate(asked):
             text = "it does not answer"
-            with suppress(RayActorError):
+            with suppress(*ACTOR_DIED):
                 text = ray.get(reference) if reference in answered else text
             texts.append(f"rank {rank} (pid {self.seats[rank].pid} on {self.seats[rank].address}): {text}")
         return "\n".join(texts)
@@ -334,8 +339,8 @@ class _Gang:
             return ray.get(references, timeout=self.config.start_timeout_s)
         except RayTaskError as error:
             raise error.cause from error
-        except RayActorError as error:
-            raise _Fault(DEATH, f"a worker died while starting: {death_cause(error)}") from error
+        except ACTOR_DIED as error:
+            raise _Fault(_kind(error), f"a worker died while starting: {death_cause(error)}") from error
         except GetTimeoutError as error:
             raise _Fault(
                 COLLECTIVE,

@@ -4,14 +4,14 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from cluster.configuration import ClusterConfig
+from cluster.configuration import ClusterConfig, check_resources, check_seconds
 from cluster.errors import ConfigError
 from data_streams.configuration import DataConfig
 from data_streams.stream import history_share, open_data
 from data_streams.token_budget import tokens_per_epoch
 from rl.guards import Alarm
 from rl.reward_mix import RewardTerm, check_terms
-from rl.reward_pool import RewardPoolConfig, check_gpus
+from rl.reward_pool import RewardPoolConfig
 from sharding.configuration import ShardingConfig
 from trainer.configuration import EvaluationConfig, LogConfig, PretrainConfig, SearchConfig, TrainConfig
 
@@ -39,7 +39,7 @@ class AlignOptions:
                 "align.users-per-step must be at least 1 and align.group-size at least 2, since completions are "
                 f"compared with each other; got {self.users_per_step} and {self.group_size}"
             )
-        if self.temperature <= 0 or not 0 <= self.max_staleness <= 1:
+        if not self.temperature > 0 or not 0 <= self.max_staleness <= 1:
             raise ConfigError(
                 "align.temperature must be above 0 and align.max-staleness 0 or 1, got "
                 f"{self.temperature} and {self.max_staleness}"
@@ -67,7 +67,8 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         if self.workers < 0:
             raise ConfigError(f"rollout.workers must be at least 0, got {self.workers}")
-        check_gpus("rollout", self.gpus_per_worker)
+        check_resources("rollout", cpus=self.cpus_per_worker, gpus=self.gpus_per_worker)
+        check_seconds("rollout.timeout-s", self.timeout_s)
         if self.weights == "broadcast" and not self.workers:
             raise ConfigError(
                 "rollout.weights broadcast is between a learner and its rollout workers, and rollout.workers is 0; "
@@ -194,6 +195,8 @@ def check_alignment(config: AlignConfig, start: PretrainConfig) -> None:
                 f"the reward {term.name} reads columns of the observed item, and prompts of pages do not carry any; "
                 "give --data.pages none"
             )
+    of_codes = any(term.reward.rewards_codes for term in config.rewards if not term.direct)
+    config.advantage.build().check_rewards(of_codes=of_codes)
     objective = config.objective.build()
     if config.align.max_staleness and not objective.has_ratio:
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -49,6 +49,13 @@ class Guards:
         """Take in a validation; the first is that of the policy alignment starts from."""
         self.first.setdefault("held_out", value)
         self.now["held_out"] = value
+
+    def observe_held_out_again(self, values: Iterable[float]) -> None:
+        """Take in all validations so far anew, by the metric that is compared from here on."""
+        self.first.pop("held_out", None)
+        self.now.pop("held_out", None)
+        for value in values:
+            self.observe_held_out(value)
 
     def new_alarms(self) -> list[Alarm]:
         """What has gone wrong since the last call, each logged as a warning once."""

@@ -99,7 +99,8 @@ def check_rewards(
     """Raises: RewardError naming reward and user, for another number, a wrong shape or values that are not finite."""
     if len(rewards) != len(groups):
         raise RewardError(
-            f"the reward {name} must return one reward for each of {len(groups)} groups, and returned {len(rewards)}"
+            f"the reward {name} must return one reward for each of {len(groups)} groups, and returned {len(rewards)}; "
+            "mend the reward"
         )
     for group, reward in zip(groups, rewards, strict=True):
         expected = (group.size, group.num_levels) if function.of_codes else (group.size,)

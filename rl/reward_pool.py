@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
-from cluster.configuration import ClusterConfig
-from cluster.errors import ConfigError, RewardError
+from cluster.configuration import ClusterConfig, check_resources, check_seconds
+from cluster.errors import ConfigError, GrailError, RewardError
 from cluster.placement import Placement
 from cluster.pool import Pool
 from rl.reward_mix import MixedRewards, RewardTerm, check_rewards, mix, prepare_terms
@@ -45,15 +45,8 @@ class RewardPoolConfig:
                 "reward.workers must be at least 0 and reward.groups-per-call at least 1, got "
                 f"{self.workers} and {self.groups_per_call}"
             )
-        check_gpus("reward", self.gpus_per_worker)
-
-
-def check_gpus(pool: str, gpus: float) -> None:
-    """Raises: ConfigError unless it is a number that Ray can reserve for a worker."""
-    if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
-        raise ConfigError(
-            f"{pool}.gpus-per-worker must be 0, a fraction of 1 or a whole number, got {gpus:g}"
-        )
+        check_resources("reward", cpus=self.cpus_per_worker, gpus=self.gpus_per_worker)
+        check_seconds("reward.timeout-s", self.timeout_s)
 
 
 @dataclass(kw_only=True)
@@ -252,15 +245,17 @@ async def _call(name: str, function: RewardFunction, groups: Sequence[Group]) ->
     try:
         return await function.score(groups)
     except Exception as error:
+        # Ours say themselves what to do.
+        advice = "" if isinstance(error, GrailError) else "; mend the reward"
         if len(groups) == 1:
             raise RewardError(
                 f"the reward {name} failed for user row {groups[0].user_row} (prompt {groups[0].serial}): "
-                f"{type(error).__name__}: {error}; mend the reward"
+                f"{type(error).__name__}: {error}{advice}"
             ) from error
         for group in groups:
             await _call(name, function, [group])
         users = ", ".join(str(group.user_row) for group in groups)
         raise RewardError(
             f"the reward {name} failed for the user rows {users} together, and for none of them alone: "
-            f"{type(error).__name__}: {error}; mend the reward"
+            f"{type(error).__name__}: {error}{advice}"
         ) from error

@@ -131,11 +131,14 @@ def _guards(notes: dict[str, Any], job: Job) -> Guards:
     guards = Guards.of(notes.get("guards"))
     # The same objects, so that every checkpoint holds what was observed until then.
     notes["guards"] = vars(guards)
-    held_out = notes.setdefault(HELD_OUT, {})
+    held_out, metric = notes.setdefault(HELD_OUT, {}), job.config.train.selection_metric
+    # A run that goes on may select by another metric than before.
+    so_far = [held_out[step] for step in sorted(held_out, key=int)]
+    guards.observe_held_out_again(metrics[metric] for metrics in so_far if metric in metrics)
 
     def remember(metrics) -> None:
         held_out[str(job.progress.step)] = dict(metrics)
-        guards.observe_held_out(metrics[job.config.train.selection_metric])
+        guards.observe_held_out(metrics[metric])
 
     job.after_validation = remember
     return guards

@@ -133,6 +133,8 @@ def _saved(path: str) -> "AlignConfig":
 
 def _plug_ins(options: list[str]) -> tuple[dict[str, Any], list[str]]:
     """What is chosen by name, and the other options."""
+    from rl.reward_mix import check_terms
+
     chosen: dict[str, Any] = {}
     for field, package in (("objective", OBJECTIVES), ("advantage", ADVANTAGES)):
         name, options = take_option(options, f"--{field}")
@@ -141,6 +143,7 @@ def _plug_ins(options: list[str]) -> tuple[dict[str, Any], list[str]]:
     names, options = take_option(options, "--rewards")
     if names is not None:
         chosen["rewards"] = tuple(reward_term(name) for name in names.split(","))
+        check_terms(chosen["rewards"])
     return chosen, options
 
 
@@ -241,19 +244,21 @@ def _report(config: "AlignConfig", result: dict[str, Any]) -> int:
     from rich.table import Table
 
     held_out, metric = result["notes"]["held_out"], config.train.selection_metric
-    last = max(held_out, key=int)
-    shown = {"start": held_out["0"], f"last ({last})": held_out[last], f"best ({result['best_step']})": {}}
-    shown[f"best ({result['best_step']})"] = held_out[str(result["best_step"])]
+    last, best = max(held_out, key=int), str(result["best_step"])
+    shown = {"start": held_out["0"], f"last ({last})": held_out[last], f"best ({best})": held_out[best]}
     Storage(config.run_dir).write(ALIGNMENT, json.dumps({**result, "shown": shown}, indent=1).encode())
     table = Table(title="held-out items of the validation split")
     for name in ("metric", *shown):
         table.add_column(name, justify="left" if name == "metric" else "right")
-    for name in held_out["0"]:
-        table.add_row(name, *(f"{metrics[name]:.4f}" for metrics in shown.values()))
+    # A run that goes on may be given other cutoffs than its start was evaluated with.
+    for name in dict.fromkeys(name for metrics in shown.values() for name in metrics):
+        table.add_row(
+            name, *(f"{metrics[name]:.4f}" if name in metrics else "-" for metrics in shown.values())
+        )
     Console().print(table)
-    if held_out[last][metric] < held_out["0"][metric]:
-        best = "the start itself" if result["best_step"] == 0 else f"step {result['best_step']}"
-        print(f"The last step is WORSE than the start in {metric}; the best one, which is kept, is {best}.")
+    if held_out[last].get(metric, math.inf) < held_out["0"].get(metric, -math.inf):
+        kept = "the start itself" if result["best_step"] == 0 else f"step {best}"
+        print(f"The last step is WORSE than the start in {metric}; the best one, which is kept, is {kept}.")
     if result["status"] == "halted":
         alarms = ", ".join(result["notes"]["halted_by"])
         print(f"Ended at step {result['step']} by --align.stop-on: {alarms}.", file=sys.stderr)

@@ -22,14 +22,18 @@ class AdvantageEstimator(ABC):
 
         Raises: ConfigError where the rewards are of another kind than the estimator takes.
         """
-        if values.ndim != (3 if self.of_codes else 2):
+        self.check_rewards(of_codes=values.ndim == 3)
+        cleaned = np.where(mask if values.ndim == 2 else mask[..., None], values, 0.0).astype(np.float64)
+        return self.estimate(cleaned, mask)
+
+    def check_rewards(self, *, of_codes: bool) -> None:
+        """Raises: ConfigError where the rewards that are added up are of another kind than the estimator takes."""
+        if of_codes != self.of_codes:
             wanted, given = ("one per code", "one per completion")[:: 1 if self.of_codes else -1]
             raise ConfigError(
                 f"the advantage {type(self).__name__} takes rewards that are {wanted}, and the run's are {given}; "
                 "step-wise advantages belong to a process reward, the others to rewards of whole completions"
             )
-        cleaned = np.where(mask if values.ndim == 2 else mask[..., None], values, 0.0).astype(np.float64)
-        return self.estimate(cleaned, mask)
 
     @abstractmethod
     def estimate(self, values: np.ndarray, mask: np.ndarray) -> Advantages:

@@ -42,6 +42,11 @@ class RewardOptions(ABC):
     reads_positive_features: ClassVar[bool] = False
     """Whether it reads columns of the observed positives, which prompts of pages do not carry."""
 
+    @property
+    def rewards_codes(self) -> bool:
+        """The `of_codes` of what it builds."""
+        return False
+
     def run_names(self) -> tuple[str, ...]:
         """Directories of the trained runs it needs, for `RewardSetting.runs`."""
         return ()

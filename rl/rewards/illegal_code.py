@@ -27,6 +27,10 @@ class IllegalCode(RewardFunction):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(RewardOptions):
+        @property
+        def rewards_codes(self) -> bool:
+            return True
+
         def build(self, setting: RewardSetting) -> "IllegalCode":
             if not setting.semantic_ids:
                 raise ConfigError("the reward illegal-code needs the folder of the items' semantic IDs")

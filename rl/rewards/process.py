@@ -46,6 +46,10 @@ class Process(RewardFunction):
         checkpoint: str = "best"
         """latest, best or the number of a step."""
 
+        @property
+        def rewards_codes(self) -> bool:
+            return True
+
         def run_names(self) -> tuple[str, ...]:
             if not self.run:
                 raise ConfigError(

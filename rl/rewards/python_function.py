@@ -26,6 +26,10 @@ class PythonFunction(RewardFunction):
         of_codes: bool = False
         """Whether it returns a value for every prefix, [G, L], instead of one for each completion, [G]."""
 
+        @property
+        def rewards_codes(self) -> bool:
+            return self.of_codes
+
         def prepared(self, setting: RewardSetting) -> "PythonFunction.Config":
             find_function(self.path)
             return self

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError
 from torch.distributed import distributed_c10d
 
 from cluster import gang_worker, worker_group
@@ -149,6 +149,20 @@ def test_a_worker_that_halts_while_it_starts_is_a_fault(tmp_path, monkeypatch):
     with pytest.raises(worker_group._Fault, match="2 workers were to start within 60 s") as ended:
         gang._get([None, None])
     assert ended.value.kind == COLLECTIVE
+
+
+def test_a_worker_that_ray_ends_since_its_host_has_no_memory_left_is_a_fault(tmp_path, monkeypatch):
+    def ended(*_: object, **__: object) -> None:
+        raise OutOfMemoryError("1 worker(s) were killed due to the node running low on memory")
+
+    monkeypatch.setattr(worker_group.ray, "get", ended)
+    monkeypatch.setattr(worker_group.ray, "wait", lambda references, **_: (references, []))
+    gang = worker_group._Gang(TWO, [2], tmp_path, StopSignal(), None, None)
+    gang.seats = [Seat(pid=1, host="a", address="a", gpus=())]
+    for died in (lambda: gang._get([None]), lambda: gang._poll({"an answer": 0})):
+        with pytest.raises(worker_group._Fault, match=r"died.*running low on memory") as fault:
+            died()
+        assert fault.value.kind == MEMORY
 
 
 def test_the_log_of_a_dead_worker_tells_a_time_out_from_other_deaths(tmp_path):

@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
+from ray.exceptions import OutOfMemoryError
 
 from cluster.configuration import ClusterConfig
 from cluster.errors import ClusterError, DataError, PoolGoneError
@@ -70,6 +72,7 @@ def test_a_member_that_hangs_is_replaced_and_its_item_given_to_another(tmp_path,
     ) as pool:
         assert dict(pool.map(range(5))) == {n: n * n for n in range(5)}
     assert "of the reward pool has had item 2 for 2 s; it hangs" in caplog.text and pool.deaths == 1
+    assert "died with item 2: it took more than 2 s; replacing it" in caplog.text
 
 
 def test_an_item_that_kills_every_member_ends_the_pool_with_its_number():
@@ -113,6 +116,23 @@ def test_all_members_may_die_idle_and_one_more_with_an_item(tmp_path):
         pool.submit(5)
         ((_, (square, _)),) = pool.poll(timeout_s=60)
     assert square == 25 and pool.deaths == 4
+
+
+def test_a_member_that_ray_ends_since_its_host_has_no_memory_left_is_replaced(tmp_path, monkeypatch):
+    get, ended = ray.get, []
+
+    def end_first(reference: object) -> object:
+        if not ended:
+            ended.append(reference)
+            raise OutOfMemoryError("1 worker(s) were killed due to the node running low on memory")
+        return get(reference)
+
+    with Pool(_build_squarer, str(tmp_path), members=1, cluster=TWO) as pool:
+        pool.wait_for_all(60)
+        monkeypatch.setattr("cluster.pool.ray.get", end_first)
+        pool.submit(3)
+        ((_, (square, _)),) = pool.poll(timeout_s=60)
+    assert square == 9 and pool.deaths == 1
 
 
 def test_tasks_give_all_results_and_pass_errors_on():

@@ -100,6 +100,7 @@ def test_help_names_what_can_be_chosen_and_errors_say_what_is_missing(capsys, st
 @pytest.mark.parametrize(
     ("rewards", "message"),
     [
+        ("hit,hit", r"each with a name of its own; got \['hit', 'hit'\]"),
         ("python-function --rewards.python-function.path no_such_module:reward", "cannot be imported"),
         (
             "relevance",

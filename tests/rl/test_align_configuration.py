@@ -1,5 +1,8 @@
 """What cannot work together is said before any worker is started, with the option's name."""
 
+import dataclasses
+import math
+
 import numpy as np
 import pytest
 
@@ -14,6 +17,7 @@ from models.decoder_only import DecoderOnly
 from models.sasrec import SASRec
 from models.tdm import TDM
 from rl.advantages.group import GroupRelative
+from rl.advantages.step_wise import StepWise
 from rl.configuration import AlignConfig, AlignOptions, RolloutConfig, check_alignment, with_users_per_step
 from rl.objectives.ecpo import Ecpo
 from rl.objectives.grpo_sr import GrpoSr
@@ -23,9 +27,11 @@ from rl.reward_pool import RewardPool, RewardPoolConfig
 from rl.rewards import RewardSetting
 from rl.rewards.duration import Duration
 from rl.rewards.hit import Hit
+from rl.rewards.process import Process
 from trainer.configuration import PretrainConfig
 
 POLICY = PretrainConfig(run_dir="runs/policy", model=DecoderOnly.Config())
+HIT = RewardTerm(name="hit", reward=Hit.Config())
 ONE_OLD = AlignOptions(max_staleness=1)
 
 
@@ -33,7 +39,7 @@ def config(**options):
     chosen = {
         "objective": GrpoSr.Config(),
         "advantage": GroupRelative.Config(),
-        "rewards": (RewardTerm(name="hit", reward=Hit.Config()),),
+        "rewards": (HIT,),
     }
     return AlignConfig(**{**chosen, **options})
 
@@ -41,6 +47,9 @@ def config(**options):
 def test_what_can_work_passes():
     check_alignment(config(), POLICY)
     check_alignment(config(objective=Ecpo.Config(), align=ONE_OLD), POLICY)
+    prm = RewardTerm(name="prm", reward=Process.Config(run="runs/prm"))
+    check_alignment(config(rewards=(HIT, dataclasses.replace(prm, direct=True))), POLICY)
+    check_alignment(config(rewards=(HIT, prm), advantage=StepWise.Config()), POLICY)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +88,16 @@ def test_what_can_work_passes():
             POLICY,
             "cluster.min-workers is for pretraining",
         ),
+        (
+            {"advantage": StepWise.Config()},
+            POLICY,
+            "StepWise takes rewards that are one per code, and the run's are one per completion",
+        ),
+        (
+            {"rewards": (RewardTerm(name="prm", reward=Process.Config(run="runs/prm")),)},
+            POLICY,
+            "GroupRelative takes rewards that are one per completion, and the run's are one per code",
+        ),
         ({"align": ONE_OLD}, POLICY, "align.max-staleness 1 needs an objective.*GrpoSr does not"),
         (
             {"align": ONE_OLD, "objective": Ecpo.Config(), "rollout": RolloutConfig(workers=0)},
@@ -98,6 +117,7 @@ def test_what_cannot_work_is_said(options, start, message):
         (AlignOptions, {"users_per_step": 0}, "align.users-per-step"),
         (AlignOptions, {"group_size": 1}, "align.group-size at least 2"),
         (AlignOptions, {"temperature": 0.0}, "align.temperature must be above 0"),
+        (AlignOptions, {"temperature": math.nan}, "align.temperature must be above 0"),
         (AlignOptions, {"max_staleness": 2}, "align.max-staleness 0 or 1"),
         (RolloutConfig, {"workers": -1}, "rollout.workers must be at least 0"),
         (
@@ -107,6 +127,12 @@ def test_what_cannot_work_is_said(options, start, message):
         ),
         (RolloutConfig, {"gpus_per_worker": 1.5}, "rollout.gpus-per-worker must be 0.*got 1.5"),
         (RewardPoolConfig, {"gpus_per_worker": -1}, "reward.gpus-per-worker must be 0.*got -1"),
+        (RewardPoolConfig, {"cpus_per_worker": 0.0}, "reward.cpus-per-worker must be above 0, got 0"),
+        (RolloutConfig, {"cpus_per_worker": -1.0}, "rollout.cpus-per-worker must be above 0, got -1"),
+        (RolloutConfig, {"timeout_s": 0.0}, "rollout.timeout-s must be above 0 seconds, got 0"),
+        (ClusterConfig, {"cpus_per_worker": 0.0}, "cluster.cpus-per-worker must be above 0, got 0"),
+        (ClusterConfig, {"gpus_per_worker": 1.5}, "cluster.gpus-per-worker must be 0.*got 1.5"),
+        (ClusterConfig, {"start_timeout_s": -1.0}, "cluster.start-timeout-s must be above 0 seconds, got -1"),
     ],
 )
 def test_impossible_numbers_are_refused(form, options, message):

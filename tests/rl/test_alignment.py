@@ -214,6 +214,11 @@ def test_an_alignment_that_ends_worse_than_its_start_says_so(start, tmp_path, ca
     assert "WORSE" in (told := capsys.readouterr().out) and "which is kept, is step 6" in told
     held_out["12"]["ndcg@10"] = 0.35
     assert _report(config, {**result, "best_step": 6}) == 0 and "WORSE" not in capsys.readouterr().out
+    held_out["12"] = {"recall@20": 0.5}
+    assert _report(config, {**result, "best_step": 6}) == 0, "it may go on with other cutoffs"
+    assert re.search(r"recall@20\W+-\W+0.5000\W+-", capsys.readouterr().out)
+    held_out["12"] = {"ndcg@10": 0.35}
+    assert _report(config, {**result, "best_step": 6}) == 0
     shown = json.loads((tmp_path / "alignment.json").read_text())["shown"]
     assert shown["start"] == held_out["0"] and shown["last (12)"] == held_out["12"]
 

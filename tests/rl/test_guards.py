@@ -50,6 +50,17 @@ def test_an_alarm_is_given_once_also_after_a_restart():
     assert Guards.of(json.loads(json.dumps(vars(again)))).new_alarms() == []
 
 
+def test_another_metric_is_compared_with_itself_at_the_start():
+    watched = guards()
+    observe(watched, reward=0.9)
+    watched.observe_held_out_again([0.05, 0.049])
+    assert watched.new_alarms() == []
+    watched.observe_held_out(0.04)
+    assert watched.new_alarms() == ["reward-hacking"]
+    watched.observe_held_out_again([])
+    assert "held_out" not in {**watched.first, **watched.now}
+
+
 def test_one_bad_step_is_no_alarm():
     watched = guards()
     watched.observe(reward=0.5, entropy=0.0, hallucination=0.3)

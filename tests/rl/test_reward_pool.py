@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cluster.configuration import ClusterConfig
-from cluster.errors import ConfigError, PoolGoneError, RewardError
+from cluster.errors import ConfigError, DataError, PoolGoneError, RewardError
 from rl.reward_mix import RewardTerm
 from rl.reward_pool import OwnRewards, RewardPool, RewardPoolConfig, build_scorer
 from rl.rewards import RewardSetting
@@ -38,6 +38,10 @@ def fails_for_several(groups):
     if len(groups) > 1:
         raise MemoryError("too many")
     return [np.ones(group.size) for group in groups]
+
+
+def lacks_a_column(groups):
+    raise DataError("the column price is missing; name it in --data.columns")
 
 
 def not_finite(groups):
@@ -123,6 +127,7 @@ def test_without_any_worker_the_run_waits_and_then_stops_to_be_resumed(pool):
             "fails_for_several",
             "for the user rows 0, 1, 2, 3 together, and for none of them alone: MemoryError",
         ),
+        ("lacks_a_column", "user row 0 .*DataError: the column price is missing; name it in --data.columns$"),
         ("not_finite", "not_finite must be finite, and is inf for user row 2"),
         ("too_short", r"too_short must return values \(2,\) .* for user row 0"),
     ],

@@ -1,6 +1,7 @@
 """Rewards against numbers worked out by hand."""
 
 import asyncio
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -52,7 +53,9 @@ def one_for_all(groups):
 
 @pytest.mark.parametrize("name", plugin_files("rl.rewards"))
 def test_every_reward_has_options(name):
-    assert isinstance(plugin_config("rl.rewards", name)(), RewardOptions)
+    options = plugin_config("rl.rewards", name)
+    function = getattr(sys.modules[options.__module__], options.__qualname__.partition(".")[0])
+    assert isinstance(options(), RewardOptions) and options().rewards_codes is function.of_codes
 
 
 def test_a_hit_is_an_observed_positive():
