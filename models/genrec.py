@@ -14,10 +14,9 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cluster.errors import ConfigError, DataError
+from cluster.errors import DataError
 from data_streams.batch import CLICKED, Pages, SequenceBatch
 from data_streams.jagged import Jagged
 from models.generator import DecodeState, Generator, next_code_loss
@@ -48,9 +47,6 @@ class GenRec(Generator):
         where the data is read without pages, the next item after each event."""
         page_items: int = 10
         """Most items of a page; as data.page-items."""
-        continued_events: int = 0
-        """With target page: the last events of a history that serving reads code by code, as the first items of the
-        page that goes on, which training reads so too; the first event of a user is history all the same."""
         merge: bool = True
         """Make one token of the codes of an item of the history."""
         separators: bool = False
@@ -70,13 +66,6 @@ class GenRec(Generator):
         """Dropout on the input and on what blocks add."""
         init_scale: float = 0.02
         """Standard deviation of the initial weights."""
-
-        def __post_init__(self) -> None:
-            if not 0 <= self.continued_events < self.page_items:
-                raise ConfigError(
-                    f"model.continued-events must lie in 0..{self.page_items - 1}, one less than model.page-items, "
-                    f"so that a page has room for a further item; got {self.continued_events}"
-                )
 
         @property
         def needs_pages(self) -> bool:
@@ -98,7 +87,6 @@ class GenRec(Generator):
         super().__init__()
         self.config, self.code_sizes = config, semantic_ids.code_sizes
         num_levels = len(self.code_sizes)
-        self.continued_events = config.continued_events if config.target == "page" else 0
         self.tokens_per_item = (1 if config.merge else num_levels) + config.separators
         self.register_buffer("item_codes", semantic_ids.codes, persistent=False)
         num_positions = max_length * self.tokens_per_item + config.page_items * num_levels
@@ -206,8 +194,8 @@ class GenRec(Generator):
         return of_history, of_pages.unflatten(0, given.shape)
 
     def prefill(self, rows: Rows, batch: SequenceBatch) -> DecodeState:
-        tokens = self._prompt_tokens(batch)
-        hidden, prompt = self.decoder.remember(tokens.values, tokens.places(), PromptLayout.build(tokens))
+        tokens, places = self._history_tokens(batch)
+        hidden, prompt = self.decoder.remember(tokens.values, places, PromptLayout.build(tokens))
         return DecodeState(
             last_hidden=hidden[tokens.offsets[1:] - 1],
             lengths=tokens.lengths,
@@ -240,28 +228,6 @@ class GenRec(Generator):
             max_length=items.max_length * per_item,
         )
         return history, history.places()
-
-    def _prompt_tokens(self, batch: SequenceBatch) -> Jagged:
-        """The history of each user and, behind it, the codes of the events of the page that goes on. Shapes: [H, D].
-
-        Cost: a host sync where there are such events.
-        """
-        history, _ = self._history_tokens(batch)
-        if not self.continued_events:
-            return history
-        items, num_levels = batch.items, len(self.code_sizes)
-        continued, user = (items.lengths - 1).clamp(max=self.continued_events), items.row_index()
-        on_page = items.places() >= (items.lengths - continued)[user]
-        before = ~on_page.repeat_interleave(self.tokens_per_item)
-        codes = self.codes(self.item_codes[items.values[on_page]]).flatten(0, 1)
-        users = torch.cat((history.row_index()[before], user[on_page].repeat_interleave(num_levels)))
-        longer = num_levels - self.tokens_per_item
-        lengths = items.lengths * self.tokens_per_item + continued * longer
-        return Jagged(
-            values=torch.cat((history.values[before], codes))[users.argsort(stable=True)],
-            offsets=F.pad(lengths.cumsum(0), (1, 0)),
-            max_length=history.max_length + min(self.continued_events, items.max_length - 1) * longer,
-        )
 
 
 def single_items(pages: Pages) -> Pages:

@@ -1,4 +1,4 @@
-"""GenRec on pages that are made up of a few events each, for the small Amazon 5-core sets, on two workers."""
+"""GenRec on made-up pages, cut anew in each epoch, for the small Amazon 5-core sets, on two workers."""
 
 from cluster.configuration import ClusterConfig
 from data_streams.configuration import DataConfig
@@ -8,7 +8,9 @@ from trainer.configuration import PretrainConfig, TrainConfig
 
 def recipe() -> PretrainConfig:
     return PretrainConfig(
-        data=DataConfig(max_length=50, tokens_per_step=1024, pages="count", page_events=3),
+        data=DataConfig(
+            max_length=50, tokens_per_step=1024, pages="count", page_events=2, page_borders="drawn"
+        ),
         model=GenRec.Config(),
         train=TrainConfig(
             epochs=30,
