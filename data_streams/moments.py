@@ -46,7 +46,9 @@ def at_shares(
     for part in gathered:
         hours.update(part.hour_counts)
     total = sum(hours.values())
-    places = [min(math.ceil(share * total), total - 1) for share in (train_share, train_share + valid_share)]
+    # 0.1 + 0.2 is a bit more than 0.3, and no event more lies before it.
+    shares = (train_share, round(train_share + valid_share, 12))
+    places = [min(math.ceil(round(share * total, 6)), total - 1) for share in shares]
     valid_from, test_from = (_time_of(storage, gathered, hours, place) for place in places)
     return Moments(valid_from_s=valid_from, test_from_s=test_from)
 
