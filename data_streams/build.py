@@ -139,6 +139,7 @@ class _Build:
                 f"a data set needs events, but {len(tasks)} files or parts held none that can be used "
                 f"({_in_words(self.counters)}); check --events and --sequence-actions"
             )
+        _check_id_types(frozenset().union(*(result.id_types for result in results)))
         actions = tuple(sorted(frozenset().union(*(result.actions for result in results))))
         self._tell_unknown(actions)
         return actions
@@ -299,6 +300,16 @@ class _Build:
         for name, count in sorted(self.counters.items()):
             if count and name != "events read":
                 logger.info("build: %d %s", count, name)
+
+
+def _check_id_types(id_types: frozenset[tuple[str, str]]) -> None:
+    """The same id is told from another by its type as well, and text files hold text only."""
+    for name, types in zip(("user_id", "item_id"), map(set, zip(*id_types, strict=True)), strict=True):
+        if len(types) > 1:
+            raise DataError(
+                f"{name} must be of one type in all files of events, and is {' and '.join(sorted(types))}: ids in "
+                ".csv and .tsv are text, in .parquet they can be integers; write all files in one of these forms"
+            )
 
 
 def _progress() -> Progress:

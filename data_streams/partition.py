@@ -66,26 +66,31 @@ class Scattered:
     index: int
     num_events: int
     actions: frozenset[str]
+    id_types: frozenset[tuple[str, str]]
+    """Types of the ids of users and of items."""
     counters: Counter
 
 
 def scatter(task: ScatterTask) -> Scattered:
     """Spread the events of one part over the partitions."""
-    storage, counters, actions, num_events = Storage(task.root), Counter(), set(), 0
+    storage, counters, actions, id_types, num_events = Storage(task.root), Counter(), set(), set(), 0
     item_ids: list[pl.Series] = []
     for number, batch in enumerate(task.source.read(task.part)):
         counters["events read"] += batch.height
         events = _drop_bad_rows(_keep_actions(batch, task, counters), task, counters)
         num_events += events.height
         actions.update(events["action"].unique())
-        if task.collect_items:
+        if events.height:
+            id_types.add((str(events.schema["user_id"]), str(events.schema["item_id"])))
+        if task.collect_items and events.height:
             item_ids = [pl.concat([*item_ids, events["item_id"]]).unique()]
         _write_partitions(storage, events, f"{task.index:05d}-{number:05d}", task.num_partitions)
     if item_ids:
         write_parquet(
             storage, f"tmp/item_ids/{task.index:05d}.parquet", pl.DataFrame({"item_id": item_ids[0]})
         )
-    return Scattered(index=task.index, num_events=num_events, actions=frozenset(actions), counters=counters)
+    kinds = {"actions": frozenset(actions), "id_types": frozenset(id_types)}
+    return Scattered(index=task.index, num_events=num_events, counters=counters, **kinds)
 
 
 def _keep_actions(events: pl.DataFrame, task: ScatterTask, counters: Counter) -> pl.DataFrame:

@@ -58,6 +58,12 @@ EVENT_COLUMNS = {
     )
 }
 
+INNER_NAMES = {
+    *("order", "user_hash", "partition", "place"),
+    *("user", "item", "offsets", "train_end", "valid_at", "test_at"),
+}
+"""Names of columns that builds and shards have beside those of the schema."""
+
 DEFAULT_ACTION = "click"
 EXPOSURE = "exposure"
 
@@ -118,6 +124,18 @@ def normalise_events(
     if "timestamp_s" in columns:
         _check_seconds(normalised["timestamp_s"], columns["timestamp_s"])
     return normalised
+
+
+def check_feature_names(names: Collection[str]) -> None:
+    """Raises: DataError for a feature column that is named twice, or that would take the place of another column."""
+    twice = {name for name in names if list(names).count(name) > 1}
+    taken = sorted({name for name in names if name in EVENT_COLUMNS or name in INNER_NAMES} | twice)
+    if taken:
+        raise DataError(
+            f"feature columns must have names of their own, and {', '.join(taken)} cannot be one of "
+            f"{', '.join(names)}: a name is given twice, or a column of the data set is called so already; "
+            "leave it out or rename the column"
+        )
 
 
 def _cast(value: pl.Expr, dtype: pl.DataType, kind: Kind, time_unit: str) -> pl.Expr:

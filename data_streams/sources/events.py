@@ -166,6 +166,7 @@ class EventsSource(Source):
                 raise DataError(
                     f"events in {path} must have the column {name!r}; their columns are {', '.join(given)}"
                 )
+        schema.check_feature_names(config.feature_columns)
         timed = config.timestamp_column or "timestamp_s" in given or "timestamp" in given
         if config.order_column is None and not timed:
             raise DataError(
@@ -186,7 +187,8 @@ def _find_files(patterns: tuple[str, ...]) -> list[str]:
         files += [filesystem.unstrip_protocol(name) if remote else name for name in found]
     for path in files:
         _extension(path)
-    return files
+    # Patterns may overlap, and a file that is read twice doubles its events.
+    return sorted(set(files))
 
 
 def _extension(path: str) -> str:

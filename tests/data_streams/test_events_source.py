@@ -6,6 +6,7 @@ import pytest
 
 from cluster.errors import DataError
 from data_streams import schema
+from data_streams.build import BuildConfig, build
 from data_streams.sources import events as events_module
 from data_streams.sources.events import EventsSource
 
@@ -236,3 +237,21 @@ def test_feature_columns_must_hold_whole_numbers(tmp_path):
     frame = {**EVENTS, "level": [1, None, 3], "price": [0.5, 1.0, 2.0]}
     assert read(source_of(tmp_path, frame, feature_columns=("level",)))["level"].to_list() == [1, None, 3]
     broken(tmp_path, "'price' must hold whole numbers", frame, feature_columns=("price",))
+
+
+def test_feature_columns_cannot_take_the_place_of_others(tmp_path):
+    frame = {**EVENTS, "item": [0, 0, 0], "offsets": [1, 1, 1], "position": [0, 1, 0]}
+    for names in (("item",), ("offsets",), ("position",), ("item", "item")):
+        broken(tmp_path, f"{names[0]} cannot be one of {', '.join(names)}", frame, feature_columns=names)
+
+
+def test_a_file_that_two_patterns_name_is_read_once(tmp_path):
+    path = write(tmp_path, EVENTS)
+    source = EventsSource.Config(events=(path, f"{tmp_path}/*.parquet")).build()
+    assert read(source)["timestamp_s"].to_list() == EVENTS["timestamp"]
+
+
+def test_ids_that_are_numbers_in_one_file_and_text_in_another_are_refused(tmp_path):
+    files = tuple(write(tmp_path, EVENTS, name) for name in ("a.parquet", "b.csv"))
+    with pytest.raises(DataError, match=r"user_id must be of one type in all files .* is Int64 and String"):
+        build(EventsSource.Config(events=files), BuildConfig(out=str(tmp_path / "out"), ray="never"))
