@@ -12,7 +12,6 @@ from cluster.storage import Storage
 from data_streams import partition
 
 DAY_S = 86_400
-HOUR_S = 3_600
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +59,9 @@ def _time_of(storage: Storage, gathered: list[partition.Gathered], hours: Counte
     slot = int(np.searchsorted(upto, place, side="right"))
     hour, before = int(numbers[slot]), int(upto[slot - 1]) if slot else 0
     times = [
-        partition.gathered_times(storage, part.index).filter(pl.col("timestamp_s") // HOUR_S == hour)
+        partition.gathered_times(storage, part.index).filter(
+            pl.col("timestamp_s") // partition.HOUR_S == hour
+        )
         for part in gathered
         if hour in part.hour_counts
     ]
