@@ -25,6 +25,8 @@ from data_streams.user_table import USERS_NAME
 logger = logging.getLogger(__name__)
 
 EVENTS_PER_PARTITION = 2_000_000
+MAX_ACTIONS = 128
+"""Their codes are signed bytes."""
 
 
 class SourceConfig(Protocol):
@@ -141,6 +143,11 @@ class _Build:
             )
         _check_id_types(frozenset().union(*(result.id_types for result in results)))
         actions = tuple(sorted(frozenset().union(*(result.actions for result in results))))
+        if len(actions) > MAX_ACTIONS:
+            raise DataError(
+                f"a data set can have {MAX_ACTIONS} actions, and there are {len(actions)}, such as "
+                f"{', '.join(actions[:3])}; name those that count with --sequence-actions, or another --action-column"
+            )
         self._tell_unknown(actions)
         return actions
 

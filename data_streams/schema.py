@@ -162,6 +162,11 @@ def _cast_id(value: pl.Expr, dtype: pl.DataType) -> pl.Expr:
 
 
 def _cast_time(value: pl.Expr, dtype: pl.DataType, time_unit: str) -> pl.Expr:
+    if isinstance(dtype, (pl.Time, pl.Duration)):
+        raise DataError(
+            f"times must be dates, numbers or text, given {dtype}, which says no day; convert the column "
+            f"{value.meta.output_name()!r}"
+        )
     if dtype.is_temporal():
         return value.cast(pl.Datetime("us")).dt.epoch("s")
     divisor = {"s": 1, "ms": 1_000, "us": 1_000_000}[time_unit]
@@ -184,7 +189,9 @@ def _written_time(text: pl.Expr) -> pl.Expr:
 def _cast_order(name: str, dtype: pl.DataType) -> pl.Expr:
     column = pl.col(name)
     if isinstance(dtype, pl.String):
-        column = column.cast(pl.Float64, strict=False)
+        column = column.cast(pl.Float64, strict=False).fill_nan(None)
+    elif dtype.is_float():
+        column = column.fill_nan(None)
     elif dtype.is_nested():
         raise DataError(
             f"the order column {name!r} must hold numbers or times, given {dtype}; name another one"
@@ -286,7 +293,7 @@ def _categories(frame: pl.DataFrame, column: str | None) -> pl.Series:
     if isinstance(categories.dtype, pl.String):
         categories = categories.str.split("|")
     rows = pl.DataFrame({"row": range(frame.height), "name": categories}, schema_overrides={"row": pl.Int64})
-    while isinstance(rows.schema["name"], pl.List):
+    while isinstance(rows.schema["name"], pl.List | pl.Array):
         rows = rows.explode("name")
     rows = rows.with_columns(_unescape(rows["name"].cast(pl.String).str.strip_chars()).alias("name"))
     named = rows.filter(pl.col("name").is_not_null() & (pl.col("name") != ""))

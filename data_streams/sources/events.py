@@ -136,7 +136,12 @@ class EventsSource(Source):
                 f"embeddings must be an existing .npy file on this machine, given {path}; save the matrix with "
                 "numpy.save"
             )
-        matrix = np.load(path, mmap_mode="r", allow_pickle=False)
+        try:
+            matrix = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise DataError(
+                f"embeddings {path} are not a plain NumPy array ({error}); save the matrix with numpy.save"
+            ) from error
         _check_matrix(matrix, path)
         return matrix
 
@@ -257,7 +262,7 @@ def _first_present(frame: pl.DataFrame, asked: str | None, default: str) -> str:
 
 
 def _check_matrix(matrix: np.ndarray, path: str) -> None:
-    if matrix.ndim != 2 or matrix.dtype.kind != "f":
+    if matrix.ndim != 2 or matrix.dtype.kind != "f" or not matrix.shape[1]:
         raise DataError(
             f"{path} must be a matrix of floats [items, dim], given {matrix.dtype} {matrix.shape}"
         )

@@ -1,5 +1,7 @@
 """Reading tables a person has at hand: columns, types, ids, titles, embeddings, and what is wrong."""
 
+from datetime import time
+
 import numpy as np
 import polars as pl
 import pytest
@@ -229,6 +231,10 @@ def test_bad_embeddings_are_refused(tmp_path):
         items=items,
         embeddings=path,
     )
+    np.save(path, np.zeros((2, 0), dtype=np.float32))
+    broken(tmp_path, "must be a matrix of floats", items=items, embeddings=path)
+    (tmp_path / "vectors.npy").write_bytes(b"x")
+    broken(tmp_path, "are not a plain NumPy array", items=items, embeddings=path)
     broken(tmp_path, "need an item table .* give --items", embeddings=path)
     broken(tmp_path, r"must be an existing \.npy file", items=items, embeddings=str(tmp_path / "none.npy"))
 
@@ -255,3 +261,22 @@ def test_ids_that_are_numbers_in_one_file_and_text_in_another_are_refused(tmp_pa
     files = tuple(write(tmp_path, EVENTS, name) for name in ("a.parquet", "b.csv"))
     with pytest.raises(DataError, match=r"user_id must be of one type in all files .* is Int64 and String"):
         build(EventsSource.Config(events=files), BuildConfig(out=str(tmp_path / "out"), ray="never"))
+
+
+def test_times_without_a_day_and_orders_that_are_no_numbers_are_refused(tmp_path):
+    broken(tmp_path, "must be dates, numbers or text, given Time", {**EVENTS, "timestamp": [time(8)] * 3})
+    frame = {**EVENTS, "place": [1.0, float("nan"), 2.0]}
+    assert read(source_of(tmp_path, frame, order_column="place"))["order"].to_list() == [1.0, None, 2.0]
+
+
+def test_categories_may_be_lists_of_equal_length(tmp_path):
+    pairs = pl.Series([["x", "y"], ["z", "z"]], dtype=pl.Array(pl.String, 2))
+    items = write(tmp_path, {"item_id": [10, 11], "categories": pairs}, "items.parquet")
+    assert source_of(tmp_path, EVENTS, items=items).items()["categories"].to_list() == [["x", "y"], ["z"]]
+
+
+def test_more_actions_than_codes_are_refused(tmp_path):
+    events = {"user_id": [1] * 129, "item_id": range(129), "timestamp": range(129)}
+    path = write(tmp_path, {**events, "action": [f"a{row:03d}" for row in range(129)]})
+    with pytest.raises(DataError, match="can have 128 actions, and there are 129, such as a000, a001, a002"):
+        build(EventsSource.Config(events=(path,)), BuildConfig(out=str(tmp_path / "out"), ray="never"))
