@@ -141,7 +141,7 @@ class _Build:
                 f"a data set needs events, but {len(tasks)} files or parts held none that can be used "
                 f"({_in_words(self.counters)}); check --events and --sequence-actions"
             )
-        _check_id_types(frozenset().union(*(result.id_types for result in results)))
+        _check_schemas(frozenset().union(*(result.schemas for result in results)))
         actions = tuple(sorted(frozenset().union(*(result.actions for result in results))))
         if len(actions) > MAX_ACTIONS:
             raise DataError(
@@ -309,13 +309,17 @@ class _Build:
                 logger.info("build: %d %s", count, name)
 
 
-def _check_id_types(id_types: frozenset[tuple[str, str]]) -> None:
-    """The same id is told from another by its type as well, and text files hold text only."""
-    for name, types in zip(("user_id", "item_id"), map(set, zip(*id_types, strict=True)), strict=True):
-        if len(types) > 1:
+def _check_schemas(schemas: frozenset[tuple[tuple[str, str], ...]]) -> None:
+    """Every chunk must hold every column, and the same id is told from another by its type as well."""
+    tables = [dict(schema) for schema in schemas]
+    for name in sorted({name for table in tables for name in table}):
+        types = {table.get(name, "missing") for table in tables}
+        # Of the reviews of several releases some have a finer order than their seconds.
+        if len(types - {"missing"} if name == "order" else types) > 1:
             raise DataError(
-                f"{name} must be of one type in all files of events, and is {' and '.join(sorted(types))}: ids in "
-                ".csv and .tsv are text, in .parquet they can be integers; write all files in one of these forms"
+                f"{name} must be of one type in all files of events, and is {' and '.join(sorted(types))}; columns of "
+                ".csv and .tsv are text, those of .parquet may be numbers; write all files with the same columns, in "
+                "one of these forms"
             )
 
 

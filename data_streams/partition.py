@@ -66,14 +66,14 @@ class Scattered:
     index: int
     num_events: int
     actions: frozenset[str]
-    id_types: frozenset[tuple[str, str]]
-    """Types of the ids of users and of items."""
+    schemas: frozenset[tuple[tuple[str, str], ...]]
+    """Columns and their types of the batches that hold events."""
     counters: Counter
 
 
 def scatter(task: ScatterTask) -> Scattered:
     """Spread the events of one part over the partitions."""
-    storage, counters, actions, id_types, num_events = Storage(task.root), Counter(), set(), set(), 0
+    storage, counters, actions, schemas, num_events = Storage(task.root), Counter(), set(), set(), 0
     item_ids: list[pl.Series] = []
     for number, batch in enumerate(task.source.read(task.part)):
         counters["events read"] += batch.height
@@ -81,7 +81,7 @@ def scatter(task: ScatterTask) -> Scattered:
         num_events += events.height
         actions.update(events["action"].unique())
         if events.height:
-            id_types.add((str(events.schema["user_id"]), str(events.schema["item_id"])))
+            schemas.add(tuple((name, str(dtype)) for name, dtype in events.schema.items()))
         if task.collect_items and events.height:
             item_ids = [pl.concat([*item_ids, events["item_id"]]).unique()]
         _write_partitions(storage, events, f"{task.index:05d}-{number:05d}", task.num_partitions)
@@ -89,7 +89,7 @@ def scatter(task: ScatterTask) -> Scattered:
         write_parquet(
             storage, f"tmp/item_ids/{task.index:05d}.parquet", pl.DataFrame({"item_id": item_ids[0]})
         )
-    kinds = {"actions": frozenset(actions), "id_types": frozenset(id_types)}
+    kinds = {"actions": frozenset(actions), "schemas": frozenset(schemas)}
     return Scattered(index=task.index, num_events=num_events, counters=counters, **kinds)
 
 

@@ -259,7 +259,7 @@ def test_a_file_that_two_patterns_name_is_read_once(tmp_path):
 
 def test_ids_that_are_numbers_in_one_file_and_text_in_another_are_refused(tmp_path):
     files = tuple(write(tmp_path, EVENTS, name) for name in ("a.parquet", "b.csv"))
-    with pytest.raises(DataError, match=r"user_id must be of one type in all files .* is Int64 and String"):
+    with pytest.raises(DataError, match=r"item_id must be of one type in all files .* is Int64 and String"):
         build(EventsSource.Config(events=files), BuildConfig(out=str(tmp_path / "out"), ray="never"))
 
 
@@ -280,3 +280,9 @@ def test_more_actions_than_codes_are_refused(tmp_path):
     path = write(tmp_path, {**events, "action": [f"a{row:03d}" for row in range(129)]})
     with pytest.raises(DataError, match="can have 128 actions, and there are 129, such as a000, a001, a002"):
         build(EventsSource.Config(events=(path,)), BuildConfig(out=str(tmp_path / "out"), ray="never"))
+
+
+def test_files_of_other_columns_would_make_chunks_that_lack_some(tmp_path):
+    files = (write(tmp_path, {**EVENTS, "position": [0, 1, 0]}), write(tmp_path, EVENTS, "more.parquet"))
+    with pytest.raises(DataError, match=r"position must be of one type in all files .* is Int32 and missing"):
+        build(EventsSource.Config(events=files), BuildConfig(out=str(tmp_path / "out"), ray="never"))
