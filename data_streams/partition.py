@@ -348,8 +348,9 @@ def write_shards(task: WriteTask) -> Written:
     )
     table = users.select("user_id")
     if storage.exists(PROFILES):
-        profiles = read_parquet(storage, PROFILES)
-        profiles = profiles.with_columns(pl.col("user_id").cast(table.schema["user_id"], strict=False))
+        ids = pl.col("user_id").cast(table.schema["user_id"], strict=False)
+        # As numbers, 1 and 01 of a text file are one user.
+        profiles = read_parquet(storage, PROFILES).with_columns(ids).unique("user_id", keep="first")
         table = table.join(profiles, on="user_id", how="left", maintain_order="left")
     write_parquet(storage, f"tmp/user_table/{task.index:05d}.parquet", table)
     return Written(

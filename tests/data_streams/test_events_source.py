@@ -286,3 +286,12 @@ def test_files_of_other_columns_would_make_chunks_that_lack_some(tmp_path):
     files = (write(tmp_path, {**EVENTS, "position": [0, 1, 0]}), write(tmp_path, EVENTS, "more.parquet"))
     with pytest.raises(DataError, match=r"position must be of one type in all files .* is Int32 and missing"):
         build(EventsSource.Config(events=files), BuildConfig(out=str(tmp_path / "out"), ray="never"))
+
+
+def test_profiles_that_become_one_user_as_numbers_do_not_shift_the_user_table(tmp_path):
+    users = tmp_path / "users.csv"
+    users.write_text("user_id,age\n1,30\n01,40\n2,50\n")
+    config = EventsSource.Config(events=(write(tmp_path, EVENTS),), users=str(users))
+    build(config, BuildConfig(out=str(tmp_path / "out"), ray="never"))
+    table = pl.read_parquet(tmp_path / "out/users.parquet").sort("user_id")
+    assert table.rows() == [(1, "30"), (2, "50")]
