@@ -25,6 +25,8 @@ from data_streams.user_table import USERS_NAME
 logger = logging.getLogger(__name__)
 
 EVENTS_PER_PARTITION = 2_000_000
+MAX_ACTIONS = 128
+"""Their codes are signed bytes."""
 
 
 class SourceConfig(Protocol):
@@ -139,7 +141,13 @@ class _Build:
                 f"a data set needs events, but {len(tasks)} files or parts held none that can be used "
                 f"({_in_words(self.counters)}); check --events and --sequence-actions"
             )
+        _check_schemas(frozenset().union(*(result.schemas for result in results)))
         actions = tuple(sorted(frozenset().union(*(result.actions for result in results))))
+        if len(actions) > MAX_ACTIONS:
+            raise DataError(
+                f"a data set can have {MAX_ACTIONS} actions, and there are {len(actions)}, such as "
+                f"{', '.join(actions[:3])}; name those that count with --sequence-actions, or another --action-column"
+            )
         self._tell_unknown(actions)
         return actions
 
@@ -299,6 +307,20 @@ class _Build:
         for name, count in sorted(self.counters.items()):
             if count and name != "events read":
                 logger.info("build: %d %s", count, name)
+
+
+def _check_schemas(schemas: frozenset[tuple[tuple[str, str], ...]]) -> None:
+    """Every chunk must hold every column, and the same id is told from another by its type as well."""
+    tables = [dict(schema) for schema in schemas]
+    for name in sorted({name for table in tables for name in table}):
+        types = {table.get(name, "missing") for table in tables}
+        # Of the reviews of several releases some have a finer order than their seconds.
+        if len(types - {"missing"} if name == "order" else types) > 1:
+            raise DataError(
+                f"{name} must be of one type in all files of events, and is {' and '.join(sorted(types))}; columns of "
+                ".csv and .tsv are text, those of .parquet may be numbers; write all files with the same columns, in "
+                "one of these forms"
+            )
 
 
 def _progress() -> Progress:

@@ -85,6 +85,11 @@ def check_options(config: BuildConfig) -> None:
             f"--page-actions lie beside the sequence, yet {', '.join(sorted(both))} are also among "
             "--sequence-actions; leave them out of one of the two"
         )
+    if config.filter_passes is not None and not config.min_item_events:
+        raise ConfigError(
+            f"--filter-passes {config.filter_passes} says how often users and items are counted, which only "
+            "--min-item-events makes them; give that too, or leave it out"
+        )
     for name in ("partitions", "chunk_users", "max_events_per_user", "min_user_events", "filter_passes"):
         value = getattr(config, name)
         if value is not None and value < 1:

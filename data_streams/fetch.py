@@ -1,5 +1,6 @@
 """Downloads the files of a data set from its owner: resumed where it broke off, and checked."""
 
+import gzip
 import hashlib
 import json
 import logging
@@ -7,6 +8,7 @@ import os
 import re
 import tarfile
 import time
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -259,7 +261,7 @@ def _unpack(path: Path, name: str) -> None:
     try:
         with tarfile.open(path) as archive:
             archive.extractall(path.parent, filter="data")
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(
             f"{path} must be a whole .tar.gz, but: {error}; delete it and fetch it again"
         ) from error

@@ -12,7 +12,6 @@ from cluster.storage import Storage
 from data_streams import partition
 
 DAY_S = 86_400
-HOUR_S = 3_600
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +45,9 @@ def at_shares(
     for part in gathered:
         hours.update(part.hour_counts)
     total = sum(hours.values())
-    places = [min(math.ceil(share * total), total - 1) for share in (train_share, train_share + valid_share)]
+    # 0.1 + 0.2 is a bit more than 0.3, and no event more lies before it.
+    shares = (train_share, round(train_share + valid_share, 12))
+    places = [min(math.ceil(round(share * total, 6)), total - 1) for share in shares]
     valid_from, test_from = (_time_of(storage, gathered, hours, place) for place in places)
     return Moments(valid_from_s=valid_from, test_from_s=test_from)
 
@@ -58,7 +59,9 @@ def _time_of(storage: Storage, gathered: list[partition.Gathered], hours: Counte
     slot = int(np.searchsorted(upto, place, side="right"))
     hour, before = int(numbers[slot]), int(upto[slot - 1]) if slot else 0
     times = [
-        partition.gathered_times(storage, part.index).filter(pl.col("timestamp_s") // HOUR_S == hour)
+        partition.gathered_times(storage, part.index).filter(
+            pl.col("timestamp_s") // partition.HOUR_S == hour
+        )
         for part in gathered
         if hour in part.hour_counts
     ]

@@ -66,26 +66,31 @@ class Scattered:
     index: int
     num_events: int
     actions: frozenset[str]
+    schemas: frozenset[tuple[tuple[str, str], ...]]
+    """Columns and their types of the batches that hold events."""
     counters: Counter
 
 
 def scatter(task: ScatterTask) -> Scattered:
     """Spread the events of one part over the partitions."""
-    storage, counters, actions, num_events = Storage(task.root), Counter(), set(), 0
+    storage, counters, actions, schemas, num_events = Storage(task.root), Counter(), set(), set(), 0
     item_ids: list[pl.Series] = []
     for number, batch in enumerate(task.source.read(task.part)):
         counters["events read"] += batch.height
         events = _drop_bad_rows(_keep_actions(batch, task, counters), task, counters)
         num_events += events.height
         actions.update(events["action"].unique())
-        if task.collect_items:
+        if events.height:
+            schemas.add(tuple((name, str(dtype)) for name, dtype in events.schema.items()))
+        if task.collect_items and events.height:
             item_ids = [pl.concat([*item_ids, events["item_id"]]).unique()]
         _write_partitions(storage, events, f"{task.index:05d}-{number:05d}", task.num_partitions)
     if item_ids:
         write_parquet(
             storage, f"tmp/item_ids/{task.index:05d}.parquet", pl.DataFrame({"item_id": item_ids[0]})
         )
-    return Scattered(index=task.index, num_events=num_events, actions=frozenset(actions), counters=counters)
+    kinds = {"actions": frozenset(actions), "schemas": frozenset(schemas)}
+    return Scattered(index=task.index, num_events=num_events, counters=counters, **kinds)
 
 
 def _keep_actions(events: pl.DataFrame, task: ScatterTask, counters: Counter) -> pl.DataFrame:
@@ -343,8 +348,9 @@ def write_shards(task: WriteTask) -> Written:
     )
     table = users.select("user_id")
     if storage.exists(PROFILES):
-        profiles = read_parquet(storage, PROFILES)
-        profiles = profiles.with_columns(pl.col("user_id").cast(table.schema["user_id"], strict=False))
+        ids = pl.col("user_id").cast(table.schema["user_id"], strict=False)
+        # As numbers, 1 and 01 of a text file are one user.
+        profiles = read_parquet(storage, PROFILES).with_columns(ids).unique("user_id", keep="first")
         table = table.join(profiles, on="user_id", how="left", maintain_order="left")
     write_parquet(storage, f"tmp/user_table/{task.index:05d}.parquet", table)
     return Written(

@@ -58,6 +58,12 @@ EVENT_COLUMNS = {
     )
 }
 
+INNER_NAMES = {
+    *("order", "user_hash", "partition", "place"),
+    *("user", "item", "offsets", "train_end", "valid_at", "test_at"),
+}
+"""Names of columns that builds and shards have beside those of the schema."""
+
 DEFAULT_ACTION = "click"
 EXPOSURE = "exposure"
 
@@ -120,6 +126,18 @@ def normalise_events(
     return normalised
 
 
+def check_feature_names(names: Collection[str]) -> None:
+    """Raises: DataError for a feature column that is named twice, or that would take the place of another column."""
+    twice = {name for name in names if list(names).count(name) > 1}
+    taken = sorted({name for name in names if name in EVENT_COLUMNS or name in INNER_NAMES} | twice)
+    if taken:
+        raise DataError(
+            f"feature columns must have names of their own, and {', '.join(taken)} cannot be one of "
+            f"{', '.join(names)}: a name is given twice, or a column of the data set is called so already; "
+            "leave it out or rename the column"
+        )
+
+
 def _cast(value: pl.Expr, dtype: pl.DataType, kind: Kind, time_unit: str) -> pl.Expr:
     if kind == "id":
         return _cast_id(value, dtype)
@@ -144,6 +162,11 @@ def _cast_id(value: pl.Expr, dtype: pl.DataType) -> pl.Expr:
 
 
 def _cast_time(value: pl.Expr, dtype: pl.DataType, time_unit: str) -> pl.Expr:
+    if isinstance(dtype, (pl.Time, pl.Duration)):
+        raise DataError(
+            f"times must be dates, numbers or text, given {dtype}, which says no day; convert the column "
+            f"{value.meta.output_name()!r}"
+        )
     if dtype.is_temporal():
         return value.cast(pl.Datetime("us")).dt.epoch("s")
     divisor = {"s": 1, "ms": 1_000, "us": 1_000_000}[time_unit]
@@ -166,7 +189,9 @@ def _written_time(text: pl.Expr) -> pl.Expr:
 def _cast_order(name: str, dtype: pl.DataType) -> pl.Expr:
     column = pl.col(name)
     if isinstance(dtype, pl.String):
-        column = column.cast(pl.Float64, strict=False)
+        column = column.cast(pl.Float64, strict=False).fill_nan(None)
+    elif dtype.is_float():
+        column = column.fill_nan(None)
     elif dtype.is_nested():
         raise DataError(
             f"the order column {name!r} must hold numbers or times, given {dtype}; name another one"
@@ -268,7 +293,7 @@ def _categories(frame: pl.DataFrame, column: str | None) -> pl.Series:
     if isinstance(categories.dtype, pl.String):
         categories = categories.str.split("|")
     rows = pl.DataFrame({"row": range(frame.height), "name": categories}, schema_overrides={"row": pl.Int64})
-    while isinstance(rows.schema["name"], pl.List):
+    while isinstance(rows.schema["name"], pl.List | pl.Array):
         rows = rows.explode("name")
     rows = rows.with_columns(_unescape(rows["name"].cast(pl.String).str.strip_chars()).alias("name"))
     named = rows.filter(pl.col("name").is_not_null() & (pl.col("name") != ""))

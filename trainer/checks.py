@@ -77,7 +77,10 @@ def _check_needs_of_model(config: PretrainConfig) -> None:
 
 
 def _check_rates(train: TrainConfig) -> None:
-    for name in ("learning_rate", "table_learning_rate", "weight_decay"):
+    for name in (
+        *("learning_rate", "table_learning_rate", "weight_decay"),
+        *("warmup_steps", "final_rate_fraction"),
+    ):
         if (value := getattr(train, name)) < 0:
             raise ConfigError(f"train.{name.replace('_', '-')} must be at least 0, got {value}")
     norm = train.max_gradient_norm

@@ -50,7 +50,8 @@ class TrainConfig:
     validate_every_epochs: int = 1
     """Epochs between validations where steps are not counted; the last epoch always ends with one."""
     patience: int | None = None
-    """Validations without improvement after which training ends; None never ends early."""
+    """Validations in a row that may bring no improvement; the next one without any ends training. None never ends
+    early."""
     selection_metric: str = "ndcg@10"
     """Validation metric that decides which checkpoint is best."""
     checkpoint_every_s: float | None = 60.0

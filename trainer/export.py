@@ -102,11 +102,13 @@ def _export_table(
 
 def inspect_checkpoint(reader: CheckpointReader) -> Table:
     """A printable table of what a checkpoint holds."""
-    plain = {key: value for key, value in reader.shared_state.items() if isinstance(value, int | float | str)}
-    facts = {"step": reader.step, "workers": reader.world_size, **plain}
+    state, progress = reader.shared_state, reader.shared_state.get("progress", {})
+    plain = {key: value for key, value in state.items() if isinstance(value, int | float | str)}
+    told = {name: progress[name] for name in ("epoch", "status") if name in progress}
+    facts = {"step": reader.step, "workers": reader.world_size, **told, **plain}
     table = Table(
         title=", ".join(f"{name} {value}" for name, value in facts.items()),
-        caption=_metrics_line(reader.shared_state),
+        caption=_best_line(progress),
     )
     table.add_column("tensor", overflow="fold")
     table.add_column("shape", justify="right")
@@ -123,6 +125,7 @@ def inspect_checkpoint(reader: CheckpointReader) -> Table:
     return table
 
 
-def _metrics_line(shared_state: Mapping[str, Any]) -> str | None:
-    metrics = shared_state["metrics"] if "metrics" in shared_state else {}
-    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()) or None
+def _best_line(progress: Mapping[str, Any]) -> str | None:
+    if progress.get("best") is None:
+        return None
+    return f"best validation {progress['best']:.4f}, at step {progress['best_step']}"

@@ -50,6 +50,11 @@ class Progress:
     def shared(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "position"}
 
+    def forget_best(self) -> None:
+        """What was best by one metric cannot be compared with the values of another one."""
+        self.best = self.best_step = None
+        self.validations_without_gain = 0
+
 
 def fingerprint(assembly: Assembly, engine) -> dict[str, Any]:
     """From the model alone, not from what lies on this rank: a rank that holds no row of a table names it too."""
@@ -97,6 +102,8 @@ def restore_progress(
             *(reader.step, ", ".join(changed)),
         )
     progress = Progress(**reader.shared_state["progress"])
+    if _selection_metric(reader.shared_state["config"]) != _selection_metric(config):
+        progress.forget_best()
     has_average = served_prefix(reader.tensors) == AVERAGE
     for piece in [*assembly.tables.pieces(), *engine.pieces()]:
         if has_average or not piece.name.startswith(AVERAGE):
@@ -113,6 +120,10 @@ def restore_progress(
         reader.world_size,
     )
     return progress
+
+
+def _selection_metric(config: Mapping[str, Any]) -> str | None:
+    return config.get("train", {}).get("selection_metric")
 
 
 @runtime_checkable

@@ -82,6 +82,9 @@ BYTES_PER_REVIEW = 700
 BROKEN_TITLE = "getTime"
 """Found in titles of 2018 that hold a script of the page instead of a title."""
 
+PRICE = r"^\s*(?:from\s+)?\$?\s*((?:\d[\d,]*)?\.?\d+)"
+"""The number of a price, the lower one of a range; some of 2018 hold a style sheet of the page instead."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
@@ -210,7 +213,13 @@ class AmazonReviewsSource(Source):
         """Title, categories, brand (the store, in 2023) and price of every item of the metadata files."""
         if not self.metadata:
             return None
-        table = pl.concat([frame for name in self.metadata for frame in self._metadata(name)])
+        frames = [frame for name in self.metadata for frame in self._metadata(name)]
+        if not frames:
+            raise DataError(
+                f"the metadata of {self.config.path} must hold one dictionary in each line, but "
+                f"{', '.join(self.metadata)} is empty; fetch it again, or remove it to call items by their ids"
+            )
+        table = pl.concat(frames)
         table = table.unique("item_id", keep="first", maintain_order=True)
         return schema.normalise_items(
             table,
@@ -238,10 +247,7 @@ class AmazonReviewsSource(Source):
                 .otherwise(pl.col("title")),
                 categories=pl.coalesce("categories", "category"),
                 brand=pl.coalesce("brand", "store"),
-                price=pl.col("price")
-                .str.extract(r"(\d[\d,]*\.?\d*)")
-                .str.replace_all(",", "")
-                .cast(pl.Float64),
+                price=pl.col("price").str.extract(PRICE).str.replace_all(",", "").cast(pl.Float64),
             ).drop_nulls("item_id")
 
 
@@ -260,9 +266,10 @@ METADATA_TYPES = {
 def _literal_rows(block: bytes, where: str) -> pl.DataFrame:
     """Metadata of 2014: lines that are Python literals, whose categories are paths."""
     columns: dict[str, list] = {name: [] for name in METADATA_TYPES}
-    for line in block.decode("utf-8").splitlines():
+    # Text would also be split at characters that a title can hold.
+    for line in filter(None, block.splitlines()):
         try:
-            values = ast.literal_eval(line)
+            values = ast.literal_eval(line.decode("utf-8"))
         except (ValueError, SyntaxError) as error:
             raise DataError(f"{where} must hold one dictionary in each line, not {line[:60]!r}") from error
         paths = values.get("categories") or []

@@ -106,7 +106,9 @@ class EbnerdSource(Source):
             require_columns(names, ["article_id", "title"], f"{self.config.path}/{name}")
             kept = ("article_id", "title", "category_str", "topics", *ARTICLE_COLUMNS)
             table = pl.from_arrow(file.read([column for column in kept if column in names]))
-        grouped = [pl.concat_list(column) for column in ("category_str", "topics") if column in names]
+        grouped = [
+            pl.concat_list(column).fill_null([]) for column in ("category_str", "topics") if column in names
+        ]
         categories = pl.concat_list(*grouped) if grouped else pl.lit([], dtype=pl.List(pl.String))
         return schema.normalise_items(
             table.with_columns(categories=categories).drop("category_str", "topics", strict=False),

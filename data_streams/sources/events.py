@@ -136,7 +136,12 @@ class EventsSource(Source):
                 f"embeddings must be an existing .npy file on this machine, given {path}; save the matrix with "
                 "numpy.save"
             )
-        matrix = np.load(path, mmap_mode="r", allow_pickle=False)
+        try:
+            matrix = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise DataError(
+                f"embeddings {path} are not a plain NumPy array ({error}); save the matrix with numpy.save"
+            ) from error
         _check_matrix(matrix, path)
         return matrix
 
@@ -166,6 +171,7 @@ class EventsSource(Source):
                 raise DataError(
                     f"events in {path} must have the column {name!r}; their columns are {', '.join(given)}"
                 )
+        schema.check_feature_names(config.feature_columns)
         timed = config.timestamp_column or "timestamp_s" in given or "timestamp" in given
         if config.order_column is None and not timed:
             raise DataError(
@@ -186,7 +192,8 @@ def _find_files(patterns: tuple[str, ...]) -> list[str]:
         files += [filesystem.unstrip_protocol(name) if remote else name for name in found]
     for path in files:
         _extension(path)
-    return files
+    # Patterns may overlap, and a file that is read twice doubles its events.
+    return sorted(set(files))
 
 
 def _extension(path: str) -> str:
@@ -255,7 +262,7 @@ def _first_present(frame: pl.DataFrame, asked: str | None, default: str) -> str:
 
 
 def _check_matrix(matrix: np.ndarray, path: str) -> None:
-    if matrix.ndim != 2 or matrix.dtype.kind != "f":
+    if matrix.ndim != 2 or matrix.dtype.kind != "f" or not matrix.shape[1]:
         raise DataError(
             f"{path} must be a matrix of floats [items, dim], given {matrix.dtype} {matrix.shape}"
         )

@@ -103,6 +103,7 @@ class KuaiRandSource(Source):
         if name is None:
             return None
         table = read_table(self.files, name, {"video_id": pl.Int64})
+        require_columns(table.columns, ["video_id", "tag"], f"{self.config.path}/{name}")
         return schema.normalise_items(
             table.with_columns(tag=pl.col("tag").str.replace_all(",", "|")),
             f"the videos {name}",

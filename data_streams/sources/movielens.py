@@ -20,7 +20,7 @@ import polars as pl
 from cluster.errors import DataError
 from data_streams import schema
 from data_streams.origins import Origin, OriginFile
-from data_streams.raw_files import RawFiles, in_batches, parse_csv, read_table
+from data_streams.raw_files import RawFiles, in_batches, parse_csv, read_table, require_columns
 from data_streams.sources import Part, Source
 
 ADDRESS = "https://files.grouplens.org/datasets/movielens"
@@ -121,6 +121,7 @@ class MovieLensSource(Source):
     def _items_csv(self) -> pl.DataFrame:
         (name,) = self.files.require("movies.csv")
         table = read_table(self.files, name, {"movieId": pl.Int64})
+        require_columns(table.columns, ["movieId", "title", "genres"], f"{self.config.path}/{name}")
         return table.select("title", "genres", movie_id="movieId")
 
     def users(self) -> pl.DataFrame | None:
@@ -136,14 +137,15 @@ class MovieLensSource(Source):
             return None
         table = pl.DataFrame(rows, schema=dict.fromkeys(names, pl.String), orient="row")
         return schema.normalise_users(
-            table.with_columns(pl.col("user_id", "age").cast(pl.Int64)),
+            table.with_columns(pl.col("user_id", "age").cast(pl.Int64, strict=False)),
             f"the users of {self.config.path}",
             user_column="user_id",
         )
 
     def _latin_rows(self, name: str, separator: str) -> list[list[str]]:
         (found,) = self.files.require(name)
-        lines = self.files.read(found).decode("latin-1").splitlines()
+        # Text would also be split at 0x85, which is no end of a line in these files.
+        lines = [line.decode("latin-1") for line in self.files.read(found).splitlines()]
         rows = [line.split(separator) for line in lines if line.strip()]
         if len({len(row) for row in rows}) > 1:
             raise DataError(f"{self.config.path}/{found} has lines of different lengths; fetch it again")
@@ -152,4 +154,6 @@ class MovieLensSource(Source):
 
 def _movies(rows: list[tuple[str, str, str]]) -> pl.DataFrame:
     names = {"movie_id": pl.String, "title": pl.String, "genres": pl.String}
-    return pl.DataFrame(rows, schema=names, orient="row").with_columns(pl.col("movie_id").cast(pl.Int64))
+    return pl.DataFrame(rows, schema=names, orient="row").with_columns(
+        pl.col("movie_id").cast(pl.Int64, strict=False)
+    )

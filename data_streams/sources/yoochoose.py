@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, DataError
 from data_streams import schema
 from data_streams.origins import Origin
 from data_streams.raw_files import RawFiles, in_batches, parse_csv
@@ -106,6 +106,10 @@ class YooChooseSource(Source):
                 last = _parse(block, part.name).group_by("session").agg(pl.col("time_ms").max())
                 together = last if ends is None else pl.concat([ends, last])
                 ends = together.group_by("session").agg(pl.col("time_ms").max())
+        if ends is None:
+            raise DataError(
+                f"{self.config.path}/{self.logs[0]} must hold clicks, but is empty; unpack it again"
+            )
         ends = ends.drop_nulls().sort("time_ms", "session")
         last_day = pl.col("time_ms") >= ends["time_ms"].max() - DAY_S * 1_000
         early = ends.filter(~last_day)

@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 
+from cluster.errors import ConfigError
 from models.kernels.pairwise_losses import binary_cross_entropy
 from models.kernels.shared_negatives import Formula
 from models.objectives.negatives import DotProductSampling, PairwiseObjective
@@ -24,6 +25,12 @@ class BinaryCrossEntropy(PairwiseObjective):
         """Items drawn per step and shared by all its positions."""
         negatives_per_target: float | None = 1.0
         """What all negatives together weigh against the target, 1 being SASRec's; None gives each the weight 1."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            weight = self.negatives_per_target
+            if weight is not None and not weight > 0:
+                raise ConfigError(f"objective.negatives-per-target must be above 0, or None, got {weight}")
 
         def build(self, *, num_items: int, item_counts: np.ndarray | None = None) -> "BinaryCrossEntropy":
             return BinaryCrossEntropy(self, num_items, item_counts)

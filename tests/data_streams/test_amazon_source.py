@@ -143,3 +143,37 @@ def test_reviews_that_would_count_twice_or_are_none_are_refused(tmp_path):
     folder = write(tmp_path / "d", {"x.json.gz": line[:-12]})
     with pytest.raises(DataError, match=r"x\.json\.gz cannot be read: .*; fetch it again"):
         read(AmazonReviewsSource.Config(path=folder).build())
+
+
+def test_metadata_of_literals_are_split_at_line_breaks_alone(tmp_path):
+    reviews = gzipped([review("A1", "B01", 4.0, 1500000000)])
+    lines = "{'asin': 'B01', 'title': 'Oil\x85 fine'}\n\n{'asin': 'B02', 'title': 'x\u2028y'}\n".encode()
+    folder = write(tmp_path, {"reviews_Baby.json.gz": reviews, "meta_Baby.json": lines})
+    assert AmazonReviewsSource.Config(path=folder).build().items()["title"].to_list() == [
+        "Oil\x85 fine",
+        "x\u2028y",
+    ]
+    for damaged, message in (
+        (b"{'asin': 'B\xe9'}\n", "must hold one dictionary in each line"),
+        (b"", "is empty"),
+    ):
+        (tmp_path / "meta_Baby.json").write_bytes(damaged)
+        with pytest.raises(DataError, match=message):
+            AmazonReviewsSource.Config(path=folder).build().items()
+
+
+def test_prices_are_the_numbers_in_front_and_none_of_a_style_sheet(tmp_path):
+    prices = [
+        "$1,234.50",
+        "$12.99 - $15.99",
+        "from 3.5",
+        "$.99",
+        "7",
+        "",
+        ".a-box-inner{color:#fffbf3;margin:5px}",
+    ]
+    rows = [json.dumps({"asin": f"B{row}", "price": price}) for row, price in enumerate(prices)]
+    reviews = gzipped([review("A1", "B0", 4.0, 1500000000, verified=True)])
+    folder = write(tmp_path, {"Beauty.json.gz": reviews, "meta_Beauty.json.gz": gzipped(rows)})
+    items = AmazonReviewsSource.Config(path=folder).build().items()
+    assert items["price"].to_list() == [1234.5, 12.99, 3.5, 0.99, 7.0, None, None]

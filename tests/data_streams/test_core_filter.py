@@ -100,3 +100,5 @@ def test_a_filter_that_leaves_nothing_says_which_option_to_lower(tmp_path):
         build_events(tmp_path, random_events(0), min_item_events=1_000)
     with pytest.raises(ConfigError, match="--filter-passes must be at least 1, given 0"):
         build_events(tmp_path, random_events(0), min_item_events=1, filter_passes=0)
+    with pytest.raises(ConfigError, match=r"--filter-passes 1 .* only --min-item-events"):
+        build_events(tmp_path, random_events(0), filter_passes=1)

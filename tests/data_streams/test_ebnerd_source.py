@@ -115,3 +115,15 @@ def test_the_ebnerd_fixture_keeps_its_pages(shared_data, tmp_path):
     assert events["page_id"].n_unique() == 1_046 + 1
     manifest = build(config, BuildConfig(out=str(tmp_path / "out"), ray="never", keep_exposures=True))
     assert manifest.num_events == 10_848 + 1_047 + 8_303
+
+
+def test_an_article_without_topics_keeps_its_category(tmp_path):
+    config = EbnerdSource.Config(path=ebnerd(tmp_path))
+    articles = {
+        "article_id": [1, 2],
+        "title": ["a", "b"],
+        "category_str": ["sport", None],
+        "topics": [None, ["x"]],
+    }
+    pl.DataFrame(articles).write_parquet(tmp_path / "articles.parquet")
+    assert config.build().items()["categories"].to_list() == [["sport"], ["x"]]

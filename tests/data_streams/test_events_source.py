@@ -1,11 +1,14 @@
 """Reading tables a person has at hand: columns, types, ids, titles, embeddings, and what is wrong."""
 
+from datetime import time
+
 import numpy as np
 import polars as pl
 import pytest
 
 from cluster.errors import DataError
 from data_streams import schema
+from data_streams.build import BuildConfig, build
 from data_streams.sources import events as events_module
 from data_streams.sources.events import EventsSource
 
@@ -228,6 +231,10 @@ def test_bad_embeddings_are_refused(tmp_path):
         items=items,
         embeddings=path,
     )
+    np.save(path, np.zeros((2, 0), dtype=np.float32))
+    broken(tmp_path, "must be a matrix of floats", items=items, embeddings=path)
+    (tmp_path / "vectors.npy").write_bytes(b"x")
+    broken(tmp_path, "are not a plain NumPy array", items=items, embeddings=path)
     broken(tmp_path, "need an item table .* give --items", embeddings=path)
     broken(tmp_path, r"must be an existing \.npy file", items=items, embeddings=str(tmp_path / "none.npy"))
 
@@ -236,3 +243,55 @@ def test_feature_columns_must_hold_whole_numbers(tmp_path):
     frame = {**EVENTS, "level": [1, None, 3], "price": [0.5, 1.0, 2.0]}
     assert read(source_of(tmp_path, frame, feature_columns=("level",)))["level"].to_list() == [1, None, 3]
     broken(tmp_path, "'price' must hold whole numbers", frame, feature_columns=("price",))
+
+
+def test_feature_columns_cannot_take_the_place_of_others(tmp_path):
+    frame = {**EVENTS, "item": [0, 0, 0], "offsets": [1, 1, 1], "position": [0, 1, 0]}
+    for names in (("item",), ("offsets",), ("position",), ("item", "item")):
+        broken(tmp_path, f"{names[0]} cannot be one of {', '.join(names)}", frame, feature_columns=names)
+
+
+def test_a_file_that_two_patterns_name_is_read_once(tmp_path):
+    path = write(tmp_path, EVENTS)
+    source = EventsSource.Config(events=(path, f"{tmp_path}/*.parquet")).build()
+    assert read(source)["timestamp_s"].to_list() == EVENTS["timestamp"]
+
+
+def test_ids_that_are_numbers_in_one_file_and_text_in_another_are_refused(tmp_path):
+    files = tuple(write(tmp_path, EVENTS, name) for name in ("a.parquet", "b.csv"))
+    with pytest.raises(DataError, match=r"item_id must be of one type in all files .* is Int64 and String"):
+        build(EventsSource.Config(events=files), BuildConfig(out=str(tmp_path / "out"), ray="never"))
+
+
+def test_times_without_a_day_and_orders_that_are_no_numbers_are_refused(tmp_path):
+    broken(tmp_path, "must be dates, numbers or text, given Time", {**EVENTS, "timestamp": [time(8)] * 3})
+    frame = {**EVENTS, "place": [1.0, float("nan"), 2.0]}
+    assert read(source_of(tmp_path, frame, order_column="place"))["order"].to_list() == [1.0, None, 2.0]
+
+
+def test_categories_may_be_lists_of_equal_length(tmp_path):
+    pairs = pl.Series([["x", "y"], ["z", "z"]], dtype=pl.Array(pl.String, 2))
+    items = write(tmp_path, {"item_id": [10, 11], "categories": pairs}, "items.parquet")
+    assert source_of(tmp_path, EVENTS, items=items).items()["categories"].to_list() == [["x", "y"], ["z"]]
+
+
+def test_more_actions_than_codes_are_refused(tmp_path):
+    events = {"user_id": [1] * 129, "item_id": range(129), "timestamp": range(129)}
+    path = write(tmp_path, {**events, "action": [f"a{row:03d}" for row in range(129)]})
+    with pytest.raises(DataError, match="can have 128 actions, and there are 129, such as a000, a001, a002"):
+        build(EventsSource.Config(events=(path,)), BuildConfig(out=str(tmp_path / "out"), ray="never"))
+
+
+def test_files_of_other_columns_would_make_chunks_that_lack_some(tmp_path):
+    files = (write(tmp_path, {**EVENTS, "position": [0, 1, 0]}), write(tmp_path, EVENTS, "more.parquet"))
+    with pytest.raises(DataError, match=r"position must be of one type in all files .* is Int32 and missing"):
+        build(EventsSource.Config(events=files), BuildConfig(out=str(tmp_path / "out"), ray="never"))
+
+
+def test_profiles_that_become_one_user_as_numbers_do_not_shift_the_user_table(tmp_path):
+    users = tmp_path / "users.csv"
+    users.write_text("user_id,age\n1,30\n01,40\n2,50\n")
+    config = EventsSource.Config(events=(write(tmp_path, EVENTS),), users=str(users))
+    build(config, BuildConfig(out=str(tmp_path / "out"), ray="never"))
+    table = pl.read_parquet(tmp_path / "out/users.parquet").sort("user_id")
+    assert table.rows() == [(1, "30"), (2, "50")]

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import random
 import re
 import tarfile
 import threading
@@ -203,19 +204,23 @@ def test_what_is_there_is_not_downloaded_again(site, tmp_path):
 
 
 def test_archives_are_unpacked_and_may_not_write_outside_their_folder(site, tmp_path):
-    def archive(name):
+    def archive(name, content=b"a,b"):
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
             entry = tarfile.TarInfo(name)
-            entry.size = 3
-            tar.addfile(entry, io.BytesIO(b"a,b"))
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
         return buffer.getvalue()
 
     site.files = {"/good.tar.gz": archive("set/data/log.csv"), "/bad.tar.gz": archive("../log.csv")}
     fetch(origin_of(site, "good.tar.gz"), tmp_path / "good")
     assert (tmp_path / "good/set/data/log.csv").read_text() == "a,b"
-    with pytest.raises(DataError, match=r"must be a whole \.tar\.gz"):
-        fetch(origin_of(site, "bad.tar.gz"), tmp_path / "bad")
+    site.files["/damaged.tar.gz"] = (
+        archive("log.csv", random.Random(0).randbytes(2**20))[: 2**19] + b"\xff" * 2**18
+    )
+    for name in ("bad", "damaged"):
+        with pytest.raises(DataError, match=r"must be a whole \.tar\.gz"):
+            fetch(origin_of(site, f"{name}.tar.gz"), tmp_path / "bad")
     assert not (tmp_path / "log.csv").exists()
 
 

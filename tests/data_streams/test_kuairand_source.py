@@ -75,3 +75,10 @@ def test_a_log_without_its_columns_is_refused(tmp_path):
     folder = write(tmp_path, {"log_standard_x.csv": "user_id,video_id\n1,2\n"})
     with pytest.raises(DataError, match="lacks time_ms, play_time_ms"):
         read(KuaiRandSource.Config(path=folder).build())
+
+
+def test_videos_without_tags_are_refused(tmp_path):
+    folder = kuairand(tmp_path)
+    write(tmp_path, {"data/video_features_basic_pure.csv": "video_id,author_id\n5,3\n"})
+    with pytest.raises(DataError, match="must have the columns video_id, tag; it lacks tag"):
+        KuaiRandSource.Config(path=folder).build().items()

@@ -27,6 +27,12 @@ def test_shares_are_the_times_of_the_events_at_those_places(tmp_path, seconds):
     assert manifest.split == {"name": "by-time", "valid_from_s": times[400], "test_from_s": times[450]}
 
 
+def test_shares_that_add_up_to_a_bit_too_much_hold_no_event_more(tmp_path):
+    events = pl.DataFrame({"user_id": [1] * 10, "item_id": [1] * 10, "timestamp": range(10)})
+    manifest = build_events(tmp_path, events, split="by-time", train_share=0.1, valid_share=0.2)
+    assert (manifest.split["valid_from_s"], manifest.split["test_from_s"]) == (1, 3)
+
+
 def test_shares_are_of_the_events_that_are_left(tmp_path):
     events = events_over(10_000)
     few = pl.DataFrame({"user_id": [99], "item_id": [1], "timestamp": [5_000_000]})

@@ -103,3 +103,21 @@ def test_two_releases_in_one_folder_are_refused(tmp_path):
         DataError, match=r"but holds ml-100k/u\.data, ml-1m/ratings\.dat; give the folder of one"
     ):
         MovieLensSource.Config(path=folder).build()
+
+
+def test_a_title_may_hold_a_byte_that_is_a_line_break_elsewhere(tmp_path):
+    movies = b"10::Star\x85 Wars (1977)::Action\n20::X::Drama\n"
+    source = MovieLensSource.Config(path=write(tmp_path, {**ML_1M, "ml-1m/movies.dat": movies})).build()
+    assert source.items()["title"].to_list() == ["Star\x85 Wars (1977)", "X"]
+
+
+def test_tables_of_other_contents_are_refused(tmp_path):
+    folder = write(tmp_path / "a", {**ML_1M, "ml-1m/movies.dat": "ten::X::Drama\n"})
+    with pytest.raises(DataError, match="1 rows have none"):
+        MovieLensSource.Config(path=folder).build().items()
+    ratings = {
+        "ratings.csv": "userId,movieId,rating,timestamp\n1,2,3,4\n",
+        "movies.csv": "movieId,title\n2,X\n",
+    }
+    with pytest.raises(DataError, match=r"movies\.csv must have the columns .*; it lacks genres"):
+        MovieLensSource.Config(path=write(tmp_path / "b", ratings)).build().items()

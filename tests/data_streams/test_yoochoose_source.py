@@ -3,7 +3,7 @@
 import polars as pl
 import pytest
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, DataError
 from data_streams.build import BuildConfig, build
 from data_streams.sources.yoochoose import YooChooseSource
 from tests.data_streams.official_files import read, write
@@ -46,3 +46,9 @@ def test_yoochoose_is_split_by_days_as_published(tmp_path):
     build(YooChooseSource.Config(path=folder), BuildConfig(out=str(tmp_path / "out"), ray="never", **options))
     splits = {user: values["split"] for user, values in read_users(tmp_path / "out").items()}
     assert splits == {1: (2, -1, -1), 3: (2, -1, -1), 4: (0, 1, -1), 5: (0, -1, 1)}
+
+
+def test_a_share_of_no_clicks_is_refused(tmp_path):
+    folder = write(tmp_path, {"yoochoose-clicks.dat": ""})
+    with pytest.raises(DataError, match=r"yoochoose-clicks\.dat must hold clicks, but is empty"):
+        YooChooseSource.Config(path=folder, fraction="1/4").build()

@@ -224,6 +224,11 @@ def test_a_calibration_outside_of_0_to_1_is_refused():
         GeneralisedBinaryCrossEntropy.Config(calibration=1.5)
 
 
+def test_negatives_must_weigh_something():
+    with pytest.raises(ConfigError, match=r"objective.negatives-per-target must be above 0, or None, got -1"):
+        BinaryCrossEntropy.Config(negatives_per_target=-1.0)
+
+
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
 @pytest.mark.parametrize("name", objective_names())
 def test_scores_cannot_be_divided_by_nothing(name, temperature):

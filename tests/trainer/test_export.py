@@ -13,6 +13,7 @@ from tests.trainer.checkpoint_job import Job
 from trainer import export
 from trainer.checkpoint_reader import CheckpointReader
 from trainer.export import export_checkpoint, inspect_checkpoint
+from trainer.run_state import Progress
 
 WEIGHT = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).bfloat16()
 TABLE = torch.randn(50, 4, generator=torch.Generator().manual_seed(2))
@@ -76,15 +77,16 @@ def test_a_damaged_table_leaves_no_half_written_file(tmp_path):
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.safetensors"]
 
 
-def test_inspection_prints_step_epoch_workers_metrics_and_tensors(tmp_path):
+def test_inspection_prints_step_epoch_workers_best_and_tensors(tmp_path):
     console = Console(width=120, file=StringIO())
-    console.print(inspect_checkpoint(save(tmp_path, epoch=3, metrics={"ndcg@10": 0.05961})))
+    progress = Progress(step=8, epoch=3, best=0.05961, best_step=6).shared()
+    console.print(inspect_checkpoint(save(tmp_path, progress=progress)))
     lines = console.file.getvalue()
     for text in (
         "step 8",
         "workers 3",
         "epoch 3",
-        "ndcg@10 0.0596",
+        "best validation 0.0596, at step 6",
         "table/item",
         "50 x 4",
         "bfloat16",

@@ -7,11 +7,13 @@ import polars as pl
 import pytest
 
 from cluster.errors import CheckpointError
+from cluster.reporter import Reporter
 from cluster.storage import Storage
 from data_streams.build import BuildConfig, build
 from data_streams.item_table import ItemTable
 from data_streams.semantic_ids import SemanticIdTable
 from data_streams.sources.events import EventsSource
+from launch.config_document import to_document
 from models.climber_pilot import ClimberPilot
 from models.trees.shape import codes_of_order
 from tests.generator_cases import TREES
@@ -26,6 +28,11 @@ from tests.tiny_run import (
     write_events,
 )
 from trainer.audit import read_audit
+from trainer.start import pretrain
+
+
+def run_with_document(process, config):
+    return pretrain(process, config, to_document(config), Reporter(process.rank))
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +52,15 @@ def test_resumed_equals_uninterrupted_to_the_last_bit(data, tmp_path):
     assert result["status"] == "finished"
     assert {**result, "best": pytest.approx(result["best"])} == expected_result
     assert_same_state(state, expected, tolerance=0)
+
+
+def test_a_run_that_goes_on_by_another_metric_forgets_what_was_best(data, tmp_path):
+    """An ndcg@5 is below the recall@10 before, which would stay the best for good."""
+    config = tiny_config(data, tmp_path / "run", selection_metric="recall@10", epochs=1)
+    (first,) = run_on_processes(run_with_document, 1, config)
+    further = with_train(config, selection_metric="ndcg@5", epochs=2)
+    (result,) = run_on_processes(run_with_document, 1, further)
+    assert first["best_step"] < result["best_step"] and result["best"] < first["best"]
 
 
 def test_a_resumed_run_over_a_tree_equals_an_uninterrupted_one(data, tmp_path):
