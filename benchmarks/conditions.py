@@ -62,7 +62,7 @@ def _search(users: LongUsers, width: int) -> RetrievalSearch:
         item_feature_dim=0,
         objective=SampledSoftmax.Config().build(num_items=users.num_items),
         condition_table=table,
-        num_conditions=CONDITIONS,
+        condition_names=tuple(map(str, range(CONDITIONS))),
     )
     device = torch.device("cpu")
     tables = UnshardedTables(model.tables(), seed=0, learning_rate=0.1, device=device)

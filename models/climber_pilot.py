@@ -95,15 +95,13 @@ class ClimberPilot(ItemSequenceModel):
         config: Config,
         *,
         condition_table: np.ndarray | None = None,
-        num_conditions: int = 0,
         condition_names: tuple[str, ...] = (),
         **parts: Any,
     ):
         """Shapes: condition_table [N, m], the conditions each item meets, -1 for none."""
         super().__init__(config, **parts)
         _check(config, condition_table)
-        self.condition_table, self.num_conditions = condition_table, num_conditions
-        self.condition_names = condition_names
+        self.condition_table, self.condition_names = condition_table, condition_names
         self.blocks = nn.ModuleList(PilotBlock(config, self.max_length) for _ in range(config.num_blocks))
         self.branches = nn.ModuleList(Branch(config, self.max_length) for _ in range(config.num_branches))
         self.has_tokens = condition_table is not None and (
@@ -111,7 +109,7 @@ class ClimberPilot(ItemSequenceModel):
         )
         if self.has_tokens:
             # The last one stands for no condition.
-            self.condition_tokens = nn.Embedding(num_conditions + 1, config.width)
+            self.condition_tokens = nn.Embedding(len(condition_names) + 1, config.width)
         self.apply(partial(initialise, scale=config.init_scale))
 
     def training_batch(self, batch: SequenceBatch, context: StepContext) -> SequenceBatch:
@@ -208,7 +206,7 @@ class ClimberPilot(ItemSequenceModel):
         """The learnt vectors of conditions. Shapes: [N] -> [N, D]."""
         if not self.has_tokens:
             return None
-        return self.condition_tokens(torch.where(wanted < 0, self.num_conditions, wanted))
+        return self.condition_tokens(torch.where(wanted < 0, len(self.condition_names), wanted))
 
 
 class PilotBlock(Block):

@@ -109,7 +109,10 @@ def make_model(case: Case) -> Recommender:
     )
     parts = {}
     if case.model == "conditioned-pilot":
-        parts = {"condition_table": np.arange(NUM_ITEMS, dtype=np.int32)[:, None] % 4, "num_conditions": 4}
+        parts = {
+            "condition_table": np.arange(NUM_ITEMS, dtype=np.int32)[:, None] % 4,
+            "condition_names": tuple("abcd"),
+        }
     if case.model in RANKERS:
         parts = {"actions": ACTIONS}
     return config.build(num_items=NUM_ITEMS, max_length=12, item_feature_dim=6, objective=objective, **parts)

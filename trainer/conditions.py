@@ -21,11 +21,7 @@ def model_conditions(config: PretrainConfig) -> dict[str, Any]:
     if not column:
         return {}
     conditions = ItemConditions.load(config.data.path, column)
-    return {
-        "condition_table": conditions.table,
-        "num_conditions": len(conditions.names),
-        "condition_names": tuple(conditions.names),
-    }
+    return {"condition_table": conditions.table, "condition_names": tuple(conditions.names)}
 
 
 def load_conditions(config: PretrainConfig) -> ItemConditions | None:

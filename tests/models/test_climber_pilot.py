@@ -26,7 +26,7 @@ def build(form, **options):
     torch.manual_seed(5)
     parts = {}
     if options.get("condition_column"):
-        parts = {"condition_table": conditions(), "num_conditions": NUM_CONDITIONS}
+        parts = {"condition_table": conditions(), "condition_names": tuple(map(str, range(NUM_CONDITIONS)))}
     objective = FullSoftmax.Config(temperature=0.2).build(num_items=NUM_ITEMS)
     config = form(**{"width": WIDTH, "num_heads": 2, "dropout": 0.0, "init_scale": 0.1, **options})
     return config.build(

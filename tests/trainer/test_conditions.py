@@ -49,7 +49,7 @@ def make_search(process: Process | None = None, *, approximate: bool = False) ->
         item_feature_dim=0,
         objective=SampledSoftmax.Config().build(num_items=NUM_ITEMS),
         condition_table=KINDS.table,
-        num_conditions=len(KINDS.names),
+        condition_names=tuple(KINDS.names),
     )
     lookup = lookup_for(model, process)
     return RetrievalSearch.build(
