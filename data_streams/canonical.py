@@ -140,7 +140,7 @@ def read_group(
     pieces: Sequence[Piece],
     config: DataConfig,
     random: np.random.Generator,
-    page_seed: int = 0,
+    page_seed: int,
 ) -> TrainingGroup:
     """Read the chunks of a group and gather the events of its training users in shuffled order."""
     slots, events, tables, num_events = [], [reader.no_events()], [], 0

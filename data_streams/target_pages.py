@@ -187,17 +187,20 @@ class EventReading:
         if self.pages_from == "recorded":
             return chunk.columns["page_id"].astype(np.int64)
         size = self._config.page_events
-        if self.pages_from == "count" and not self._draws_pages:
-            page = (within - border[user]) // size + chunk.lengths[user] // size + 1
-            return np.where(within == 0, NO_PAGE, page)
         if self._draws_pages:
-            begins = uniform_of_events(seed, chunk.users[user], within) < 1 / size
+            page = _numbered(uniform_of_events(seed, chunk.users[user], within) < 1 / size, chunk)
+        elif self.pages_from == "count":
+            page = (within - border[user]) // size + chunk.lengths[user] // size + 1
         else:
             times = chunk.columns["timestamp_s"]
-            begins = np.diff(times, prepend=times[:1]) > self._config.page_gap_s
-        upto = np.cumsum(begins)
-        page = upto - np.append(upto, 0)[chunk.offsets[:-1]][user]
+            page = _numbered(np.diff(times, prepend=times[:1]) > self._config.page_gap_s, chunk)
         return np.where(within == 0, NO_PAGE, page)
+
+
+def _numbered(begins: np.ndarray, chunk: Chunk) -> np.ndarray:
+    """Number of the page of each event within its user, from the events that begin one. Shapes: [T] bool -> [T]."""
+    upto = np.cumsum(begins)
+    return upto - np.append(upto, 0)[chunk.offsets[:-1]][chunk.user_index]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,8 +93,8 @@ class M6RecRanking(Ranker):
         if config.reads_words and not self.encoder.decoder.is_tied:
             raise ConfigError(
                 f"words are predicted by the vectors they are read by, and {config.pretrained} has others for that, or "
-                "scales the scores; "
-                "leave model.scoring likelihood and model.language-weight out, or take a model with tied vectors"
+                "scales the scores; leave model.scoring likelihood and model.language-weight out, or take a model with "
+                "tied vectors"
             )
         # So a ranker can start from a retriever.
         self.added_parameters = (*self.encoder.added_parameters("encoder."), "classifier.", "likeness.")

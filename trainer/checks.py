@@ -77,10 +77,8 @@ def _check_needs_of_model(config: PretrainConfig) -> None:
 
 
 def _check_rates(train: TrainConfig) -> None:
-    for name in (
-        *("learning_rate", "table_learning_rate", "weight_decay"),
-        *("warmup_steps", "final_rate_fraction"),
-    ):
+    rates = ("learning_rate", "table_learning_rate", "final_rate_fraction")
+    for name in (*rates, "weight_decay", "warmup_steps"):
         if (value := getattr(train, name)) < 0:
             raise ConfigError(f"train.{name.replace('_', '-')} must be at least 0, got {value}")
     norm = train.max_gradient_norm
