@@ -81,6 +81,10 @@ def _check_rates(train: TrainConfig) -> None:
     for name in (*rates, "weight_decay", "warmup_steps"):
         if (value := getattr(train, name)) < 0:
             raise ConfigError(f"train.{name.replace('_', '-')} must be at least 0, got {value}")
+    if train.schedule == "constant" and train.final_rate_fraction:
+        raise ConfigError(
+            "train.final-rate-fraction is what rates fall to, and train.schedule constant keeps them; leave either out"
+        )
     norm = train.max_gradient_norm
     if norm is not None and not norm > 0:
         raise ConfigError(

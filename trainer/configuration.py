@@ -26,10 +26,13 @@ class TrainConfig:
     """Peak rate of row-wise Adagrad on the tables."""
     weight_decay: float = 0.0
     """Decoupled weight decay of the dense parameters."""
+    schedule: Literal["cosine", "linear", "inverse-sqrt", "constant"] = "cosine"
+    """How both rates go on after the warm-up. A cosine and a line end at the last step planned, so a run that is made
+    longer has other rates from there on; inverse-sqrt and constant know no end."""
     warmup_steps: int = 50
-    """Steps of linear warm-up; then both rates follow a cosine."""
+    """Steps of linear warm-up."""
     final_rate_fraction: float = 0.0
-    """Both rates at the last step, as a fraction of their peaks."""
+    """What both rates fall to, as a fraction of their peaks."""
     max_gradient_norm: float | None = 1.0
     """Clipping of the dense gradient's global norm; None leaves it as it is."""
     ema_decay: float | None = None

@@ -223,6 +223,10 @@ def test_a_checkpoint_is_named_by_word_or_step():
         (["--train.max-steps", "0"], "train.max-steps must be at least 1, got 0"),
         (["--train.learning-rate", "-1"], r"train.learning-rate must be at least 0, got -1.0"),
         (["--train.warmup-steps", "-1"], r"train.warmup-steps must be at least 0, got -1"),
+        (
+            ["--train.schedule", "constant", "--train.final-rate-fraction", "0.1"],
+            r"rates fall to, .* leave either out",
+        ),
         (["--train.final-rate-fraction", "-0.1"], r"train.final-rate-fraction must be at least 0, got -0.1"),
         (["--evaluation.cutoffs", "5", "0"], r"evaluation.cutoffs must be .* each at least 1, got \(5, 0\)"),
         (

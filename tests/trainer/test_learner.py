@@ -133,6 +133,36 @@ def test_the_schedule_warms_up_and_follows_half_a_cosine():
     assert fractions == pytest.approx([0.1, 0.5, 1.0, 1.0, 0.55, 0.1, 0.1])
 
 
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("linear", [0.5, 1.0, 1.0, 0.55, 0.1, 0.1]),
+        (
+            "inverse-sqrt",
+            [
+                0.5,
+                1.0,
+                0.1 + 0.9 * (10 / 11) ** 0.5,
+                0.1 + 0.9 * (10 / 61) ** 0.5,
+                0.1 + 0.9 * (10 / 111) ** 0.5,
+                0.1 + 0.9 * (10 / 501) ** 0.5,
+            ],
+        ),
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_other_schedules_go_on_from_the_same_warm_up(schedule, expected):
+    final = 0.0 if schedule == "constant" else 0.1
+    config = TrainConfig(warmup_steps=10, final_rate_fraction=final, schedule=schedule)
+    fractions = [rate_fraction(step, 110, config) for step in (4, 9, 10, 60, 110, 500)]
+    assert fractions == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_schedule_without_a_warm_up_begins_at_the_peak():
+    for schedule in ("cosine", "linear", "inverse-sqrt", "constant"):
+        assert rate_fraction(0, 100, TrainConfig(warmup_steps=0, schedule=schedule)) == 1.0
+
+
 def test_preparing_a_step_asks_for_each_row_once():
     case = Case()
     learner = make_learner(case, None)
