@@ -4,9 +4,11 @@ Nothing slow is imported before the command is known, so that help is instant.
 """
 
 import difflib
+import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from cluster.errors import ConfigError, GrailError, ours
 from cluster.plugins import first_line, load_plugin, plugin_files
@@ -19,7 +21,15 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv):
         # `grail pretrain --help | head` ends in silence, as such a pipe does everywhere.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    # Commands that save at a SIGTERM take it for as long as they train.
+    signal.signal(signal.SIGTERM, _end)
     sys.exit(run(sys.argv[1:]))
+
+
+def _end(number: int, _: Any) -> None:
+    """Leave as at an error, so that temporary files go; Ray, which takes the signal otherwise, would print a dump."""
+    os.write(sys.stderr.fileno(), b"grail: ended by SIGTERM\n")
+    sys.exit(128 + number)
 
 
 def run(arguments: list[str]) -> int:

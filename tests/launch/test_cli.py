@@ -108,3 +108,32 @@ def test_an_option_can_be_taken_out_before_the_others_are_parsed():
     assert take_option(["--a", "1", "--objective", "x", "--b"], "--objective") == ("x", ["--a", "1", "--b"])
     assert take_option(["--objective=x"], "--objective") == ("x", [])
     assert take_option(["--a"], "--objective") == (None, ["--a"])
+
+
+def test_sigterm_ends_a_command_in_one_line_and_lets_it_clean_up(tmp_path):
+    program = """
+import pathlib, sys, time
+from launch import cli
+
+def command(arguments):
+    try:
+        print("begun", flush=True)
+        time.sleep(60)
+    finally:
+        pathlib.Path(sys.argv[1]).touch()
+
+cli.run = command
+cli.main()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "cleaned")],
+        cwd=root(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "begun\n"
+    process.terminate()
+    _, error = process.communicate(timeout=30)
+    assert (process.returncode, error) == (143, "grail: ended by SIGTERM\n")
+    assert (tmp_path / "cleaned").exists()
