@@ -5,6 +5,9 @@ from typing import Any
 
 import tyro
 
+RECIPES = "launch.recipes"
+"""Package of the recipes, each a file."""
+
 
 def parse(form: type, arguments: list[str], *, program: str, default: Any = None) -> Any:
     """Fill a dataclass from dotted options; the strings under its fields are the help.

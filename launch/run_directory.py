@@ -12,6 +12,7 @@ logs/rank-N.log    everything each worker said
 audit/             the users each step's loss saw
 checkpoints/       steps, LATEST and BEST
 evaluation.json    the last evaluation
+report.html        all of this on one page
 status.json        how the run is doing, for `grail status`
 faults.json        the faults it was started again after
 lease.json         there while a job works on the run
@@ -36,6 +37,7 @@ ALIGN = "align.yaml"
 ALIGNMENT = "alignment.json"
 ALIGNMENT_CURVES = "alignment.png"
 EXPERTS = "experts.png"
+REPORT = "report.html"
 SEARCH_SCALING = "search_scaling.json"
 SCALING_PICTURE = "search_scaling.png"
 LOGS = "logs"

@@ -11,6 +11,7 @@ from cluster.errors import CheckpointError, ConfigError
 from cluster.lease import LEASE_NAME, lives_here, read_lease
 from cluster.reporter import Event
 from cluster.storage import Storage
+from launch.run_directory import CONFIG, absolute
 from trainer.checkpoint_pointers import LATEST, read_pointer
 from trainer.configuration import CHECKPOINTS
 
@@ -182,6 +183,24 @@ class RunReport:
     checkpoint_age_s: float | None = None
     age_s: float | None = None
     """Since the last sign of life."""
+
+
+def find_runs(folder: str) -> list[str]:
+    """The run a folder is, or the runs right below it.
+
+    Raises: ConfigError if there are none.
+    """
+    address = absolute(folder).rstrip("/")
+    storage = Storage(address)
+    if storage.exists(CONFIG):
+        return [address]
+    found = [f"{address}/{name}" for name in storage.list() if storage.exists(f"{name}/{CONFIG}")]
+    if not found:
+        raise ConfigError(
+            f"directories of runs are needed, or folders of them, and {address} holds no {CONFIG} at its top or "
+            "one level below; name another folder"
+        )
+    return found
 
 
 def report_run(run_dir: str) -> RunReport:

@@ -10,6 +10,8 @@ from sharding.configuration import ShardingConfig
 
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints inside a run directory."""
+PLAN = "plan.txt"
+"""What lies where, as a text in a run directory."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from trainer.audit import AuditLog, next_attempt
 from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_fallback import newest_step, restore_newest
 from trainer.checkpoint_reader import CheckpointReader
-from trainer.configuration import CHECKPOINTS, PretrainConfig, TrainConfig
+from trainer.configuration import CHECKPOINTS, PLAN, PretrainConfig, TrainConfig
 from trainer.dense_module import DenseModule
 from trainer.job import CheckpointClock, Job
 from trainer.learner import Learner
@@ -170,7 +170,7 @@ def _describe_run(storage: Storage, assembly: Assembly, config: PretrainConfig) 
     plan = render_plan(assembly.tables.placements)
     for line in plan.splitlines():
         logger.info(line)
-    storage.write("plan.txt", plan.encode())
+    storage.write(PLAN, plan.encode())
     if not storage.exists(ITEMS_NAME):
         storage.write(ITEMS_NAME, Storage(config.data.path).read(ITEMS_NAME))
 

@@ -243,10 +243,13 @@ def _report(config: "AlignConfig", result: dict[str, Any]) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from launch.report import write_report
+
     held_out, metric = result["notes"]["held_out"], config.train.selection_metric
     last, best = max(held_out, key=int), str(result["best_step"])
     shown = {"start": held_out["0"], f"last ({last})": held_out[last], f"best ({best})": held_out[best]}
     Storage(config.run_dir).write(ALIGNMENT, json.dumps({**result, "shown": shown}, indent=1).encode())
+    report = write_report(config.run_dir)
     table = Table(title="held-out items of the validation split")
     for name in ("metric", *shown):
         table.add_column(name, justify="left" if name == "metric" else "right")
@@ -256,6 +259,7 @@ def _report(config: "AlignConfig", result: dict[str, Any]) -> int:
             name, *(f"{metrics[name]:.4f}" if name in metrics else "-" for metrics in shown.values())
         )
     Console().print(table)
+    print(f"Report: {report}")
     if held_out[last].get(metric, math.inf) < held_out["0"].get(metric, -math.inf):
         kept = "the start itself" if result["best_step"] == 0 else f"step {best}"
         print(f"The last step is WORSE than the start in {metric}; the best one, which is kept, is {kept}.")

@@ -79,6 +79,7 @@ def evaluate(
 
     from cluster.workers import run_workers
     from launch.jobs import evaluate_job
+    from launch.report import write_report
     from trainer.evaluate import EvaluationResult, render
 
     if baselines:
@@ -105,7 +106,7 @@ def evaluate(
     Console().print(render(results))
     if narrowing := _narrowing(config):
         print(f"Narrowed by {', '.join(narrowing)}; all settings are in {EVALUATION}")
-    print(f"Written to {storage.path(EVALUATION)}")
+    print(f"Written to {storage.path(EVALUATION)} and {write_report(config.run_dir)}")
     return content
 
 
@@ -118,6 +119,7 @@ def compare_candidates(
     from cluster.workers import run_workers
     from launch.jobs import scaling_job
     from launch.plots import write_scaling
+    from launch.report import write_report
     from trainer.search_scaling import render_scaling
 
     step = find_step(config, checkpoint)
@@ -134,7 +136,7 @@ def compare_candidates(
     storage.write(SEARCH_SCALING, json.dumps(content, indent=1).encode())
     Console().print(render_scaling(lines))
     picture = write_scaling(config.run_dir, lines)
-    print(f"Written to {storage.path(SEARCH_SCALING)} and {picture}")
+    print(f"Written to {storage.path(SEARCH_SCALING)}, {picture} and {write_report(config.run_dir)}")
 
 
 def _scores_given_items(config: PretrainConfig) -> bool:

@@ -8,7 +8,7 @@ from cluster.errors import ConfigError
 from cluster.plugins import first_line, load_plugin, plugin_config, plugin_files, suggestion
 from cluster.reporter import StopSignal, to_all
 from cluster.storage import Storage
-from launch.options import parse, split_name, take_option
+from launch.options import RECIPES, parse, split_name, take_option
 from launch.progress import TrainingProgress, start_console
 from launch.run_directory import (
     CONFIG,
@@ -26,7 +26,6 @@ from trainer.configuration import PretrainConfig
 if TYPE_CHECKING:
     from launch.run_status import StatusKeeper
 
-RECIPES = "launch.recipes"
 OBJECTIVES = "models.objectives"
 STOPPED = 75
 
@@ -92,6 +91,7 @@ def train(config: PretrainConfig) -> int:
     from cluster.lease import Lease
     from data_streams.stream import open_data
     from launch.plots import write_curves
+    from launch.report import write_report
     from launch.run_status import StatusKeeper
 
     check(config)
@@ -103,11 +103,12 @@ def train(config: PretrainConfig) -> int:
         document = prepare(config)
         result = _run(config, document, console, stop, keeper)
         curves = write_curves(config.run_dir, config.train.selection_metric)
+    report = write_report(config.run_dir)
     if result is None or result["status"] == "stopped":
         at = f" at step {result['step']}" if result else ""
         print(f"Stopped{at}. {way_on(config.run_dir, CONFIG, document)}", file=sys.stderr)
         return STOPPED
-    _report(config, result, curves)
+    _tell(config, result, curves, report)
     return 0
 
 
@@ -134,13 +135,14 @@ def _run(
     return result
 
 
-def _report(config: PretrainConfig, result: dict, curves: str | None) -> None:
+def _tell(config: PretrainConfig, result: dict, curves: str | None, report: str) -> None:
     print(f"Finished at step {result['step']}, epoch {result['epoch']}.")
     if result["best"] is not None:
         metric = config.train.selection_metric
         print(f"Best validation {metric}: {result['best']:.4f} at step {result['best_step']}.")
     if curves:
         print(f"Curves: {curves}")
+    print(f"Report: {report}")
     print(f"Next: grail evaluate {config.run_dir}")
 
 

@@ -4,12 +4,9 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cluster.errors import ConfigError
-from cluster.storage import Storage
 from launch.options import parse
 from launch.progress import duration
-from launch.run_directory import CONFIG, absolute
-from launch.run_status import RunReport, report_run
+from launch.run_status import RunReport, find_runs, report_run
 
 DEFAULT = "runs"
 
@@ -34,24 +31,6 @@ def run(arguments: list[str]) -> int:
     else:
         _show(reports)
     return 0
-
-
-def find_runs(folder: str) -> list[str]:
-    """The run a folder is, or the runs right below it.
-
-    Raises: ConfigError if there are none.
-    """
-    address = absolute(folder).rstrip("/")
-    storage = Storage(address)
-    if storage.exists(CONFIG):
-        return [address]
-    found = [f"{address}/{name}" for name in storage.list() if storage.exists(f"{name}/{CONFIG}")]
-    if not found:
-        raise ConfigError(
-            f"grail status needs run directories or folders of them, and {address} holds no {CONFIG} at its top or "
-            "one level below; name another folder"
-        )
-    return found
 
 
 def _show(reports: list[RunReport]) -> None:

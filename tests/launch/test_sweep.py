@@ -1,0 +1,183 @@
+"""Which runs a sweep is made of, that they are trained once each, and what is made of their numbers."""
+
+import io
+import json
+import sys
+import threading
+import time
+
+import polars as pl
+import pytest
+from rich.console import Console
+
+from cluster.errors import ConfigError
+from cluster.reporter import StopSignal
+from launch import sweep_runs
+from launch.cli import run as grail
+from launch.sweep_picture import options_beside
+from launch.sweep_plan import plan_runs
+from launch.sweep_results import _law
+from launch.sweep_runs import SweepRunner
+from tests.tiny_run import build_tiny_data
+
+QUICK = (
+    "--train.max-steps 2 --log.every-steps 1 --train.precision fp32 --cluster.workers 1 --cluster.in-process "
+    "--data.num-streams 2 --model.num-blocks 1"
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return build_tiny_data(tmp_path_factory.mktemp("data"))
+
+
+def test_points_axes_and_seeds_are_all_combined():
+    runs = plan_runs(
+        ["model.width=8 model.num-blocks=1", "model.width=16 model.no-item-features"],
+        ["train.learning-rate=1e-3,2e-3"],
+        (0, 1),
+        ["--data.path", "x"],
+    )
+    assert len(runs) == 8
+    run = runs["width-8_num-blocks-1_learning-rate-2e-3_seed-1"]
+    assert run.settings == {"model.width": "8", "model.num-blocks": "1", "train.learning-rate": "2e-3"}
+    assert run.words == (
+        "--data.path x --seed 1 --model.width 8 --model.num-blocks 1 --train.learning-rate 2e-3".split()
+    )
+    other = runs["width-16_no-item-features_learning-rate-1e-3_seed-0"]
+    assert "--model.no-item-features --train.learning-rate 1e-3" in " ".join(other.words)
+
+
+def test_the_kind_of_a_section_stands_as_it_is_and_options_alike_in_their_end_are_told_apart():
+    point = "model.feedforward:feed-forward-config model.feedforward.hidden=64 model.hidden=8"
+    ((name, run),) = plan_runs([point], [], (0,), []).items()
+    assert run.words[2:] == (
+        "model.feedforward:feed-forward-config --model.feedforward.hidden 64 --model.hidden 8".split()
+    )
+    assert name == "feedforward-feed-forward-config_model.feedforward.hidden-64_model.hidden-8_seed-0"
+
+
+@pytest.mark.parametrize(
+    ("points", "axes", "common", "message"),
+    [
+        ([], ["model.width"], [], "must be an option and its values"),
+        ([], ["model.width=8,8"], [], "two are width-8_seed-0; take one of them out"),
+        ([], ["model.width=8"], ["--run-dir", "x"], "names its runs and their seeds itself, got --run-dir"),
+        ([], ["model.width=8"], ["--seed=3"], "got --seed=3; leave it out, see --seeds"),
+        ([" ".join(f"model.option-{number}=1" for number in range(20))], [], [], "120 characters"),
+    ],
+)
+def test_what_makes_no_sweep_is_refused(points, axes, common, message):
+    with pytest.raises(ConfigError, match=message):
+        plan_runs(points, axes, (0,), common)
+
+
+def test_options_beside_leave_the_size_as_it_is():
+    rows = [
+        {"width": width, "heads": width // 8, "rate": rate, "parameters": width**2}
+        for width in (8, 16)
+        for rate in (1, 2)
+    ]
+    assert options_beside(rows, ["width", "heads", "rate"], "parameters") == ["rate"]
+    assert options_beside(rows, ["width", "heads", "rate"], "rate") == []
+    assert options_beside(rows[:1], ["width", "heads", "rate"], "parameters") == []
+
+
+def test_a_law_takes_the_mean_over_seeds_of_the_best_setting_of_a_size():
+    def losses(size: float) -> dict[str, float]:
+        best = 1 + 10 / size**0.5
+        return {"rate-1_seed-0": best - 0.1, "rate-1_seed-1": best + 0.1, "rate-2_seed-0": best - 0.05 + 1}
+
+    rows = [
+        {"run": f"width-{size}_{name}", "parameters": size, "loss": loss}
+        for size in (100, 400, 1600, 6400)
+        for name, loss in losses(size).items()
+    ]
+    law = _law(rows, "parameters")
+    assert (law.floor, law.scale, law.exponent) == pytest.approx((1, 10, 0.5), rel=1e-2)
+    assert _law(rows[:9], "parameters") is None, "three sizes tell nothing of three numbers"
+    assert _law(rows, "run") is None
+
+
+def test_a_sweep_trains_each_run_once_and_compares_them(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sweep_runs, "_LOOK_EVERY_S", 0.1)
+    out = tmp_path / "sweep"
+    line = f"sweep sasrec --out {out} --data.path {data} {QUICK} --over model.width=8,16".split()
+    assert grail([*line, "--at-once", "2"]) == 0
+    first = (out / "width-8_seed-0" / "metrics.jsonl").read_text()
+    assert grail([*line, "--against", "model.width"]) == 0
+    assert (out / "width-8_seed-0" / "metrics.jsonl").read_text() == first
+    table = pl.read_csv(out / "results.csv")
+    assert table["model.width"].to_list() == [8, 16] and set(table["state"]) == {"finished"}
+    assert table["step"].to_list() == [2, 2] and table["targets"].n_unique() == 1
+    assert table["parameters"].is_sorted() and (table["blocks"] < table["parameters"]).all()
+    losses = [json.loads(text)["train/loss"] for text in first.splitlines() if "train/loss" in text]
+    assert table["loss"][0] == pytest.approx(losses[-1])
+    assert (out / "picture.png").exists() and "width-16_seed-0" in (out / "report.html").read_text()
+    shown = capsys.readouterr().out
+    assert "finished" in shown and f"{out}/results.csv" in shown
+
+    assert grail([*line, "--train.learning-rate", "0.5"]) == 2
+    assert "holds a run width-8_seed-0 that was asked for with other options" in capsys.readouterr().err
+    assert grail([*line, "--metric", "hits"]) == 2
+    assert "--metric must be a column of results.csv (run, model.width, seed" in capsys.readouterr().err
+    assert grail([*line, "--against", "hits"]) == 2
+    assert "--against must be one of parameters, blocks, targets, model.width" in capsys.readouterr().err
+
+
+RUN = """
+import json, os, pathlib, signal, sys, time
+command, run_dir, behaviour = sys.argv[1], pathlib.Path(sys.argv[-2]), sys.argv[-1]
+if command == "evaluate":
+    pathlib.Path(sys.argv[2], "evaluation.json").write_text("{}")
+    sys.exit()
+run_dir.mkdir()
+if behaviour == "waits":
+    signal.signal(signal.SIGTERM, lambda *_: (run_dir / "saved").touch() or sys.exit(75))
+    (run_dir / "begun").touch()
+    time.sleep(60)
+if behaviour == "fails":
+    sys.exit("no such luck")
+(run_dir / "status.json").write_text(json.dumps({"state": "finished"}))
+"""
+"""A command that does to a run what `grail pretrain` and `grail evaluate` do, in no time."""
+
+
+def make_runner(out, monkeypatch, behaviours: dict[str, str], **options) -> SweepRunner:
+    monkeypatch.setattr(sweep_runs, "GRAIL", (sys.executable, "-c", RUN))
+    monkeypatch.setattr(sweep_runs, "_LOOK_EVERY_S", 0.05)
+    out.mkdir()
+    commands = {name: ["sasrec", str(out / name), behaviour] for name, behaviour in behaviours.items()}
+    return SweepRunner(str(out), commands, **{"at_once": 1, "evaluate": False, **options})
+
+
+def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch, caplog):
+    runner = make_runner(tmp_path / "sweep", monkeypatch, {"a": "fails", "b": "ends"})
+    assert runner.run(Console(file=io.StringIO()), StopSignal())
+    assert runner.failed == ["a"] and (tmp_path / "sweep" / "a.log").read_text() == "no such luck\n"
+    assert "a failed with exit code 1" in caplog.text and "no such luck" in caplog.text
+    assert "b: 2 of 2 runs worked off, about 0 s left" in caplog.text
+
+
+def test_runs_are_evaluated_where_that_is_asked_for(tmp_path, monkeypatch):
+    out = tmp_path / "sweep"
+    runner = make_runner(out, monkeypatch, {"a": "ends", "b": "ends"}, evaluate=True, at_once=2)
+    assert runner.run(Console(file=io.StringIO()), StopSignal()) and not runner.failed
+    assert (out / "a" / "evaluation.json").exists() and (out / "b" / "evaluation.json").exists()
+    again = SweepRunner(str(out), runner.commands, at_once=1, evaluate=True)
+    assert not again.waiting
+
+
+def test_a_stop_lets_the_runs_at_work_save_and_starts_no_other(tmp_path, monkeypatch):
+    out, stop = tmp_path / "sweep", StopSignal()
+    runner = make_runner(out, monkeypatch, {"a": "waits", "b": "ends"})
+
+    def stop_once_begun() -> None:
+        while not (out / "a" / "begun").exists():
+            time.sleep(0.05)
+        stop.request()
+
+    thread = threading.Thread(target=stop_once_begun, daemon=True)
+    thread.start()
+    assert not runner.run(Console(file=io.StringIO()), stop)
+    assert (out / "a" / "saved").exists() and not (out / "b").exists() and not runner.failed
