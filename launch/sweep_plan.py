@@ -46,9 +46,24 @@ def plan_runs(
         name = _folder({**{short[option]: value for option, value in chosen.items()}, "seed": str(seed)})
         if name in runs:
             raise ConfigError(f"all runs of a sweep must differ, and two are {name}; take one of them out")
-        words = [*common, "--seed", str(seed), *(word for pair in chosen.items() for word in _words(*pair))]
-        runs[name] = SweptRun(settings=chosen, seed=seed, words=words)
+        runs[name] = SweptRun(settings=chosen, seed=seed, words=_all_words(chosen, seed, common))
     return runs
+
+
+def _all_words(settings: dict[str, str], seed: int, common: Sequence[str]) -> list[str]:
+    """Behind a word that chooses the kind of a section only the section's own options may stand."""
+    sections = tuple(f"{option.partition(':')[0]}." for option in settings if ":" in option)
+    first, last = [], []
+    for option, value in settings.items():
+        words = last if ":" in option or (sections and option.startswith(sections)) else first
+        words += _words(option, value)
+    if (
+        twice := {word.split("=")[0] for word in common}
+        & {*first, *last}
+        & {f"--{name}" for name in settings}
+    ):
+        raise ConfigError(f"{min(twice)} is an option of the sweep and of all runs; leave either out")
+    return ["--seed", str(seed), *first, *common, *last]
 
 
 def _settings(point: str) -> list[tuple[str, str]]:

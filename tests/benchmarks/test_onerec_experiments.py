@@ -1,37 +1,11 @@
-"""The law of losses and the table of costs of OneRec."""
+"""The table of costs of OneRec, and the comparison of its variants."""
 
-import numpy as np
 import polars as pl
 import pytest
 
 from benchmarks.experiments import onerec, onerec_flops
-from benchmarks.experiments.onerec_scaling import SHAPES, block_parameters, fit_law, main
-from benchmarks.setting.flops import build_on_meta, dense_of_active_size
+from benchmarks.setting.flops import dense_of_active_size
 from cluster.errors import ConfigError
-from models.layers.feedforward import FeedForwardConfig
-from models.onerec_v2 import OneRecV2
-
-
-def test_the_law_of_the_report_is_found_in_points_that_follow_it():
-    sizes = np.array([0.1, 0.2, 0.5, 1, 2, 4, 8]) * 1e9
-    law = fit_law(sizes, 3.13 + 3660 / sizes**0.489)
-    assert (law["floor"], law["exponent"]) == (pytest.approx(3.13, abs=1e-3), pytest.approx(0.489, abs=1e-3))
-    assert law["scale"] == pytest.approx(3660, rel=0.02)
-
-
-def test_sizes_are_those_of_the_real_blocks():
-    for width, (blocks, heads) in SHAPES.items():
-        part = FeedForwardConfig(hidden=4 * width)
-        config = OneRecV2.Config(width=width, num_blocks=blocks, num_heads=heads, feedforward=part)
-        model = build_on_meta(config, code_sizes=(8,) * 3, max_length=8)
-        assert block_parameters(width) == sum(
-            parameter.numel() for parameter in model.decoder.blocks.parameters()
-        )
-
-
-def test_too_few_or_unknown_widths_are_refused():
-    with pytest.raises(ConfigError, match="at least 4 of"):
-        main(["--data", "x", "--semantic-ids", "y", "--widths", "16", "32"])
 
 
 def test_costs_are_printed_beside_those_of_the_report(capsys):

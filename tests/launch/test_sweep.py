@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import sys
 import threading
 import time
@@ -42,18 +43,18 @@ def test_points_axes_and_seeds_are_all_combined():
     run = runs["width-8_num-blocks-1_learning-rate-2e-3_seed-1"]
     assert run.settings == {"model.width": "8", "model.num-blocks": "1", "train.learning-rate": "2e-3"}
     assert run.words == (
-        "--data.path x --seed 1 --model.width 8 --model.num-blocks 1 --train.learning-rate 2e-3".split()
+        "--seed 1 --model.width 8 --model.num-blocks 1 --train.learning-rate 2e-3 --data.path x".split()
     )
     other = runs["width-16_no-item-features_learning-rate-1e-3_seed-0"]
-    assert "--model.no-item-features --train.learning-rate 1e-3" in " ".join(other.words)
+    assert "--model.no-item-features --train.learning-rate 1e-3 --data.path" in " ".join(other.words)
 
 
 def test_the_kind_of_a_section_stands_as_it_is_and_options_alike_in_their_end_are_told_apart():
     point = "model.feedforward:feed-forward-config model.feedforward.hidden=64 model.hidden=8"
-    ((name, run),) = plan_runs([point], [], (0,), []).items()
-    assert run.words[2:] == (
-        "model.feedforward:feed-forward-config --model.feedforward.hidden 64 --model.hidden 8".split()
-    )
+    ((name, run),) = plan_runs([point], [], (0,), ["--data.path", "x"]).items()
+    # Behind the word only the section's own options may stand.
+    assert run.words[:6] == "--seed 0 --model.hidden 8 --data.path x".split()
+    assert run.words[6:] == ["model.feedforward:feed-forward-config", "--model.feedforward.hidden", "64"]
     assert name == "feedforward-feed-forward-config_model.feedforward.hidden-64_model.hidden-8_seed-0"
 
 
@@ -63,6 +64,12 @@ def test_the_kind_of_a_section_stands_as_it_is_and_options_alike_in_their_end_ar
         ([], ["model.width"], [], "must be an option and its values"),
         ([], ["model.width=8,8"], [], "two are width-8_seed-0; take one of them out"),
         ([], ["model.width=8"], ["--run-dir", "x"], "names its runs and their seeds itself, got --run-dir"),
+        (
+            [],
+            ["model.width=8"],
+            ["--model.width=16"],
+            "--model.width is an option of the sweep and of all runs",
+        ),
         ([], ["model.width=8"], ["--seed=3"], "got --seed=3; leave it out, see --seeds"),
         ([" ".join(f"model.option-{number}=1" for number in range(20))], [], [], "120 characters"),
     ],
@@ -152,6 +159,7 @@ def make_runner(out, monkeypatch, behaviours: dict[str, str], **options) -> Swee
 
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "launch.sweep_runs")
     runner = make_runner(tmp_path / "sweep", monkeypatch, {"a": "fails", "b": "ends"})
     assert runner.run(Console(file=io.StringIO()), StopSignal())
     assert runner.failed == ["a"] and (tmp_path / "sweep" / "a.log").read_text() == "no such luck\n"
