@@ -98,6 +98,16 @@ def test_sessions_that_are_worth_it_are_targets(options, count, expected):
     assert chosen[SESSION].lengths.tolist() == [len(expected), 0]
 
 
+def test_play_times_that_are_not_known_take_nothing_from_a_session():
+    batch = session_batch()
+    known = batch.target_features["play_time_s"]
+    columns = {**batch.target_features, "play_time_s": torch.where(known == 1, -1.0, known)}
+    config = SessionConfig(items=3, gap_s=100.0, play_s=27.0)
+    chosen = with_sessions(replace(batch, target_features=columns), config, action_codes=[], count=None)
+    # 9, 9 and 9 seconds and an item of which nothing is known; 9, 9 and 9 seconds.
+    assert chosen.supervision[SESSION].values.tolist() == [[3, 4, 5], [7, 8, 9]]
+
+
 def test_a_session_is_predicted_code_by_code_from_what_comes_before_it():
     config = replace(GENERATORS["onerec"], session=SessionConfig(items=3, gap_s=100.0))
     assert config.event_columns == ("timestamp_s",)
