@@ -173,6 +173,19 @@ def test_clustered_histories_reach_the_model_in_training_and_in_search():
     assert not torch.allclose(loss.sum, -whole.log_probabilities(rows, prompts, paths).sum())
 
 
+def test_every_target_reads_of_a_long_history_what_is_read_in_search():
+    lifelong = LifelongConfig(num_queries=3, num_blocks=1, hidden=32, max_events=2)
+    config = replace(GENERATORS["onerec, lifelong"], lifelong=lifelong, targets_per_user=None)
+    model, items, context = build(config).eval(), torch.arange(9), StepContext(step=0)
+    batch = model.training_batch(make_batch([items]), context)
+    loss, found = model(lookup_ids(model, model.ids(batch, context)), batch, context), []
+    for known in range(1, 9):
+        prompt, path = make_batch([items[: known + 1]]), semantic_ids().codes[items[known]][None, None]
+        rows = lookup_ids(model, model.prompt_ids(prompt))
+        found.append(model.log_probabilities(rows, prompt, path).sum())
+    torch.testing.assert_close(loss.sum, -torch.stack(found).sum())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
