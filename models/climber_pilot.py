@@ -13,7 +13,8 @@ history meets the condition, the whole history is seen; the learned condition is
 blocks are SASRec's, with absolute positions beside the attention bias; the recipes train with sampled softmax over
 cosines and uniform negatives, where the paper has inner products and in-batch negatives (`--objective in-batch-softmax
 --objective.no-normalised --objective.temperature 1 --objective.no-log-q`); an item's vector has no category embedding
-beside its row (`item_features` can add one from text); targets that nothing visible precedes are left out of the loss.
+beside its row (`item_features` can add one from text); targets that nothing visible precedes are left out of the loss,
+which is a mean over the targets of all branches, where the paper adds the losses of the branches up.
 """
 
 from collections.abc import Sequence

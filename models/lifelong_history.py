@@ -14,6 +14,8 @@ from torch import Tensor
 from cluster.errors import ConfigError
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
+from models.kernels.context_attention import NEVER
+from models.layers.pathways import positive_feedback
 from models.predicted_events import PREDICTED
 
 KEPT = "lifelong"
@@ -36,7 +38,7 @@ class LifelongConfig:
     cluster_events: int = 0
     """Events above which similar ones are clustered, and one stands for them; 0 keeps all."""
     max_events: int = 2000
-    """Most events that the queries read, the latest ones."""
+    """Most events that the queries read, the latest ones before each target, and the first of all."""
 
     def __post_init__(self) -> None:
         if min(self.num_queries, self.cluster_events) < 0 or min(self.num_blocks, self.max_events) < 1:
@@ -52,7 +54,7 @@ class LifelongConfig:
 
 
 def with_lifelong(batch: SequenceBatch, config: LifelongConfig, code_vectors: np.ndarray) -> SequenceBatch:
-    """Says which events the queries read; always the first one, so that there is one for every target. Host side.
+    """Says which events the queries may read; always the first one, so that there is one for every target. Host side.
 
     Clustered are the events that a user's earliest target knows of; what follows them is read event by event, since
     no target may depend on events after it.
@@ -66,9 +68,6 @@ def with_lifelong(batch: SequenceBatch, config: LifelongConfig, code_vectors: np
         early = places <= _first_predicted(batch)[rows]
         vectors = code_vectors[items.values.numpy()[early]]
         kept[early] = representatives(vectors, rows[early], config.cluster_events)
-    upto = np.cumsum(kept)
-    last = upto[np.maximum(items.offsets[1:].numpy() - 1, 0)] if len(kept) else upto
-    kept &= last[rows] - upto < config.max_events
     kept |= places == 0
     return replace(batch, supervision={**batch.supervision, KEPT: items.with_values(torch.from_numpy(kept))})
 
@@ -80,10 +79,13 @@ def _first_predicted(batch: SequenceBatch) -> np.ndarray:
     return np.append(values, -1)[np.where(np.diff(offsets) > 0, offsets[:-1], len(values))]
 
 
-def lifelong_span(span: tuple[Tensor, Tensor], kept: Jagged, never: int) -> tuple[Tensor, Tensor]:
-    """Events that are not kept are never known. Shapes: 2 x [T]."""
-    since, until = span
-    return torch.where(kept.values, since, never), until
+def lifelong_span(items: Jagged, kept: Jagged, max_events: int) -> tuple[Tensor, Tensor]:
+    """Since and until of what the queries read: at each target the latest of the events kept, and the first one.
+
+    Shapes: items and kept [T] -> 2 x [T].
+    """
+    since, until = positive_feedback(items, kept.values, max_events)
+    return since, torch.where(items.places() == 0, NEVER, until)
 
 
 def item_vectors(codes: np.ndarray, code_sizes: tuple[int, ...]) -> np.ndarray:

@@ -240,7 +240,7 @@ class OneRec(ContextGenerator):
         """What the queries of each target make of its history. Shapes: [T, D] -> [N, Q, D]."""
         predicted = batch.supervision[PREDICTED]
         positions = predicted.with_values(predicted.values + 1)
-        span = lifelong_span(self.context.spans(batch)[HISTORY], batch.supervision[KEPT], NEVER)
+        span = lifelong_span(batch.items, batch.supervision[KEPT], self.config.lifelong.max_events)
         places = batch.items.places()
         layout = ContextLayout.build(batch.items, *span, positions)
         return self.qformer(positions.values, events, places, layout)

@@ -5,7 +5,7 @@ through the decoder. The context has no attention of its own, so one copy of it 
 events. Source: OneRec-V2 Technical Report (arXiv 2508.20900). RECONSTRUCTED: rotary positions; the hidden layer of
 the context processor and the features it reads (models/layers/user_context.py); more than one target per user, since
 the paper trains on the newest impression alone; the size of the dense feed-forward part, 4 x width, with which blocks
-have the published numbers of parameters.
+have the published numbers of parameters. Deviation: the loss of an item is summed over its codes, and not their mean.
 """
 
 from collections.abc import Iterator

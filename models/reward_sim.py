@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_streams.batch import SequenceBatch, page_item_key
+from data_streams.batch import SequenceBatch, page_item_key, page_key
 from data_streams.jagged import Jagged
 from models.answered_actions import EXPOSURE, AnswersConfig, answered_actions
 from models.kernels.interest_attention import interest_attention
@@ -189,10 +189,9 @@ class Recency(nn.Module):
 
 
 def _page_starts(user: np.ndarray, page: np.ndarray) -> np.ndarray:
-    """First event of each event's page, by the order in which pages begin. Shapes: [T] -> [T] int64."""
-    begins = np.ones(len(user), dtype=bool)
-    begins[1:] = (user[1:] != user[:-1]) | (page[1:] != page[:-1])
-    return np.maximum.accumulate(np.where(begins, np.arange(len(user)), 0))
+    """First event of each event's page, wherever its others are: pages may overlap. Shapes: [T] -> [T] int64."""
+    _, first, number = np.unique(page_key(user, page), return_index=True, return_inverse=True)
+    return first[number]
 
 
 def _history_columns(

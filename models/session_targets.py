@@ -89,7 +89,8 @@ def _is_worth(
 ) -> np.ndarray:
     """Shapes: session [T] of each event -> [sessions] bool."""
     total = lambda weights: np.bincount(session, weights=weights, minlength=count)  # noqa: E731
-    play_s = np.nan_to_num(columns[PLAY_TIME]) if PLAY_TIME in config.event_columns else None
+    # What is not known is below zero, and would shorten the session.
+    play_s = np.maximum(np.nan_to_num(columns[PLAY_TIME]), 0) if PLAY_TIME in config.event_columns else None
     long_enough = np.bincount(session, minlength=count) >= config.items
     if play_s is not None:
         long_enough &= total(play_s >= config.watched_s) >= config.items

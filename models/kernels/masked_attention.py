@@ -120,15 +120,21 @@ def attend_last(
         mask = narrow_mask(there[:, None].expand(-1, queries.shape[1], -1), wanted[who], offers)
         q, *more = (part[who].transpose(1, 2) for part in (queries, *(own or ())))
         attended = _attend(q, k, v, mask, None if bias is None else bias[number], more)
-        result[who] = attended.transpose(1, 2).to(result)
+        result[who] = (attended.transpose(1, 2) * there[:, :1, None, None]).to(result)
     return result
 
 
 def users_of_buckets(sequences: Jagged, layout: BucketLayout) -> list[Tensor]:
     """Which users lie in each bucket, in the order of its cells. Shapes: [users] int64 per bucket."""
-    row = sequences.row_index()[layout.token_of_cell]
-    parts = row.split([users * length for users, length in layout.buckets])
-    return [part.view(shape)[:, 0] for part, shape in zip(parts, layout.buckets, strict=True)]
+    found, first = [], 0
+    for users, length in layout.buckets:
+        cells = first + length * torch.arange(users, device=layout.token_of_cell.device)
+        tokens = layout.token_of_cell[cells]
+        # Only where all users lie in their own order is there one without events, whose cells hold another's token.
+        is_own = layout.cell_of_token[tokens] == cells
+        found.append(torch.where(is_own, sequences.row_index()[tokens], (cells - first) // length))
+        first += users * length
+    return found
 
 
 def _attend(

@@ -1,14 +1,15 @@
 """How long a shown item was watched, against what this user gives items of its length.
 
 Source: the duration-aware reward of OneRec-V2 (2025; industrial.md 4.3): items fall into buckets floor(log_b(duration +
-eps)), q is the percentile of the play time among the user's own history in that bucket, and an explicit dislike
-counts -1. RECONSTRUCTED: b = 2, eps = 1 s, and a bucket in which the user has no history gives no opinion. Only
-completions that the user was really shown have feedback; the others are left open, so that a quantile over a batch is
-one over lucky hits, where the report trains on all logged exposures. The user's own history is what the run reads of
-it: clicks alone, unless `--data.history-exposures` adds what was only shown. Belongs to binary advantages.
+eps)), q is the percentile of the play time among the user's own history in that bucket, and an explicit dislike counts
+-1. RECONSTRUCTED: b = 2, eps = 1 s, and a bucket in which the user has no history gives no opinion, nor does a play
+time or a duration that is not known. Only completions that the user was really shown have feedback; the others are left
+open, so that a quantile over a batch is one over lucky hits, where the report trains on all logged exposures. The
+user's own history is what the run reads of it: clicks alone, unless `--data.history-exposures` adds what was only
+shown. Belongs to binary advantages.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -62,11 +63,12 @@ class Duration(RewardFunction):
         """Percentile or -1, and whether there is one, for each observed item. Shapes: twice [P]."""
         past, shown = (_columns(group, name) for name in ("history_features", "positive_features"))
         same = self.buckets(shown[DURATION])[:, None] == self.buckets(past[DURATION])
+        same &= _is_known(shown)[:, None] & _is_known(past)
         below = (same & (past[PLAY_TIME] < shown[PLAY_TIME][:, None])).sum(1)
         equal = (same & (past[PLAY_TIME] == shown[PLAY_TIME][:, None])).sum(1)
         count = same.sum(1)
         percentile = (below + equal / 2) / np.maximum(count, 1)
-        disliked = np.asarray(group.positive_features.get(DISLIKED, np.zeros(len(count))), dtype=bool)
+        disliked = np.asarray(group.positive_features.get(DISLIKED, np.zeros(len(count)))) > 0
         return np.where(disliked, -1.0, percentile), disliked | (count > 0)
 
     def buckets(self, duration_s: np.ndarray) -> np.ndarray:
@@ -74,6 +76,11 @@ class Duration(RewardFunction):
         return np.floor(
             np.log(np.maximum(duration_s, 0) + self.config.offset_s) / np.log(self.config.base)
         ).astype(np.int64)
+
+
+def _is_known(columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Numbers that events lack are below zero. Shapes: -> [n] bool."""
+    return (columns[PLAY_TIME] >= 0) & (columns[DURATION] >= 0)
 
 
 def _columns(group: Group, part: str) -> dict[str, np.ndarray]:

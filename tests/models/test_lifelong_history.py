@@ -47,14 +47,22 @@ def test_items_whose_codes_begin_alike_are_near():
     assert away[0] == 0 and (np.diff(away) > 0).all()
 
 
-def test_the_first_event_and_the_latest_ones_are_kept():
-    batch = make_batch([torch.arange(9), torch.arange(4)])
-    config = LifelongConfig(num_queries=2, max_events=3)
-    chosen = with_lifelong(with_newest(batch, 1), config, np.zeros((97, 2), dtype=np.float32))
-    kept = chosen.supervision[KEPT]
-    assert torch.nonzero(kept.values)[:, 0].tolist() == [0, 5, 6, 7, 8, 9, 10]
-    since, _ = lifelong_span((batch.items.places() + 1, batch.items.places()), kept, never=99)
-    assert since.tolist() == [1, 99, 99, 99, 99, 6, 7, 8, 1, 2, 3]
+def seen_at(place, chosen, max_events):
+    """Places of the first user's events that the queries read behind the event at a place."""
+    since, until = lifelong_span(chosen.items, chosen.supervision[KEPT], max_events)
+    own = slice(0, int(chosen.items.offsets[1]))
+    return torch.nonzero((since[own] <= place + 1) & (place + 1 < until[own]))[:, 0].tolist()
+
+
+def test_every_target_reads_the_first_event_and_the_latest_ones_before_it():
+    config, nothing = LifelongConfig(num_queries=2, max_events=3), np.zeros((97, 2), dtype=np.float32)
+    # The last item of a user is a target alone.
+    chosen = with_lifelong(with_newest(make_batch([torch.arange(9), torch.arange(4)]), None), config, nothing)
+    assert seen_at(7, chosen, 3) == [0, 5, 6, 7]
+    for place in range(8):
+        alone = with_lifelong(with_newest(make_batch([torch.arange(place + 2)]), 1), config, nothing)
+        assert seen_at(place, chosen, 3) == seen_at(place, alone, 3)
+        assert len(seen_at(place, chosen, 3)) == min(place + 1, 4)
 
 
 def test_only_long_histories_are_clustered():

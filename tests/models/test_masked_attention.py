@@ -14,7 +14,7 @@ from models.kernels.masked_attention import (
     reference_masked_attention,
 )
 
-LENGTHS = (3, 40, 1, 7, 40, 2)
+LENGTHS = (3, 40, 1, 0, 7, 40, 2)
 HEADS, DIM = 2, 4
 
 
@@ -87,8 +87,9 @@ def test_a_query_that_sees_nothing_gives_zero():
     assert torch.equal(found, torch.zeros_like(found))
 
 
+@pytest.mark.parametrize("layout_of", [bucket_layout, padded_layout])
 @pytest.mark.parametrize("with_extra", [False, True])
-def test_several_queries_of_each_user_equal_the_written_out_form(with_extra):
+def test_several_queries_of_each_user_equal_the_written_out_form(layout_of, with_extra):
     sequences, (_, k, v, *_), _, offered, _ = case()
     generator, users, times = torch.Generator().manual_seed(3), len(LENGTHS), 3
     queries = torch.randn(users, times, HEADS, DIM, generator=generator)
@@ -96,7 +97,7 @@ def test_several_queries_of_each_user_equal_the_written_out_form(with_extra):
     own = torch.randn(2, users * times, HEADS, DIM, generator=generator)
     extra = Extra(keys=own[0], values=own[1]) if with_extra else None
     found = attend_last(
-        queries, k, v, sequences, bucket_layout(sequences), wanted=wanted, offered=offered, extra=extra
+        queries, k, v, sequences, layout_of(sequences), wanted=wanted, offered=offered, extra=extra
     )
     sees = []
     for user in range(users):
@@ -105,8 +106,9 @@ def test_several_queries_of_each_user_equal_the_written_out_form(with_extra):
             [token for token in tokens if one in offered[token].tolist()] or tokens
             for one in wanted[user].tolist()
         ]
-    expected = reference_masked_attention(queries.flatten(0, 1), k, v, sees, extra=extra)
-    torch.testing.assert_close(found.flatten(0, 1), expected, rtol=1e-4, atol=1e-5)
+    expected = reference_masked_attention(queries.flatten(0, 1), k, v, sees, extra=extra).view(queries.shape)
+    expected[sequences.lengths == 0] = 0
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_no_users_give_no_states():

@@ -98,6 +98,16 @@ def test_sessions_that_are_worth_it_are_targets(options, count, expected):
     assert chosen[SESSION].lengths.tolist() == [len(expected), 0]
 
 
+def test_play_times_that_are_not_known_take_nothing_from_a_session():
+    batch = session_batch()
+    known = batch.target_features["play_time_s"]
+    columns = {**batch.target_features, "play_time_s": torch.where(known == 1, -1.0, known)}
+    config = SessionConfig(items=3, gap_s=100.0, play_s=27.0)
+    chosen = with_sessions(replace(batch, target_features=columns), config, action_codes=[], count=None)
+    # 9, 9 and 9 seconds and an item of which nothing is known; 9, 9 and 9 seconds.
+    assert chosen.supervision[SESSION].values.tolist() == [[3, 4, 5], [7, 8, 9]]
+
+
 def test_a_session_is_predicted_code_by_code_from_what_comes_before_it():
     config = replace(GENERATORS["onerec"], session=SessionConfig(items=3, gap_s=100.0))
     assert config.event_columns == ("timestamp_s",)
@@ -161,6 +171,19 @@ def test_clustered_histories_reach_the_model_in_training_and_in_search():
     torch.testing.assert_close(loss.sum, -model.log_probabilities(rows, prompts, paths).sum())
     whole = build(replace(model.config, lifelong=replace(lifelong, cluster_events=0))).eval()
     assert not torch.allclose(loss.sum, -whole.log_probabilities(rows, prompts, paths).sum())
+
+
+def test_every_target_reads_of_a_long_history_what_is_read_in_search():
+    lifelong = LifelongConfig(num_queries=3, num_blocks=1, hidden=32, max_events=2)
+    config = replace(GENERATORS["onerec, lifelong"], lifelong=lifelong, targets_per_user=None)
+    model, items, context = build(config).eval(), torch.arange(9), StepContext(step=0)
+    batch = model.training_batch(make_batch([items]), context)
+    loss, found = model(lookup_ids(model, model.ids(batch, context)), batch, context), []
+    for known in range(1, 9):
+        prompt, path = make_batch([items[: known + 1]]), semantic_ids().codes[items[known]][None, None]
+        rows = lookup_ids(model, model.prompt_ids(prompt))
+        found.append(model.log_probabilities(rows, prompt, path).sum())
+    torch.testing.assert_close(loss.sum, -torch.stack(found).sum())
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,18 @@ def test_exposures_know_their_answers_and_see_earlier_pages_only():
     assert columns[NUM_VISIBLE].tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 2, 0]
 
 
+def test_a_page_that_goes_on_behind_another_does_not_know_its_own_answers():
+    # Page 0 shows 5 and 6, 5 is clicked; page 1 shows 7; page 0 goes on with 8. Another user has pages 1 and 0.
+    action, page = [SHOW, SHOW, CLICK, SHOW, SHOW, CLICK, SHOW], [0, 0, 0, 1, 0, 1, 0]
+    batch = SequenceBatch(
+        user_ids=torch.tensor([0, 1]),
+        items=Jagged.from_lengths(torch.tensor([5, 6, 5, 7, 8, 9, 9]), torch.tensor([5, 2])),
+        features={"action": torch.tensor(action, dtype=torch.int8), "page_id": torch.tensor(page).int()},
+    )
+    columns = RewardSim.Config().build(num_items=10, actions=CODES).training_batch(batch, CONTEXT).features
+    assert columns[NUM_VISIBLE].tolist() == [0, 0, 0, 1, 0, 0, 1]
+
+
 def looked_up(table, ids):
     return {name: LookedUp(ids=values, rows=table[values]) for name, values in ids.items()}
 

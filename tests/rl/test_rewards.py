@@ -187,6 +187,25 @@ def test_duration_feedback_is_a_percentile_within_the_bucket_of_the_item():
         score(Duration.Config().build(NOWHERE), group([1], positives=[1]))
 
 
+def test_play_times_and_durations_that_are_not_known_say_nothing():
+    past = {"play_time_s": np.array([-1.0, -1.0, 8.0, 0.0]), "duration_s": np.array([10.0, 14.0, 10.0, -1.0])}
+    shown = {
+        "play_time_s": np.array([6.0, -1.0, 5.0, -1.0]),
+        "duration_s": np.array([10.0, 10.0, -1.0, 10.0]),
+    }
+    given = group(
+        [20, 21, 22, 23],
+        positives=[20, 21, 22, 23],
+        history=[1, 2, 3, 4],
+        history_features=past,
+        positive_features={**shown, "disliked": np.array([0, 0, -1, 1])},
+    )
+    (found,) = score(Duration.Config().build(NOWHERE), given)
+    # Of the history in the bucket of 6 s, the play time of one event is known, and longer. A dislike needs none.
+    assert found.mask.tolist() == [True, False, False, True]
+    assert found.values[found.mask].tolist() == [0, -1]
+
+
 def test_calibration_gives_positives_the_best_reward_of_their_group():
     rewards = np.array([[0.2, 0.6, 0.0], [0.0, 0.0, 0.0]])
     is_positive = np.array([[True, False, False], [False, False, True]])
