@@ -1,7 +1,8 @@
 """Advantages in {-1, 0, 1}, not normalised: the best of the batch, explicit dislikes, and the rest.
 
 Source: OneRec-V2 (2025; industrial.md 4.3), for its duration-aware feedback: +1 above the batch quantile that lets the
-top quarter pass, -1 for a dislike, which rewards write as a value below 0. With a fixed threshold it is also the
+top quarter pass, -1 for a dislike, which rewards write as a value below 0. OURS: where more than that share the
+largest value, all of these get +1. With a fixed threshold it is also the
 advantage of a format reward, whose legal completions get 1.
 """
 
@@ -40,7 +41,15 @@ class Binary(AdvantageEstimator):
     def estimate(self, values: np.ndarray, mask: np.ndarray) -> Advantages:
         threshold = self.config.threshold
         if threshold is None:
-            wanted = values[mask & (values >= 0)]
-            threshold = np.quantile(wanted, 1 - self.config.top_share) if len(wanted) else np.inf
+            threshold = _threshold(values[mask & (values >= 0)], self.config.top_share)
         signs = np.where(values < 0, -1.0, (values > threshold).astype(np.float64))
         return finished(signs, mask, ~(mask & (signs != 0)).any(1))
+
+
+def _threshold(wanted: np.ndarray, top_share: float) -> float:
+    """The quantile or, where so many share the largest value that nothing lies above, the largest value below it."""
+    if not len(wanted):
+        return np.inf
+    threshold, largest = np.quantile(wanted, 1 - top_share), wanted.max()
+    below = wanted[wanted < largest]
+    return below.max() if threshold >= largest and len(below) else threshold

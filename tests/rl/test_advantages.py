@@ -52,6 +52,12 @@ def test_binary_advantages_by_hand():
     assert estimate(Binary.Config(threshold=0.5), [[0, 0]]).skipped.tolist() == [True]
 
 
+def test_binary_advantages_let_all_of_the_best_pass_where_they_are_more_than_the_top_share():
+    assert estimate(Binary.Config(), [[1, 1, 0, 0]]).values.tolist() == [[1, 1, 0, 0]]
+    assert estimate(Binary.Config(), [[0.25, 0.5, 0.5, -1]]).values.tolist() == [[0, 1, 1, -1]]
+    assert estimate(Binary.Config(), [[0.5, 0.5, 0.5, 0.5]]).skipped.tolist() == [True], "none is better"
+
+
 def test_step_wise_advantages_by_hand():
     # Depth 1: -1, 1. Depth 2: equal, nothing. Depth 3: 1, -1. Each code gets its own and the later ones.
     found = estimate(StepWise.Config(), [[[0, 5, 3], [2, 5, 1]]])
