@@ -2,8 +2,8 @@
 
 Source: OneRec-V2 (2025; industrial.md 4.3), for its duration-aware feedback: +1 above the batch quantile that lets the
 top quarter pass, -1 for a dislike, which rewards write as a value below 0. OURS: where more than that share the
-largest value, all of these get +1. With a fixed threshold it is also the
-advantage of a format reward, whose legal completions get 1.
+largest value, all of these get +1. With a fixed threshold it is also the advantage of a format reward, whose legal
+completions get 1.
 """
 
 from dataclasses import dataclass
