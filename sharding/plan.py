@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch.distributed import _remote_device
 from torchrec import EmbeddingCollection, EmbeddingConfig
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
@@ -15,6 +16,7 @@ from torchrec.distributed.types import ShardingPlan, ShardingType
 from cluster.errors import PlanError
 from cluster.process import Process
 from models.tables import TableSpec
+from sharding.collectives import exchange_integers
 from sharding.configuration import ShardingConfig
 from sharding.placements import TablePlacement
 from sharding.tables import kept_rows
@@ -63,9 +65,8 @@ def make_plan(
     sharder: EmbeddingCollectionSharder,
     config: ShardingConfig,
     process: Process,
-    local_world_size: int,
 ) -> ShardingPlan:
-    """Ask the planner; all ranks get the same plan.
+    """Ask the planner; all ranks get the same plan. A collective call.
 
     Raises: PlanError if a placement names no table, or if the tables do not fit.
     """
@@ -82,19 +83,35 @@ def make_plan(
         topology=Topology(
             world_size=process.world_size,
             compute_device=process.device.type,
-            local_world_size=local_world_size,
             **memory,
         ),
         constraints={spec.name: _constraint(spec, config) for spec in specs},
     )
     try:
-        return planner.collective_plan(module, [sharder], dist.group.WORLD)
+        plan = planner.collective_plan(module, [sharder], dist.group.WORLD)
     except PlannerError as error:
         needed = sum(kept_rows(spec) * spec.dim * 4 for spec in specs) / _GIB
         raise PlanError(
             f"{len(specs)} tables of {needed:.2f} GiB do not fit on {process.world_size} workers as asked: "
             f"{error}; use more workers, row_wise placement, or fewer rows (hash_rows)"
         ) from error
+    if process.device.type == "cuda":
+        _name_devices(plan, process)
+    return plan
+
+
+def _name_devices(plan: ShardingPlan, process: Process) -> None:
+    """Say on which accelerator of its machine each shard lies; a collective call.
+
+    The planner of TorchRec 1.8 counts accelerators by rank, as if all machines had as many workers, and a shard that
+    names another one than its rows lie on is refused.
+    """
+    devices = exchange_integers([process.device.index], process)
+    for module_plan in plan.plan.values():
+        for parameter in module_plan.values():
+            for shard in parameter.sharding_spec.shards:
+                rank = shard.placement.rank()
+                shard.placement = _remote_device(f"rank:{rank}/cuda:{devices[rank][0]}")
 
 
 def _constraint(spec: TableSpec, config: ShardingConfig) -> ParameterConstraints:

@@ -128,6 +128,29 @@ def test_tables_that_do_not_fit_are_a_plan_error():
     assert "do not fit on 1 workers" in message and "more workers" in message
 
 
+def plan_on_machines(process, per_machine):
+    """Devices of the shards in the order of the ranks, of workers that pretend to have accelerators."""
+    from torchrec.distributed.embedding import EmbeddingCollectionSharder
+
+    from sharding.apply import _Collections
+    from sharding.configuration import ShardingConfig
+    from sharding.plan import make_plan
+
+    local_ranks = [index for workers in per_machine for index in range(workers)]
+    there = replace(process, device=torch.device("cuda", local_ranks[process.rank]))
+    plan = make_plan(_Collections([ITEM]), [ITEM], EmbeddingCollectionSharder(), ShardingConfig(), there).plan
+    (parameter,) = [parameter for module in plan.values() for parameter in module.values()]
+    return [str(shard.placement) for shard in parameter.sharding_spec.shards]
+
+
+@pytest.mark.parametrize("per_machine", [(1, 1), (1, 2)])
+def test_shards_name_the_accelerators_of_their_own_machines(per_machine):
+    (named, *others) = run_on_processes(plan_on_machines, sum(per_machine), per_machine)
+    local_ranks = [index for workers in per_machine for index in range(workers)]
+    assert named == [f"rank:{rank}/cuda:{index}" for rank, index in enumerate(local_ranks)]
+    assert all(other == named for other in others)
+
+
 def test_rows_of_a_size_that_the_kernels_do_not_know_are_refused():
     from sharding.plan import collections
 
