@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cluster.errors import PlanError
 from models.tables import TableSpec
@@ -92,6 +93,27 @@ def test_initial_rows_depend_on_seed_table_and_row_alone():
     assert torch.equal(whole[700:900], part)
     fill_initial_rows(part, ITEM, 700, seed=2)
     assert not torch.equal(whole[700:900], part)
+
+
+class LargestMade(TorchDispatchMode):
+    """Remembers the bytes of the largest tensor that an operation has made and not only looked at."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and not function.is_view:
+            self.num_bytes = max(self.num_bytes, made.nbytes)
+        return made
+
+
+def test_checksums_take_little_memory_beside_the_tables():
+    spec = replace(ITEM, num_rows=200_000)
+    tables = UnshardedTables([spec], seed=0, learning_rate=0.1, device=torch.device("cpu"))
+    with LargestMade() as largest:
+        checksums = tables.checksums()
+    assert 0 < largest.num_bytes < tables.rows["item"].nbytes / 4
+    assert checksums["table/item[0]"] == pytest.approx(tables.rows["item"].double().sum().item())
 
 
 def test_double_hashing_spreads_unbounded_ids_and_is_fixed_for_ever():
