@@ -15,6 +15,7 @@ from torchrec.distributed.types import ShardingPlan, ShardingType
 
 from cluster.errors import PlanError
 from cluster.process import Process
+from cluster.topology import usable_memory_bytes
 from models.tables import TableSpec
 from sharding.collectives import exchange_integers
 from sharding.configuration import ShardingConfig
@@ -76,14 +77,12 @@ def make_plan(
             f"sharding.placement names {', '.join(unknown)}, and the model has the tables "
             f"{', '.join(spec.name for spec in specs)}; use one of these names"
         )
-    memory = {} if config.hbm_gib_per_worker is None else {"hbm_cap": int(config.hbm_gib_per_worker * _GIB)}
-    if memory and process.device.type == "cpu":
-        memory = {"ddr_cap": memory["hbm_cap"]}
+    memory_bytes = _memory_bytes(config, process)
     planner = EmbeddingShardingPlanner(
         topology=Topology(
             world_size=process.world_size,
             compute_device=process.device.type,
-            **memory,
+            **{"ddr_cap" if process.device.type == "cpu" else "hbm_cap": memory_bytes},
         ),
         constraints={spec.name: _constraint(spec, config) for spec in specs},
     )
@@ -92,12 +91,24 @@ def make_plan(
     except PlannerError as error:
         needed = sum(kept_rows(spec) * spec.dim * 4 for spec in specs) / _GIB
         raise PlanError(
-            f"{len(specs)} tables of {needed:.2f} GiB do not fit on {process.world_size} workers as asked: "
-            f"{error}; use more workers, row_wise placement, or fewer rows (hash_rows)"
+            f"{len(specs)} tables of {needed:.2f} GiB do not fit on {process.world_size} workers as asked, each of "
+            f"{memory_bytes / _GIB:.2f} GiB (sharding.hbm-gib-per-worker): {error}; use more workers, row_wise "
+            "placement, or fewer rows (hash_rows)"
         ) from error
     if process.device.type == "cuda":
         _name_devices(plan, process)
     return plan
+
+
+def _memory_bytes(config: ShardingConfig, process: Process) -> int:
+    """What the planner may count on per worker: the least that any of them has, unless it was given."""
+    if config.hbm_gib_per_worker is not None:
+        return int(config.hbm_gib_per_worker * _GIB)
+    if process.device.type == "cuda":
+        own = torch.cuda.get_device_properties(process.device).total_memory
+    else:
+        own = usable_memory_bytes() // process.local_world_size
+    return min(found for (found,) in exchange_integers([own], process))
 
 
 def _name_devices(plan: ShardingPlan, process: Process) -> None:

@@ -160,7 +160,8 @@ def plan_on_machines(process, per_machine):
 
     local_ranks = [index for workers in per_machine for index in range(workers)]
     there = replace(process, device=torch.device("cuda", local_ranks[process.rank]))
-    plan = make_plan(_Collections([ITEM]), [ITEM], EmbeddingCollectionSharder(), ShardingConfig(), there).plan
+    config = ShardingConfig(hbm_gib_per_worker=1.0)
+    plan = make_plan(_Collections([ITEM]), [ITEM], EmbeddingCollectionSharder(), config, there).plan
     (parameter,) = [parameter for module in plan.values() for parameter in module.values()]
     return [str(shard.placement) for shard in parameter.sharding_spec.shards]
 
@@ -171,6 +172,28 @@ def test_shards_name_the_accelerators_of_their_own_machines(per_machine):
     local_ranks = [index for workers in per_machine for index in range(workers)]
     assert named == [f"rank:{rank}/cuda:{index}" for rank, index in enumerate(local_ranks)]
     assert all(other == named for other in others)
+
+
+def plan_with_memory(process, memory_bytes):
+    from torchrec.distributed.embedding import EmbeddingCollectionSharder
+
+    from sharding import apply, plan
+    from sharding.configuration import ShardingConfig
+
+    plan.usable_memory_bytes = lambda: memory_bytes[process.rank]
+    try:
+        plan.make_plan(
+            apply._Collections([ITEM]), [ITEM], EmbeddingCollectionSharder(), ShardingConfig(), process
+        )
+    except PlanError as error:
+        return str(error)
+    return "no error"
+
+
+def test_tables_must_fit_into_the_memory_that_the_machine_reports():
+    (message,) = run_on_processes(plan_with_memory, 1, (20_000,))
+    assert "do not fit on 1 workers as asked, each of 0.00 GiB (sharding.hbm-gib-per-worker)" in message
+    assert run_on_processes(plan_with_memory, 2, (2**30, 2**30)) == ["no error"] * 2
 
 
 def test_rows_of_a_size_that_the_kernels_do_not_know_are_refused():
