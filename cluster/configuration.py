@@ -35,6 +35,13 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         check_resources("cluster", cpus=self.cpus_per_worker, gpus=self.gpus_per_worker)
+        most = max(self.workers, self.max_workers or 0)
+        if 0 < self.gpus_per_worker < 1 and most > 1:
+            # NCCL refuses two ranks on one accelerator, and CUDA shows none of those that are named twice.
+            raise ConfigError(
+                f"cluster.gpus-per-worker must be 0 or a whole number where several workers train together, got "
+                f"{self.gpus_per_worker:g} for {most} workers; give 1, or --cluster.workers 1"
+            )
         check_seconds("cluster.start-timeout-s", self.start_timeout_s)
         check_seconds("cluster.collective-timeout-s", self.collective_timeout_s)
 

@@ -30,6 +30,8 @@ class Process:
     world_size: int
     local_rank: int
     """Index among the processes of this machine."""
+    local_world_size: int
+    """Processes of the group on this machine."""
     device: torch.device
     host_group: dist.ProcessGroup
     """Gloo group for integers of the host (batch sizes, stop flags), apart from the group of the tensors."""
@@ -72,6 +74,7 @@ def start_process(
         rank=rank,
         world_size=world_size,
         local_rank=local_rank,
+        local_world_size=local_world_size,
         device=device,
         host_group=host_group,
         num_threads=num_threads,

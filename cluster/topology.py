@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import psutil
+
 
 def usable_cores() -> int:
     """Cores this process may use, after affinity and container limits."""
@@ -13,6 +15,13 @@ def usable_cores() -> int:
         if allowed != "max":
             return max(1, min(affinity, round(int(allowed) / int(period))))
     return affinity
+
+
+def usable_memory_bytes() -> int:
+    """Memory the processes of this machine may use together, after container limits."""
+    there, limit = psutil.virtual_memory().total, Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.is_file() else "max"
+    return there if allowed == "max" else min(there, int(allowed))
 
 
 def num_hosts() -> int:

@@ -52,7 +52,6 @@ class ShardedTables(EmbeddingTables):
         config: ShardingConfig,
         seed: int,
         learning_rate: float,
-        local_world_size: int | None = None,
     ):
         super().__init__(specs)
         comm_ops.set_gradient_division(True)
@@ -63,7 +62,7 @@ class ShardedTables(EmbeddingTables):
         }
         sharder = EmbeddingCollectionSharder(fused_params=fused)
         module = _Collections(specs)
-        plan = make_plan(module, specs, sharder, config, process, local_world_size or process.world_size)
+        plan = make_plan(module, specs, sharder, config, process)
         self.placements: list[TablePlacement] = placements(plan, specs)
         self.device = process.device
         self.module = DistributedModelParallel(

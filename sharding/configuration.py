@@ -12,7 +12,8 @@ class ShardingConfig:
     placement: Mapping[str, Literal["auto", "row_wise", "table_wise"]] = field(default_factory=dict)
     """Placement by table name, overriding what the model asks for."""
     hbm_gib_per_worker: float | None = None
-    """Memory the planner may count on per worker, in GiB; None takes what the machine reports."""
+    """Memory the planner may count on per worker, in GiB; None takes what there is: all of an accelerator, or this
+    worker's share of its machine's memory."""
     expert_parallel: int = 1
     """Workers that hold the experts of a layer together, each a part of them; must divide workers and experts."""
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch.distributed import _remote_device
 from torchrec import EmbeddingCollection, EmbeddingConfig
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
@@ -14,7 +15,9 @@ from torchrec.distributed.types import ShardingPlan, ShardingType
 
 from cluster.errors import PlanError
 from cluster.process import Process
+from cluster.topology import usable_memory_bytes
 from models.tables import TableSpec
+from sharding.collectives import exchange_integers
 from sharding.configuration import ShardingConfig
 from sharding.placements import TablePlacement
 from sharding.tables import kept_rows
@@ -63,9 +66,8 @@ def make_plan(
     sharder: EmbeddingCollectionSharder,
     config: ShardingConfig,
     process: Process,
-    local_world_size: int,
 ) -> ShardingPlan:
-    """Ask the planner; all ranks get the same plan.
+    """Ask the planner; all ranks get the same plan. A collective call.
 
     Raises: PlanError if a placement names no table, or if the tables do not fit.
     """
@@ -75,26 +77,52 @@ def make_plan(
             f"sharding.placement names {', '.join(unknown)}, and the model has the tables "
             f"{', '.join(spec.name for spec in specs)}; use one of these names"
         )
-    memory = {} if config.hbm_gib_per_worker is None else {"hbm_cap": int(config.hbm_gib_per_worker * _GIB)}
-    if memory and process.device.type == "cpu":
-        memory = {"ddr_cap": memory["hbm_cap"]}
+    memory_bytes = _memory_bytes(config, process)
     planner = EmbeddingShardingPlanner(
         topology=Topology(
             world_size=process.world_size,
             compute_device=process.device.type,
-            local_world_size=local_world_size,
-            **memory,
+            **{"ddr_cap" if process.device.type == "cpu" else "hbm_cap": memory_bytes},
         ),
         constraints={spec.name: _constraint(spec, config) for spec in specs},
     )
     try:
-        return planner.collective_plan(module, [sharder], dist.group.WORLD)
+        plan = planner.collective_plan(module, [sharder], dist.group.WORLD)
     except PlannerError as error:
         needed = sum(kept_rows(spec) * spec.dim * 4 for spec in specs) / _GIB
         raise PlanError(
-            f"{len(specs)} tables of {needed:.2f} GiB do not fit on {process.world_size} workers as asked: "
-            f"{error}; use more workers, row_wise placement, or fewer rows (hash_rows)"
+            f"{len(specs)} tables of {needed:.2f} GiB do not fit on {process.world_size} workers as asked, each of "
+            f"{memory_bytes / _GIB:.2f} GiB (sharding.hbm-gib-per-worker): {error}; use more workers, row_wise "
+            "placement, or fewer rows (hash_rows)"
         ) from error
+    if process.device.type == "cuda":
+        _name_devices(plan, process)
+    return plan
+
+
+def _memory_bytes(config: ShardingConfig, process: Process) -> int:
+    """What the planner may count on per worker: the least that any of them has, unless it was given."""
+    if config.hbm_gib_per_worker is not None:
+        return int(config.hbm_gib_per_worker * _GIB)
+    if process.device.type == "cuda":
+        own = torch.cuda.get_device_properties(process.device).total_memory
+    else:
+        own = usable_memory_bytes() // process.local_world_size
+    return min(found for (found,) in exchange_integers([own], process))
+
+
+def _name_devices(plan: ShardingPlan, process: Process) -> None:
+    """Say on which accelerator of its machine each shard lies; a collective call.
+
+    The planner of TorchRec 1.8 counts accelerators by rank, as if all machines had as many workers, and a shard that
+    names another one than its rows lie on is refused.
+    """
+    devices = exchange_integers([process.device.index], process)
+    for module_plan in plan.plan.values():
+        for parameter in module_plan.values():
+            for shard in parameter.sharding_spec.shards:
+                rank = shard.placement.rank()
+                shard.placement = _remote_device(f"rank:{rank}/cuda:{devices[rank][0]}")
 
 
 def _constraint(spec: TableSpec, config: ShardingConfig) -> ParameterConstraints:

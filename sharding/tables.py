@@ -12,6 +12,7 @@ from sharding.state import Piece
 
 ADAGRAD_EPSILON = 1e-8
 _INIT_BLOCK_ROWS = 1024
+_SUMMED_ROWS = 16_384
 
 
 class EmbeddingTables(ABC):
@@ -43,7 +44,7 @@ class EmbeddingTables(ABC):
 
     def checksums(self) -> dict[str, float]:
         """Sum of this rank's rows per piece, to notice anything that overwrites them."""
-        return {f"{piece.name}[{piece.start}]": piece.tensor.double().sum().item() for piece in self.pieces()}
+        return {f"{piece.name}[{piece.start}]": _sum(piece.tensor) for piece in self.pieces()}
 
     def initialise(self, seed: int) -> None:
         """Draw every row from (seed, table, row), so that every sharding starts with the same table."""
@@ -79,6 +80,12 @@ class NoTables(EmbeddingTables):
 def kept_rows(spec: TableSpec) -> int:
     """Rows a table really has, which is fewer than its vocabulary where ids are hashed."""
     return spec.hash_rows or spec.num_rows
+
+
+def _sum(rows: Tensor) -> float:
+    # Of a part of the rows at a time: torch copies what it adds up in fp64, and tables may fill more than a third of a
+    # device.
+    return sum(part.sum(dtype=torch.float64) for part in rows.split(_SUMMED_ROWS)).item()
 
 
 def fill_initial_rows(rows: Tensor, spec: TableSpec, start: int, seed: int) -> None:

@@ -59,6 +59,10 @@ class Job:
     after_validation: Callable[[Mapping[str, float]], None] = lambda metrics: None
     """What else the loop makes of the metrics of a validation."""
 
+    def __post_init__(self) -> None:
+        self.saved_place = self.progress.place
+        """Of the last checkpoint."""
+
 
 def make_feed(job: Job, kind: type[FeedKind]) -> FeedKind:
     """Where the steps of a run come from."""
@@ -194,6 +198,7 @@ def save(job: Job, *, best: bool) -> None:
     started = time.perf_counter()
     save_progress(job.checkpointer, job.assembly, job.engine, job.progress, job.config_document, best=best)
     job.clock.saved(job.progress.step)
+    job.saved_place = job.progress.place
     if job.metric_log:
         held = time.perf_counter() - started
         job.metric_log.write(job.progress.step, {"checkpoint/held_s": held})
@@ -202,7 +207,7 @@ def save(job: Job, *, best: bool) -> None:
 def finish(job: Job) -> dict[str, Any]:
     progress = job.progress
     job.reporter.pause_steps()
-    if job.clock.last_step != progress.step:
+    if job.saved_place != progress.place:
         save(job, best=False)
     job.checkpointer.close()
     # Rank 0 has committed the last checkpoint once it arrives here.

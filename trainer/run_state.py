@@ -50,6 +50,11 @@ class Progress:
     def shared(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "position"}
 
+    @property
+    def place(self) -> tuple[int, int, bool]:
+        """Step, epoch, and whether the run is over: both may change after the last step was saved."""
+        return self.step, self.epoch, self.status not in ("running", "stopped")
+
     def forget_best(self) -> None:
         """What was best by one metric cannot be compared with the values of another one."""
         self.best = self.best_step = None

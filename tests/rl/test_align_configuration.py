@@ -132,6 +132,11 @@ def test_what_cannot_work_is_said(options, start, message):
         (RolloutConfig, {"timeout_s": 0.0}, "rollout.timeout-s must be above 0 seconds, got 0"),
         (ClusterConfig, {"cpus_per_worker": 0.0}, "cluster.cpus-per-worker must be above 0, got 0"),
         (ClusterConfig, {"gpus_per_worker": 1.5}, "cluster.gpus-per-worker must be 0.*got 1.5"),
+        (
+            ClusterConfig,
+            {"workers": 2, "gpus_per_worker": 0.5},
+            "cluster.gpus-per-worker must be 0 or a whole number where several.*got 0.5 for 2 workers; give 1",
+        ),
         (ClusterConfig, {"start_timeout_s": -1.0}, "cluster.start-timeout-s must be above 0 seconds, got -1"),
     ],
 )

@@ -25,7 +25,13 @@ from tests.training_cases import make_batch
 LOST, NOW = version_of(1, 7), version_of(2, 5)
 TIMEOUT_S, LATE_S = 2.0, 5.0
 ALONE = Process(
-    rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), host_group=None, num_threads=1
+    rank=0,
+    world_size=1,
+    local_rank=0,
+    local_world_size=1,
+    device=torch.device("cpu"),
+    host_group=None,
+    num_threads=1,
 )
 
 

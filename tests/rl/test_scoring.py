@@ -21,7 +21,13 @@ from tests.process_group import impatient, run_on_processes
 from tests.rl.groups import completions
 
 PROCESS = Process(
-    rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), host_group=None, num_threads=1
+    rank=0,
+    world_size=1,
+    local_rank=0,
+    local_world_size=1,
+    device=torch.device("cpu"),
+    host_group=None,
+    num_threads=1,
 )
 
 TIMEOUT_S, LATE_S = 2.0, 5.0

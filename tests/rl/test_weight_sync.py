@@ -73,7 +73,13 @@ def test_weights_read_in_place_are_copied():
 
 def test_versions_of_a_lost_start_are_never_given_again(tmp_path):
     process = Process(
-        rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), host_group=None, num_threads=1
+        rank=0,
+        world_size=1,
+        local_rank=0,
+        local_world_size=1,
+        device=torch.device("cpu"),
+        host_group=None,
+        num_threads=1,
     )
     first, second = (new_start(Storage(tmp_path), process) for _ in range(2))
     assert second == first + 1

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cluster.errors import PlanError
 from models.tables import TableSpec
@@ -94,6 +95,27 @@ def test_initial_rows_depend_on_seed_table_and_row_alone():
     assert not torch.equal(whole[700:900], part)
 
 
+class LargestMade(TorchDispatchMode):
+    """Remembers the bytes of the largest tensor that an operation has made and not only looked at."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and not function.is_view:
+            self.num_bytes = max(self.num_bytes, made.nbytes)
+        return made
+
+
+def test_checksums_take_little_memory_beside_the_tables():
+    spec = replace(ITEM, num_rows=200_000)
+    tables = UnshardedTables([spec], seed=0, learning_rate=0.1, device=torch.device("cpu"))
+    with LargestMade() as largest:
+        checksums = tables.checksums()
+    assert 0 < largest.num_bytes < tables.rows["item"].nbytes / 4
+    assert checksums["table/item[0]"] == pytest.approx(tables.rows["item"].double().sum().item())
+
+
 def test_double_hashing_spreads_unbounded_ids_and_is_fixed_for_ever():
     rows = hash_twice(torch.arange(100_000), 1000)
     first, second = rows.view(2, -1)
@@ -126,6 +148,52 @@ def test_a_placement_of_an_unknown_table_names_the_tables_there_are():
 def test_tables_that_do_not_fit_are_a_plan_error():
     (message,) = run_on_processes(plan_with, 1, {"hbm_gib_per_worker": 0.000001})
     assert "do not fit on 1 workers" in message and "more workers" in message
+
+
+def plan_on_machines(process, per_machine):
+    """Devices of the shards in the order of the ranks, of workers that pretend to have accelerators."""
+    from torchrec.distributed.embedding import EmbeddingCollectionSharder
+
+    from sharding.apply import _Collections
+    from sharding.configuration import ShardingConfig
+    from sharding.plan import make_plan
+
+    local_ranks = [index for workers in per_machine for index in range(workers)]
+    there = replace(process, device=torch.device("cuda", local_ranks[process.rank]))
+    config = ShardingConfig(hbm_gib_per_worker=1.0)
+    plan = make_plan(_Collections([ITEM]), [ITEM], EmbeddingCollectionSharder(), config, there).plan
+    (parameter,) = [parameter for module in plan.values() for parameter in module.values()]
+    return [str(shard.placement) for shard in parameter.sharding_spec.shards]
+
+
+@pytest.mark.parametrize("per_machine", [(1, 1), (1, 2)])
+def test_shards_name_the_accelerators_of_their_own_machines(per_machine):
+    (named, *others) = run_on_processes(plan_on_machines, sum(per_machine), per_machine)
+    local_ranks = [index for workers in per_machine for index in range(workers)]
+    assert named == [f"rank:{rank}/cuda:{index}" for rank, index in enumerate(local_ranks)]
+    assert all(other == named for other in others)
+
+
+def plan_with_memory(process, memory_bytes):
+    from torchrec.distributed.embedding import EmbeddingCollectionSharder
+
+    from sharding import apply, plan
+    from sharding.configuration import ShardingConfig
+
+    plan.usable_memory_bytes = lambda: memory_bytes[process.rank]
+    try:
+        plan.make_plan(
+            apply._Collections([ITEM]), [ITEM], EmbeddingCollectionSharder(), ShardingConfig(), process
+        )
+    except PlanError as error:
+        return str(error)
+    return "no error"
+
+
+def test_tables_must_fit_into_the_memory_that_the_machine_reports():
+    (message,) = run_on_processes(plan_with_memory, 1, (20_000,))
+    assert "do not fit on 1 workers as asked, each of 0.00 GiB (sharding.hbm-gib-per-worker)" in message
+    assert run_on_processes(plan_with_memory, 2, (2**30, 2**30)) == ["no error"] * 2
 
 
 def test_rows_of_a_size_that_the_kernels_do_not_know_are_refused():

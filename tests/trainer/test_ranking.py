@@ -235,6 +235,7 @@ def test_what_needs_a_search_is_refused_for_a_reward_model(tmp_path):
             rank=0,
             world_size=1,
             local_rank=0,
+            local_world_size=1,
             device=torch.device("cpu"),
             host_group=torch.distributed.ProcessGroup(0, 1),
             num_threads=1,

@@ -28,6 +28,7 @@ from tests.tiny_run import (
     write_events,
 )
 from trainer.audit import read_audit
+from trainer.checkpoint_reader import CheckpointReader
 from trainer.start import pretrain
 
 
@@ -106,6 +107,23 @@ def test_a_finished_run_stays_as_it_is_and_goes_on_when_given_more_epochs(data, 
     assert_same_state(same, state, tolerance=0)
     (more, _), *_ = run_on_processes(run, 1, with_train(config, epochs=2))
     assert more["step"] > first["step"] and more["epoch"] == 2
+
+
+def test_the_last_checkpoint_tells_that_the_run_has_finished_also_where_its_step_was_saved_before(
+    data, tmp_path
+):
+    config = tiny_config(
+        data, tmp_path / "run", checkpoint_every_steps=1, learning_rate=0.0, table_learning_rate=0.0
+    )
+    (first, _), *_ = run_on_processes(run, 2, config)
+    checkpoints = Storage(config.run_dir).folder("checkpoints")
+    saved = CheckpointReader(checkpoints).shared_state["progress"]
+    told = {name: first[name] for name in ("status", "step", "epoch")}
+    assert first["status"] == "finished" and {name: saved[name] for name in told} == told
+    assert saved["validations_without_gain"] == 1
+    state = checkpoints.read(f"step-{first['step']:08d}/state.json")
+    assert [again for again, _ in run_on_processes(run, 2, config)] == [first] * 2
+    assert checkpoints.read(f"step-{first['step']:08d}/state.json") == state
 
 
 def refusal(attempt):
