@@ -58,6 +58,8 @@ class Job:
     freed_memory: FreedMemory = field(default_factory=FreedMemory)
     after_validation: Callable[[Mapping[str, float]], None] = lambda metrics: None
     """What else the loop makes of the metrics of a validation."""
+    write_rest: Callable[[], None] = lambda: None
+    """Writes the numbers of the steps since the last line, as the last step would have."""
 
 
 def make_feed(job: Job, kind: type[FeedKind]) -> FeedKind:
@@ -91,6 +93,7 @@ def complete_step(
     progress.position = step_input.position
     job.reporter.stepped(progress.step)
     job.window.add(result)
+    job.write_rest = write
     if progress.step % job.config.log.every_steps == 0:
         write()
         job.freed_memory.give_back_excess()
@@ -201,6 +204,9 @@ def save(job: Job, *, best: bool) -> None:
 
 def finish(job: Job) -> dict[str, Any]:
     progress = job.progress
+    if job.window.steps and progress.status != "stopped":
+        # Or a run of fewer steps than a line takes would tell of none. One that goes on has lines where others do.
+        job.write_rest()
     job.reporter.pause_steps()
     if job.clock.last_step != progress.step:
         save(job, best=False)
