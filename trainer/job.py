@@ -110,6 +110,9 @@ def complete_step(
 
 def end_epoch(job: Job) -> None:
     config, progress = job.config.train, job.progress
+    if progress.epoch + 1 == config.epochs:
+        # While it is the epoch of these steps.
+        _end_window(job)
     progress.epoch += 1
     progress.position = None
     if progress.epoch >= config.epochs:
@@ -117,6 +120,12 @@ def end_epoch(job: Job) -> None:
     due = progress.status == "finished" or progress.epoch % config.validate_every_epochs == 0
     if config.validate_every_steps is None and due and _improved(job):
         save(job, best=True)
+
+
+def _end_window(job: Job) -> None:
+    """Or a run of fewer steps than a line takes would tell of none."""
+    if job.window.steps:
+        job.write_rest()
 
 
 def _validation_due(config: TrainConfig, progress: Progress) -> bool:
@@ -204,9 +213,9 @@ def save(job: Job, *, best: bool) -> None:
 
 def finish(job: Job) -> dict[str, Any]:
     progress = job.progress
-    if job.window.steps and progress.status != "stopped":
-        # Or a run of fewer steps than a line takes would tell of none. One that goes on has lines where others do.
-        job.write_rest()
+    if progress.status != "stopped":
+        # One that goes on has lines where others do.
+        _end_window(job)
     job.reporter.pause_steps()
     if job.clock.last_step != progress.step:
         save(job, best=False)
