@@ -111,6 +111,27 @@ class TrainStream:
         if totals["users"] and self._reading.has_pages and not totals["target_pages"]:
             raise _no_target_pages(self._config.path, totals)
 
+    def check_position(self, epoch: int, position: Position) -> None:
+        """The order of users follows from these options, so a position means nothing under others. One that an older
+        version did not know yet is passed over.
+
+        Raises: ConfigError when the position was taken with other options or data.
+        """
+        given = position["order"]
+        changed = [name for name in self._order if name in given and given[name] != self._order[name]]
+        if changed:
+            differences = (f"{name} was {given[name]}, is {self._order[name]}" for name in changed)
+            raise ConfigError(
+                "training cannot go on in the middle of an epoch with another order of users: "
+                f"{'; '.join(differences)}; put the options back, or start again in another --run-dir"
+            )
+        missing = [stream for stream in self._streams if str(stream) not in position["streams"]]
+        if position["epoch"] != epoch or missing:
+            raise ConfigError(
+                f"the data position must be of epoch {epoch} and hold all {self._config.num_streams} streams"
+                f", but is of epoch {position['epoch']} and lacks {missing}; merge those of all workers"
+            )
+
     def own_position(self, epoch: int, position: Position | None) -> Position:
         """This rank's part of a merged position, or of the beginning of an epoch."""
         if position is None:
@@ -148,7 +169,7 @@ class TrainStream:
 
     def _open_streams(self, epoch: int, position: Position | None) -> dict[int, CanonicalStream]:
         if position is not None:
-            self._check_position(epoch, position)
+            self.check_position(epoch, position)
         deal = deal_epoch(self.manifest, self._config, self._seed, epoch, self._history_share)
         return {
             stream: CanonicalStream(
@@ -164,24 +185,6 @@ class TrainStream:
     def _position(self, epoch: int, step: int, streams: Mapping[int, CanonicalStream]) -> Position:
         states = {str(number): stream.state() for number, stream in streams.items()}
         return {"epoch": epoch, "step": step, "streams": states, "order": self._order}
-
-    def _check_position(self, epoch: int, position: Position) -> None:
-        """The order of users follows from these options, so a position means nothing under others. One that an older
-        version did not know yet is passed over."""
-        given = position["order"]
-        changed = [name for name in self._order if name in given and given[name] != self._order[name]]
-        if changed:
-            differences = (f"{name} was {given[name]}, is {self._order[name]}" for name in changed)
-            raise ConfigError(
-                "training cannot go on in the middle of an epoch with another order of users: "
-                f"{'; '.join(differences)}; put the options back, or start again with --resume never"
-            )
-        missing = [stream for stream in self._streams if str(stream) not in position["streams"]]
-        if position["epoch"] != epoch or missing:
-            raise ConfigError(
-                f"the data position must be of epoch {epoch} and hold all {self._config.num_streams} streams"
-                f", but is of epoch {position['epoch']} and lacks {missing}; merge those of all workers"
-            )
 
     def _no_users(self) -> UserBlock:
         empty, nobody = self._reader.no_events(), np.zeros(0, dtype=np.int64)

@@ -58,6 +58,8 @@ class Job:
     freed_memory: FreedMemory = field(default_factory=FreedMemory)
     after_validation: Callable[[Mapping[str, float]], None] = lambda metrics: None
     """What else the loop makes of the metrics of a validation."""
+    write_rest: Callable[[], None] = lambda: None
+    """Writes the numbers of the steps since the last line, as the last step would have."""
 
     def __post_init__(self) -> None:
         self.saved_place = self.progress.place
@@ -95,6 +97,7 @@ def complete_step(
     progress.position = step_input.position
     job.reporter.stepped(progress.step)
     job.window.add(result)
+    job.write_rest = write
     if progress.step % job.config.log.every_steps == 0:
         write()
         job.freed_memory.give_back_excess()
@@ -111,6 +114,9 @@ def complete_step(
 
 def end_epoch(job: Job) -> None:
     config, progress = job.config.train, job.progress
+    if progress.epoch + 1 == config.epochs:
+        # While it is the epoch of these steps.
+        _end_window(job)
     progress.epoch += 1
     progress.position = None
     if progress.epoch >= config.epochs:
@@ -118,6 +124,12 @@ def end_epoch(job: Job) -> None:
     due = progress.status == "finished" or progress.epoch % config.validate_every_epochs == 0
     if config.validate_every_steps is None and due and _improved(job):
         save(job, best=True)
+
+
+def _end_window(job: Job) -> None:
+    """Or a run of fewer steps than a line takes would tell of none."""
+    if job.window.steps:
+        job.write_rest()
 
 
 def _validation_due(config: TrainConfig, progress: Progress) -> bool:
@@ -206,6 +218,9 @@ def save(job: Job, *, best: bool) -> None:
 
 def finish(job: Job) -> dict[str, Any]:
     progress = job.progress
+    if progress.status != "stopped":
+        # One that goes on has lines where others do.
+        _end_window(job)
     job.reporter.pause_steps()
     if job.saved_place != progress.place:
         save(job, best=False)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,6 +18,8 @@ from trainer.evaluate import evaluate
 from trainer.search import Search
 
 WITHOUT_INTERVALS = 0
+_METRIC_WIDTH, _SEARCH_WIDTH = 20, 11
+"""Characters of a table's columns with their borders; the names of searches are folded."""
 
 
 def compare_searches(assembly: Assembly, *, prm: Assembly | None, split: str) -> list[dict[str, Any]]:
@@ -97,14 +100,20 @@ def _flops_per_user(search: Search, assembly: Assembly, split: str) -> float:
     return sum(flops for flops, _ in totals) / max(sum(count for _, count in totals), 1)
 
 
-def render_scaling(lines: Sequence[dict[str, Any]]) -> Table:
+def render_scaling(lines: Sequence[dict[str, Any]], width: int) -> Group:
+    """Tables under each other, of as many searches as stand side by side in a console of that width."""
+    beside = max(1, (width - _METRIC_WIDTH) // _SEARCH_WIDTH)
+    return Group(*(_table(lines[first : first + beside]) for first in range(0, len(lines), beside)))
+
+
+def _table(lines: Sequence[dict[str, Any]]) -> Table:
     shown = [name for name in lines[0] if name.startswith(("recall@", "ndcg@", "hrecall"))]
     table = Table(title="Plain beams, and a PRM with more and more candidates; the number is the width or K+")
     table.add_column("metric", no_wrap=True)
     for line in lines:
         name = f"plain, {line['run']}" if line["kind"] == "beside" else line["kind"]
         table.add_column(f"{name}\n{line['number']}", justify="right", overflow="fold", min_width=6)
-    table.add_row("GFLOP/user", *(f"{line['gflop_per_user']:.2f}" for line in lines))
+    table.add_row("GFLOP/user", *(f"{line['gflop_per_user']:.4f}" for line in lines))
     table.add_row("ms/user", *(f"{line['ms_per_user']:.1f}" for line in lines))
     for name in shown:
         table.add_row(name, *(f"{line[name]:.4f}" for line in lines))

@@ -71,6 +71,9 @@ def start_job(
             lambda reader: restore_progress(reader, assembly, engine, config_document),
         )
         _reopen(progress, config.train)
+    if progress.status == "running" and progress.position is not None:
+        # Before anything of the run is replaced by what was given, which may not fit it.
+        stream.check_position(progress.epoch, progress.position)
     if process.rank == 0:
         _describe_run(storage, assembly, config)
         if progress.status == "running":

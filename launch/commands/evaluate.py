@@ -134,7 +134,8 @@ def compare_candidates(
     storage = Storage(config.run_dir)
     content = {"step": step, "split": split, "width": config.search.width, "searches": lines}
     storage.write(SEARCH_SCALING, json.dumps(content, indent=1).encode())
-    Console().print(render_scaling(lines))
+    console = Console()
+    console.print(render_scaling(lines, console.width))
     picture = write_scaling(config.run_dir, lines)
     print(f"Written to {storage.path(SEARCH_SCALING)}, {picture} and {write_report(config.run_dir)}")
 

@@ -52,6 +52,19 @@ def test_a_run_in_process_is_evaluated_there_and_by_a_gang(tmp_path):
     assert (tmp_path / "run" / "config.yaml").read_text() == written
 
 
+def test_a_run_refuses_another_order_of_users_and_stays_as_it_was(tmp_path):
+    grail(tmp_path, f"data build world {WORLD} --out shards", blocked=False)
+    train = "pretrain sasrec --data.path shards --run-dir run --cluster.workers 1 --cluster.in-process"
+    train += " --model.width 16 --train.max-steps"
+    grail(tmp_path, f"{train} 1", blocked=False)
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    refused = grail(tmp_path, f"{train} 2 --data.num-streams 4", blocked=False, fails=True)
+    assert "another order of users: data.num_streams was 8, is 4" in refused
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
+    assert "Finished at step 2" in grail(tmp_path, f"{train} 2", blocked=False)
+
+
 def test_a_process_is_one_worker():
     with pytest.raises(
         ConfigError, match=r"has one worker, and cluster.workers is 2; give --cluster.workers 1"

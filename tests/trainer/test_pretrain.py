@@ -60,6 +60,23 @@ def test_the_last_step_is_validated_when_it_ends_an_epoch_early(data, tmp_path):
     assert (result["step"], result["best_step"], result["epoch"]) == (4, 4, 0)
 
 
+def test_the_last_steps_are_written_where_they_are_too_few_for_a_line(data, tmp_path):
+    config = tiny_config(data, tmp_path / "run", max_steps=8)
+    config = replace(config, log=replace(config.log, every_steps=5))
+    run_on_processes(run, 2, config)
+    lines = {line["step"]: line for line in read_metrics(config.run_dir) if "train/loss" in line}
+    assert list(lines) == [5, 8]
+    assert lines[8]["train/targets_per_step"] > 1 and 0 < lines[8]["train/loss"] < lines[5]["train/loss"]
+
+
+def test_the_last_steps_are_told_of_as_those_of_the_last_epoch(data, tmp_path):
+    config = tiny_config(data, tmp_path / "run", epochs=2)
+    config = replace(config, log=replace(config.log, every_steps=1000))
+    ((result, _),) = run_on_processes(run, 1, config)
+    lines = [line for line in read_metrics(config.run_dir) if "train/loss" in line]
+    assert [(line["step"], line["train/epoch"]) for line in lines] == [(result["step"], 1)]
+
+
 def test_validation_every_few_steps(data, tmp_path):
     config = tiny_config(data, tmp_path / "run", epochs=1, validate_every_steps=3)
     ((result, _),) = run_on_processes(run, 1, config)

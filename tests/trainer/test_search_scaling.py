@@ -166,7 +166,20 @@ def test_plain_beams_of_another_run_stand_beside(outcome):
     assert "must generate the same semantic IDs, of others, and" in found["refused"]
     assert "must not exceed the 60 items of the catalogue, and 400 do" in found["too_wide"]
     table = io.StringIO()
-    Console(file=table, width=400).print(render_scaling([*found["own"], *beside]))
+    Console(file=table, width=400).print(render_scaling([*found["own"], *beside], 400))
     assert table.getvalue().count(f"plain, {folder / 'decoder'}") == 3
     alone = Path(write_scaling(str(folder), found["own"])).read_bytes()
     assert Path(write_scaling(str(folder), [*found["own"], *beside])).read_bytes() != alone
+
+
+def test_every_search_is_shown_in_a_narrow_console():
+    numbers = range(50, 200, 10)
+    lines = [
+        {"kind": "plain", "number": number, "gflop_per_user": 0.0012, "ms_per_user": 1.0, "recall@10": 0.5}
+        for number in numbers
+    ]
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(render_scaling(lines, 80))
+    text = shown.getvalue()
+    assert all(f" {number} " in text for number in numbers)
+    assert text.count("0.5000") == text.count("0.0012") == len(lines)
