@@ -14,8 +14,6 @@ from launch.run_directory import ALIGNMENT_CURVES, CURVES, EXPERTS, SCALING_PICT
 from trainer.metric_log import read_metrics
 
 _FEW_POINTS = 50
-_COLORS_OF_OTHERS = 4
-"""The first of those for runs beside; red is the last of the run's own."""
 _EXPERTS = "train/experts"
 _LOAD = re.compile(rf"{_EXPERTS}/(\d+)/load/(\d+)")
 
@@ -101,6 +99,7 @@ def write_scaling(run_dir: str, lines: Sequence[dict]) -> str:
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     by_number, by_cost = figure.subplots(1, 2)
     prefixes = sorted(name for name in lines[0] if name.startswith("hrecall"))
+    deepest = f"C{len(prefixes) - 1}"
     recall = next(name for name in reversed(lines[0]) if name.startswith("recall@"))
     for kind, style in (("prm", "-"), ("plain", "--")):
         chosen = [line for line in lines if line["kind"] == kind]
@@ -111,10 +110,13 @@ def write_scaling(run_dir: str, lines: Sequence[dict]) -> str:
         cost = [line["gflop_per_user"] for line in chosen]
         by_cost.plot(cost, [line[recall] for line in chosen], f"k{style}o", label=f"{kind} {recall}")
         by_cost.plot(
-            cost, [line[prefixes[-1]] for line in chosen], f"C3{style}o", label=f"{kind} {prefixes[-1]}"
+            cost,
+            [line[prefixes[-1]] for line in chosen],
+            f"{deepest}{style}o",
+            label=f"{kind} {prefixes[-1]}",
         )
     runs = dict.fromkeys(line["run"] for line in lines if line["kind"] == "beside")
-    for color, run in enumerate(runs, start=_COLORS_OF_OTHERS):
+    for color, run in enumerate(runs, start=len(prefixes)):
         chosen, name = [line for line in lines if line.get("run") == run], PurePath(run).name
         cost = [line["gflop_per_user"] for line in chosen]
         of_prefix, of_items = ([line[metric] for line in chosen] for metric in (prefixes[-1], recall))

@@ -173,7 +173,7 @@ def validate(job: Job) -> bool:
     if config.patience is not None and progress.validations_without_gain > config.patience:
         progress.status = "finished"
     logger.info(
-        "Step %d, epoch %d: validation %s %.4f%s (%.1f s)",
+        "Step %d, after %d whole epochs: validation %s %.4f%s (%.1f s)",
         progress.step,
         progress.epoch,
         config.selection_metric,

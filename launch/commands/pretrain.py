@@ -136,7 +136,7 @@ def _run(
 
 
 def _tell(config: PretrainConfig, result: dict, curves: str | None, report: str) -> None:
-    print(f"Finished at step {result['step']}, epoch {result['epoch']}.")
+    print(f"Finished at step {result['step']}, after {result['epoch']} whole epochs.")
     if result["best"] is not None:
         metric = config.train.selection_metric
         print(f"Best validation {metric}: {result['best']:.4f} at step {result['best_step']}.")

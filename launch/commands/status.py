@@ -24,7 +24,8 @@ def run(arguments: list[str]) -> int:
     options = parse(
         StatusOptions, [word for word in arguments if word.startswith("-")], program="grail status [DIR...]"
     )
-    reports = [report_run(run_dir) for folder in folders or [DEFAULT] for run_dir in find_runs(folder)]
+    runs = dict.fromkeys(run_dir for folder in folders or [DEFAULT] for run_dir in find_runs(folder))
+    reports = [report_run(run_dir) for run_dir in runs]
     if options.json:
         for report in reports:
             print(json.dumps(asdict(report)))
