@@ -151,18 +151,18 @@ def _by_setting(rows: Sequence[Row], against: str, metric: str) -> dict[tuple[An
 
 
 def _table(rows: Sequence[Row], options: Sequence[str], metric: str) -> Table:
-    """What sets the runs apart, and the columns that are looked at first."""
+    """The options that runs differ in, and the columns that are looked at first."""
+    options = [name for name in options if len({row.get(name) for row in rows}) > 1]
     found = dict.fromkeys(name for row in rows for name in row)
     validated = [name for name in found if name.startswith("valid/")]
-    table = Table()
-    names = dict.fromkeys([*options, "seed", "state", "step", "parameters", LOSS, *validated, metric])
-    short = short_names(options)
+    names = dict.fromkeys(["seed", "state", "step", "parameters", LOSS, *validated, metric])
+    table, short = Table(), short_names(options)
+    table.add_column("settings", overflow="fold")
     for name in names:
-        table.add_column(
-            short.get(name, name), justify="left" if name in (*options, "state") else "right", overflow="fold"
-        )
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*(_shown(row.get(name)) for name in names))
+        settings = (f"{short[name]}={row[name]}".rstrip("=") for name in options if row.get(name) is not None)
+        table.add_row(" ".join(settings), *(_shown(row.get(name)) for name in names))
     return table
 
 
