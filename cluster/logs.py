@@ -51,6 +51,15 @@ def show_worker_record(event: Event) -> None:
     logging.getLogger(values["name"]).log(values["level"], "[rank %d] %s", event.rank, values["message"])
 
 
+def duration(seconds: float) -> str:
+    """Seconds in words, such as 3 min 20 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 class _ReporterHandler(logging.Handler):
     """Sends records to the driver: INFO and above from rank 0, WARNING and above from the others."""
 

@@ -15,6 +15,7 @@ from data_streams.canonical import ChunkReader, Deal
 from data_streams.configuration import DataConfig
 from data_streams.held_out_windows import between, held_out_window
 from data_streams.jagged import Jagged
+from data_streams.pass_progress import told
 from data_streams.schema import EXPOSURE
 from data_streams.shards import Chunk
 from data_streams.stream import open_data
@@ -80,7 +81,7 @@ class ExposureStream:
 
     def batches(self) -> Iterator[ExposureBatch]:
         """At most so many users of a chunk each; ranks can have different numbers of them."""
-        for piece in self._pieces:
+        for piece in told(self._pieces):
             read = self._reader.read(piece)
             chunk_users = 0 if read is None else read[0].num_users
             for start in range(0, chunk_users, self._batch_users):

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from cluster.logs import start_driver_logs
+from cluster.logs import duration, start_driver_logs
 from cluster.reporter import Event
 
 logger = logging.getLogger(__name__)
@@ -67,12 +67,3 @@ class TrainingProgress:
         elif time.monotonic() - self.said_at > _LINE_EVERY_S:
             self.said_at = time.monotonic()
             logger.info(numbers)
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words, such as 3 min 20 s."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

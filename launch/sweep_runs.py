@@ -14,10 +14,10 @@ from typing import IO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from cluster.logs import duration
 from cluster.packages import root
 from cluster.reporter import StopSignal
 from cluster.storage import Storage
-from launch.progress import duration
 from launch.run_directory import EVALUATION
 from launch.run_status import read_status
 

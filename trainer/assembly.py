@@ -12,11 +12,11 @@ from cluster.errors import ConfigError
 from cluster.process import Process
 from cluster.seeds import purpose_seed
 from cluster.storage import Storage
+from data_streams.evaluation_stream import EvaluationStream
 from data_streams.item_conditions import ItemConditions
 from data_streams.item_table import ItemTable
 from data_streams.manifest import Manifest
 from data_streams.semantic_ids import SemanticIdTable
-from data_streams.stream import EvaluationStream
 from models.generator import Generator
 from models.node_scorer import NodeScorer
 from models.recommender import Ranker, Recommender

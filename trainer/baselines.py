@@ -13,10 +13,10 @@ from torch import Tensor
 from cluster.storage import Storage
 from data_streams.batch import SequenceBatch
 from data_streams.configuration import DataConfig
+from data_streams.evaluation_stream import EvaluationStream
 from data_streams.item_table import ItemTable
 from data_streams.manifest import Manifest
 from data_streams.shards import Chunk, read_chunk
-from data_streams.stream import EvaluationStream
 from trainer.configuration import EvaluationConfig
 from trainer.evaluate import EvaluationResult, Utilities, evaluate
 from trainer.search import Scorer, ScorerSearch

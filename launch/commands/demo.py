@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cluster.configuration import ClusterConfig
+from cluster.logs import duration
 from cluster.storage import Storage
 from launch.options import parse
-from launch.progress import duration
 from launch.run_directory import ALIGNMENT_CURVES, CURVES, absolute
 from trainer.configuration import PretrainConfig
 

@@ -4,8 +4,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cluster.logs import duration
 from launch.options import parse
-from launch.progress import duration
 from launch.run_status import RunReport, find_runs, report_run
 
 DEFAULT = "runs"

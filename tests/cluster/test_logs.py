@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 from cluster.configuration import ClusterConfig
+from cluster.logs import duration
 from cluster.packages import root
 from cluster.reporter import Reporter, StopSignal
 
@@ -85,3 +86,7 @@ def test_who_listens_to_sigterm_still_does_so_once_ray_runs(monkeypatch):
         ray_start.start_ray(ClusterConfig())
         os.kill(os.getpid(), signal.SIGTERM)
     assert stop.requested and utils.set_sigterm_handler is take
+
+
+def test_durations_are_said_in_words():
+    assert [duration(seconds) for seconds in (7.4, 200, 7300)] == ["7 s", "3 min 20 s", "2 h 1 min"]

@@ -12,9 +12,10 @@ from cluster.errors import DataError
 from cluster.storage import Storage
 from data_streams import shards
 from data_streams.configuration import DataConfig
+from data_streams.evaluation_stream import EvaluationStream
 from data_streams.manifest import Manifest
 from data_streams.shards import Chunk, ShardWriter, read_chunk
-from data_streams.stream import EvaluationStream, TrainStream
+from data_streams.stream import TrainStream
 from tests.data_streams.tiny_data import NUM_ITEMS, damage, make_chunk, random_lengths, write_data_set
 
 

@@ -8,10 +8,11 @@ from cluster.storage import Storage
 from data_streams.build import build
 from data_streams.build_config import BuildConfig
 from data_streams.configuration import DataConfig
+from data_streams.evaluation_stream import EvaluationStream
 from data_streams.exposures import ExposureStream
 from data_streams.manifest import Manifest
 from data_streams.sources.events import EventsSource
-from data_streams.stream import EvaluationStream, TrainStream
+from data_streams.stream import TrainStream
 
 PAGES = (
     (0, "ab", "a", ""),

@@ -12,8 +12,9 @@ import torch
 from cluster.errors import ConfigError, DataError
 from data_streams.batch import SequenceBatch
 from data_streams.configuration import DataConfig
+from data_streams.evaluation_stream import EvaluationStream
 from data_streams.shards import Chunk
-from data_streams.stream import EvaluationStream, TrainStream
+from data_streams.stream import TrainStream
 from tests.data_streams.tiny_data import (
     make_chunk,
     random_lengths,

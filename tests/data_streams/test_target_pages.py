@@ -11,10 +11,11 @@ from cluster.errors import ConfigError, DataError
 from data_streams.batch import CLICKED, EXPOSED, ORDERED
 from data_streams.build import BuildConfig, build
 from data_streams.configuration import DataConfig
+from data_streams.evaluation_stream import EvaluationStream
 from data_streams.manifest import Manifest
 from data_streams.sources.ebnerd import EbnerdSource
 from data_streams.sources.world import WorldSource
-from data_streams.stream import EvaluationStream, TrainStream, merge_positions
+from data_streams.stream import TrainStream, merge_positions
 from tests.data_streams.test_build import build_events, page_events
 from tests.data_streams.tiny_data import make_chunk, write_data_set
 

@@ -4,7 +4,7 @@ import logging
 from rich.console import Console
 
 from cluster.reporter import Event
-from launch.progress import TrainingProgress, duration
+from launch.progress import TrainingProgress
 
 VALUES = {
     "step": 30,
@@ -35,7 +35,3 @@ def test_more_steps_than_planned_leave_no_negative_time(caplog):
     with caplog.at_level(logging.INFO), TrainingProgress(Console(file=io.StringIO())) as progress:
         progress.on_event(Event(kind="progress", rank=0, values={**VALUES, "step": 91}))
     assert "step 91/91" in caplog.text and "0 s left" in caplog.text
-
-
-def test_durations_are_said_in_words():
-    assert [duration(seconds) for seconds in (7.4, 200, 7300)] == ["7 s", "3 min 20 s", "2 h 1 min"]
