@@ -24,7 +24,7 @@ class ClusterConfig:
     cpus_per_worker: float = 1.0
     """Processor cores reserved for each worker; its thread count follows from it."""
     gpus_per_worker: float = 0.0
-    """Accelerators reserved for each worker; 0 trains on the processor."""
+    """Accelerators reserved for each worker, 1 or a fraction; 0 trains on the processor."""
     start_timeout_s: float = 300.0
     """How long to wait for the workers to be placed and started."""
     max_restarts: int = 3
@@ -35,11 +35,12 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         check_resources("cluster", cpus=self.cpus_per_worker, gpus=self.gpus_per_worker)
+        check_one_accelerator("cluster", self.gpus_per_worker)
         most = max(self.workers, self.max_workers or 0)
         if 0 < self.gpus_per_worker < 1 and most > 1:
             # NCCL refuses two ranks on one accelerator, and CUDA shows none of those that are named twice.
             raise ConfigError(
-                f"cluster.gpus-per-worker must be 0 or a whole number where several workers train together, got "
+                f"cluster.gpus-per-worker must be 0 or 1 where several workers train together, got "
                 f"{self.gpus_per_worker:g} for {most} workers; give 1, or --cluster.workers 1"
             )
         check_seconds("cluster.start-timeout-s", self.start_timeout_s)
@@ -55,6 +56,15 @@ def check_resources(section: str, *, cpus: float, gpus: float) -> None:
     if not (0 <= gpus <= 1 or (gpus > 1 and gpus % 1 == 0)):
         raise ConfigError(
             f"{section}.gpus-per-worker must be 0, a fraction of 1 or a whole number, got {gpus:g}"
+        )
+
+
+def check_one_accelerator(section: str, gpus: float) -> None:
+    """Raises: ConfigError if a worker that computes on one accelerator is to reserve more."""
+    if gpus > 1:
+        raise ConfigError(
+            f"{section}.gpus-per-worker must be at most 1, since each worker computes on one accelerator, got "
+            f"{gpus:g}; give 1, and {gpus:g} times as many --{section}.workers"
         )
 
 

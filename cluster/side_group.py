@@ -4,11 +4,13 @@ Nothing in it is repaired: when a member is lost or late the group is left, and 
 """
 
 import datetime
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import ray
 import torch
@@ -23,6 +25,8 @@ SENDER = 0
 _OPEN, _CLOSED = "open", "closed"
 """Keys of the store: all have come, or the sender has given up."""
 _PAUSE_S = 0.001
+_LEFT_TO_US = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0"}
+"""What the watchdog of a group of NCCL's does about an error, and a fourth of how long it sleeps before that."""
 
 
 class GroupLostError(Exception):
@@ -165,6 +169,7 @@ def _gloo(store: dist.Store, seat: Invitation) -> dist.Backend:
 
 def _nccl(store: dist.Store, seat: Invitation) -> dist.Backend:
     options = dist.ProcessGroupNCCL.Options()
-    # Its watchdog would end the process; `broadcast` gives up before.
     options._timeout = datetime.timedelta(seconds=2 * seat.timeout_s)
-    return dist.ProcessGroupNCCL(store, seat.rank, seat.size, options)
+    # Its watchdog would end the process a minute after another was lost, though `broadcast` had given up long before.
+    with mock.patch.dict(os.environ, _LEFT_TO_US):
+        return dist.ProcessGroupNCCL(store, seat.rank, seat.size, options)

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from cluster.configuration import ClusterConfig, check_resources, check_seconds
+from cluster.configuration import ClusterConfig, check_one_accelerator, check_resources, check_seconds
 from cluster.errors import ConfigError
 from data_streams.configuration import DataConfig
 from data_streams.stream import history_share, open_data
@@ -55,7 +55,7 @@ class RolloutConfig:
     cpus_per_worker: float = 1.0
     """Processor cores reserved for each."""
     gpus_per_worker: float = 0.0
-    """Accelerators reserved for each; 0 draws on the processor."""
+    """Accelerators reserved for each, 1 or a fraction; 0 draws on the processor."""
     weights: Literal["object-store", "broadcast"] = "object-store"
     """How they get new weights: each reads them from Ray's object store, or the first learner sends them to all at
     once, by NCCL where it and the workers have an accelerator each, by gloo otherwise."""
@@ -68,6 +68,7 @@ class RolloutConfig:
         if self.workers < 0:
             raise ConfigError(f"rollout.workers must be at least 0, got {self.workers}")
         check_resources("rollout", cpus=self.cpus_per_worker, gpus=self.gpus_per_worker)
+        check_one_accelerator("rollout", self.gpus_per_worker)
         check_seconds("rollout.timeout-s", self.timeout_s)
         if self.weights == "broadcast" and not self.workers:
             raise ConfigError(

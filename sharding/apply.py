@@ -14,12 +14,17 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv
 
 from cluster.process import Process
+from data_streams.jagged import moved
 from models.tables import TableSpec
 from sharding.configuration import ShardingConfig
 from sharding.placements import TablePlacement
 from sharding.plan import collections, make_plan, placements
 from sharding.state import Piece
 from sharding.tables import ADAGRAD_EPSILON, EmbeddingTables, NoTables, logical_rows, physical_ids
+
+LOOKUP_ROWS = {"cpu": 1, "cuda": 1024}
+"""Jagged rows that the ids of a table are cut into, equal on all ranks. The kernels of fbgemm 1.8 on CUDA give each row
+to one thread (where ids are sorted by the rank that has them) or one warp (where vectors are read), however long."""
 
 
 class _Collections(nn.Module):
@@ -117,12 +122,19 @@ def spread_tables(
 
 
 def _keyed(specs: list[TableSpec], values: list[Tensor], device: torch.device) -> KeyedJaggedTensor:
-    """All ids of a step as one keyed tensor with a single jagged row per table."""
+    """All ids of a step as one keyed tensor; where a row of it begins says nothing."""
+    num_rows = LOOKUP_ROWS[device.type]
+    lengths = torch.cat([_row_lengths(value.shape[0], num_rows) for value in values])
     return KeyedJaggedTensor(
-        keys=[spec.name for spec in specs],
-        values=torch.cat(values),
-        lengths=torch.tensor([value.shape[0] for value in values], device=device),
+        keys=[spec.name for spec in specs], values=torch.cat(values), lengths=moved(lengths, device)
     )
+
+
+def _row_lengths(count: int, num_rows: int) -> Tensor:
+    """As equal as they can be. Example: 7 ids in 3 rows -> 3, 2, 2."""
+    lengths = torch.full((num_rows,), count // num_rows)
+    lengths[: count % num_rows] += 1
+    return lengths
 
 
 def _table_of(key: str) -> str:

@@ -31,6 +31,9 @@ from trainer.weight_average import make_average
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
+MOST_REDUCED = 500_000_000
+"""Gradients that are summed over the ranks at a time; DeepSpeed's own number."""
+
 
 class DenseEngine:
     """One micro-batch after the other through `backward`, then one `step`."""
@@ -45,7 +48,7 @@ class DenseEngine:
         self.engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=make_optimizer(parameter_groups(parameter for _, parameter in trainable), config),
-            config=_deepspeed_config(config),
+            config=_deepspeed_config(config, sum(parameter.numel() for _, parameter in trainable), process),
             dist_init_required=False,
         )
         self.module = module
@@ -222,7 +225,7 @@ def _global_shape(parameter: nn.Parameter) -> list[int]:
     return [first if part is None else first * part.count, *rest]
 
 
-def _deepspeed_config(config: TrainConfig) -> dict:
+def _deepspeed_config(config: TrainConfig, num_weights: int, process: Process) -> dict:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": config.micro_batches,
@@ -230,9 +233,13 @@ def _deepspeed_config(config: TrainConfig) -> dict:
         "zero_optimization": {
             "stage": config.zero_stage,
             "stage3_param_persistence_threshold": 0,
-            # Overlap needs streams of an accelerator.
-            "overlap_comm": torch.cuda.is_available(),
+            # Overlap needs streams of an accelerator. Ray 2.60 shows one to workers on the processor too.
+            "overlap_comm": process.device.type == "cuda",
+            # Buffers of this size are made, two of them for overlap, however few gradients there are to fill them.
+            "reduce_bucket_size": min(MOST_REDUCED, num_weights),
         },
+        # It would wait for the accelerator twice in each step, to measure what nobody reads.
+        "timers": {"throughput": {"enabled": False}},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }

@@ -12,6 +12,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from ray._private import utils as ray_utils
 
 from launch.commands.pretrain import parse_config
 from tests.source_tree import LAYERS, ROOT
@@ -78,6 +79,18 @@ def test_pods_hold_what_a_training_needs(name):
     head, worker = (pod["containers"][0] for pod in pods(name))
     assert int(worker["resources"]["limits"]["nvidia.com/gpu"]) > 0
     assert "nvidia.com/gpu" not in head["resources"]["limits"]
+
+
+@pytest.mark.parametrize("name", ["raycluster", "rayjob"])
+def test_ray_keeps_the_objects_of_a_pod_in_its_shared_memory(name, monkeypatch):
+    for pod in pods(name):
+        (shared,) = (volume["emptyDir"] for volume in pod["volumes"] if "emptyDir" in volume)
+        memory = pod["containers"][0]["resources"]["limits"]["memory"]
+        shared_bytes, own_bytes = (
+            int(size.removesuffix("Gi")) << 30 for size in (shared["sizeLimit"], memory)
+        )
+        monkeypatch.setattr(ray_utils, "get_shared_memory_bytes", lambda size=shared_bytes: size)
+        assert ray_utils.resolve_object_store_memory(own_bytes) <= shared_bytes
 
 
 @pytest.mark.parametrize("name", ["raycluster", "rayjob"])

@@ -1,8 +1,10 @@
 """Groups beside the learners' own: over a file on one machine and over TCP between hosts, and no one waits for ever."""
 
+import os
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,3 +94,24 @@ def test_an_invitation_of_a_sender_that_is_gone_is_refused():
     gone = Invitation(rendezvous=place, rank=1, size=2, nccl=False, timeout_s=1)
     with pytest.raises(GroupLostError):
         gone.accept()
+
+
+def test_the_watchdog_of_nccl_leaves_a_lost_group_to_us_and_other_groups_as_they_are(monkeypatch):
+    """The names are those that torch 2.12 reads where it makes a group; a machine with NCCL is needed to see more."""
+    handled = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+
+    class Nccl(SimpleNamespace):
+        Options = SimpleNamespace
+
+        def __init__(self, store, rank, size, options):
+            super().__init__(place=(rank, size), waits_s=options._timeout.total_seconds())
+            self.handling = os.environ[handled]
+
+    monkeypatch.setattr(side_group.dist, "ProcessGroupNCCL", Nccl, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setenv(handled, "3")
+    seat = Invitation(rendezvous="file:///nowhere", rank=1, size=3, nccl=True, timeout_s=5)
+    group = SideGroup(None, seat)
+    made = group._group
+    assert (made.place, made.waits_s, made.handling) == ((1, 3), 10, "0")
+    assert os.environ[handled] == "3" and group.device.type == "cuda"

@@ -150,8 +150,8 @@ def test_a_requested_stop_reaches_every_worker(tmp_path):
 
 
 def test_workers_without_room_end_with_what_was_asked_and_what_there_is(tmp_path):
-    config = ClusterConfig(workers=3, gpus_per_worker=2000.0, start_timeout_s=1)
-    with pytest.raises(ClusterError, match=r"3 workers with .*'GPU': 2000.0.* has .* of 0 GPU free"):
+    config = ClusterConfig(workers=3, gpus_per_worker=1, start_timeout_s=1)
+    with pytest.raises(ClusterError, match=r"3 workers with .*'GPU': 1.* has .* of 0 GPU free"):
         run_gang(_die, config=config, run_dir=str(tmp_path))
 
 

@@ -135,8 +135,10 @@ def test_what_cannot_work_is_said(options, start, message):
         (
             ClusterConfig,
             {"workers": 2, "gpus_per_worker": 0.5},
-            "cluster.gpus-per-worker must be 0 or a whole number where several.*got 0.5 for 2 workers; give 1",
+            "cluster.gpus-per-worker must be 0 or 1 where several.*got 0.5 for 2 workers; give 1",
         ),
+        (ClusterConfig, {"gpus_per_worker": 2}, "cluster.*at most 1, .*got 2; give 1, and 2 times as many"),
+        (RolloutConfig, {"gpus_per_worker": 4}, "rollout.*at most 1, .*got 4; give 1, and 4 times as many"),
         (ClusterConfig, {"start_timeout_s": -1.0}, "cluster.start-timeout-s must be above 0 seconds, got -1"),
     ],
 )

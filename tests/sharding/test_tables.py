@@ -46,6 +46,24 @@ def train_sharded(process, placement):
     return [(p.name, p.start, p.tensor.clone()) for p in tables.pieces()], tables.placements
 
 
+def train_in_rows(process, placement, num_rows):
+    """As `train_sharded`, with the ids of a table cut into so many jagged rows, and the strides that this gave."""
+    from unittest import mock
+
+    from sharding import apply
+
+    keyed, strides = apply._keyed, set()
+
+    def observed(*arguments):
+        features = keyed(*arguments)
+        strides.add(features.stride())
+        return features
+
+    rows = {"cpu": num_rows}
+    with mock.patch.object(apply, "LOOKUP_ROWS", rows), mock.patch.object(apply, "_keyed", observed):
+        return train_sharded(process, placement)[0], strides
+
+
 def train_unsharded(world_size):
     tables = UnshardedTables([ITEM, USER], seed=3, learning_rate=0.1, device=torch.device("cpu"))
     for step in range(STEPS):
@@ -71,6 +89,16 @@ def test_sharded_tables_equal_the_reference_with_fused_state(world_size, placeme
     assert covered == {name: tensor.shape[0] for name, tensor in expected.items()}
     kinds = {placed.name: placed.kind for placed in results[0][1]}
     assert kinds["item"] == placement
+
+
+@pytest.mark.parametrize("placement", ["row_wise", "table_wise"])
+def test_ids_cut_into_rows_as_on_an_accelerator_train_the_same_bits(placement):
+    for whole, cut in zip(
+        *(run_on_processes(train_in_rows, 2, placement, num_rows) for num_rows in (1, 16)), strict=True
+    ):
+        assert (whole[1], cut[1]) == ({1}, {16})
+        for (name, start, expected), (cut_name, cut_start, found) in zip(whole[0], cut[0], strict=True):
+            assert (cut_name, cut_start) == (name, start) and torch.equal(found, expected)
 
 
 def test_the_reference_is_row_wise_adagrad_on_numbers_worked_out_by_hand():

@@ -60,6 +60,29 @@ def test_workers_start_without_loading_the_compiler():
     assert run_on_processes(compilers_after_a_step, 1, Case(zero_stage=1)) == [[]]
 
 
+def engine_beside_an_accelerator(process, stage):
+    """What DeepSpeed made for a worker on the processor that sees an accelerator, and how often it waited for one."""
+    from unittest import mock
+
+    from deepspeed.accelerator import get_accelerator
+
+    with (
+        mock.patch("torch.cuda.is_available", return_value=True),
+        mock.patch.object(type(get_accelerator()), "synchronize") as waits,
+    ):
+        learner = make_learner(Case(zero_stage=stage), process)
+        waits.reset_mock()
+        run_steps(Case(zero_stage=stage), process, learner, 0, 4)
+    zero = learner.engine.engine.optimizer
+    num_weights = sum(place.numel for place in learner.engine._places.values())
+    return learner.engine.engine.zero_overlap_comm(), zero.reduce_bucket_size / num_weights, waits.call_count
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_engine_goes_by_the_device_of_the_worker_and_takes_no_more_than_it_needs(stage):
+    assert run_on_processes(engine_beside_an_accelerator, 1, stage) == [(False, 1.0, 0)]
+
+
 def keep_updating_one_table_once(process, case):
     """Rows that several micro-batches and features share take one optimizer step, of their summed gradient."""
     learner = make_learner(case, process)
