@@ -153,10 +153,11 @@ pin() {
 }
 
 pip_install() {
-    # Holds also where pip builds a package from source in an environment of its own (deepspeed is one).
+    # Without compiling modules of which most are never imported, which takes as long as all the rest.
+    # The constraint holds also where pip builds a package from source in an environment of its own (deepspeed is one).
     grep '^setuptools==' requirements.txt >$venv/build-constraints.txt
     PIP_CONSTRAINT=$venv/build-constraints.txt PIP_BUILD_CONSTRAINT=$venv/build-constraints.txt \
-        $venv/bin/python -m pip install --no-input --disable-pip-version-check --progress-bar off "$@"
+        $venv/bin/python -m pip install --no-input --disable-pip-version-check --progress-bar off --no-compile "$@"
 }
 
 need_disk_gib() {

@@ -7,10 +7,9 @@ import datetime
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from unittest import mock
 
 import ray
 import torch
@@ -171,5 +170,17 @@ def _nccl(store: dist.Store, seat: Invitation) -> dist.Backend:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = datetime.timedelta(seconds=2 * seat.timeout_s)
     # Its watchdog would end the process a minute after another was lost, though `broadcast` had given up long before.
-    with mock.patch.dict(os.environ, _LEFT_TO_US):
+    with _environment(_LEFT_TO_US):
         return dist.ProcessGroupNCCL(store, seat.rank, seat.size, options)
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Inside, these variables have these values; afterwards those they had."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
