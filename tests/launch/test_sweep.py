@@ -143,6 +143,8 @@ if behaviour == "waits":
     signal.signal(signal.SIGTERM, lambda *_: (run_dir / "saved").touch() or sys.exit(75))
     (run_dir / "begun").touch()
     time.sleep(60)
+if behaviour.isdigit():
+    sys.exit(int(behaviour))
 if behaviour == "fails":
     sys.exit("no such luck")
 (run_dir / "status.json").write_text(json.dumps({"state": "finished"}))
@@ -189,3 +191,15 @@ def test_a_stop_lets_the_runs_at_work_save_and_starts_no_other(tmp_path, monkeyp
     thread.start()
     assert not runner.run(Console(file=io.StringIO()), stop)
     assert (out / "a" / "saved").exists() and not (out / "b").exists() and not runner.failed
+
+
+@pytest.mark.parametrize("code", [75, 143])
+def test_a_run_that_was_stopped_has_neither_failed_nor_been_worked_off(tmp_path, monkeypatch, caplog, code):
+    """75 once it has saved, 143 while it was starting."""
+    caplog.set_level(logging.INFO, "launch.sweep_runs")
+    runner = make_runner(tmp_path / "sweep", monkeypatch, {"a": str(code), "b": "ends"})
+    assert not runner.run(Console(file=io.StringIO()), StopSignal()), (
+        "the sweep must say that it is not whole"
+    )
+    assert runner.stopped == ["a"] and not runner.failed and "failed" not in caplog.text
+    assert "b: 1 of 2 runs worked off" in caplog.text
