@@ -58,6 +58,15 @@ def test_the_kind_of_a_section_stands_as_it_is_and_options_alike_in_their_end_ar
     assert name == "feedforward-feed-forward-config_model.feedforward.hidden-64_model.hidden-8_seed-0"
 
 
+def test_options_of_a_kind_that_all_runs_have_stand_behind_it():
+    common = ["--data.path", "s3://x", "model.feedforward:mixture-config"]
+    runs = plan_runs([], ["model.feedforward.num-experts=2, 4", "--train.learning_rate=-1"], (0,), common)
+    assert list(runs) == ["num-experts-2_learning-rate--1_seed-0", "num-experts-4_learning-rate--1_seed-0"]
+    words = runs["num-experts-4_learning-rate--1_seed-0"].words
+    assert words[2:4] == ["--train.learning-rate", "-1"]
+    assert words[-3:] == ["model.feedforward:mixture-config", "--model.feedforward.num-experts", "4"]
+
+
 @pytest.mark.parametrize(
     ("points", "axes", "common", "message"),
     [
@@ -71,6 +80,11 @@ def test_the_kind_of_a_section_stands_as_it_is_and_options_alike_in_their_end_ar
             "--model.width is an option of the sweep and of all runs",
         ),
         ([], ["model.width=8"], ["--seed=3"], "got --seed=3; leave it out, see --seeds"),
+        ([], ["model.width=8"], ["--run_dir", "x"], "got --run_dir; leave it out"),
+        ([], ["run-dir=a,b"], [], "got --run-dir; leave it out"),
+        (["seed=1"], [], [], "got --seed; leave it out"),
+        ([], ["model.num_blocks=1,2"], ["--model.num-blocks", "4"], "--model.num-blocks is an option of the"),
+        (["model.width=8"], ["model.width=16,32"], [], "an option once, and --model.width comes twice"),
         ([" ".join(f"model.option-{number}=1" for number in range(20))], [], [], "120 characters"),
     ],
 )
