@@ -93,6 +93,11 @@ def test_what_makes_no_sweep_is_refused(points, axes, common, message):
         plan_runs(points, axes, (0,), common)
 
 
+def test_a_list_that_is_given_twice_is_refused(capsys):
+    assert grail("sweep sasrec --over model.width=8,16 --over train.epochs=1,2".split()) == 2
+    assert "--over must be given once, with all its values" in capsys.readouterr().err
+
+
 def test_options_beside_leave_the_size_as_it_is():
     rows = [
         {"width": width, "heads": width // 8, "rate": rate, "parameters": width**2}
