@@ -26,6 +26,7 @@ from trainer.metric_log import read_metrics
 
 SWEEP, RESULTS, PICTURE, LAW = "sweep.json", "results.csv", "picture.png", "law.json"
 LOSS = "loss"
+_SWITCHED = "yes"
 
 
 def read_sweep(out: str) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def read_sweep(out: str) -> dict[str, Any]:
 
 def collect(out: str, runs: Mapping[str, Any], *, last_part: float) -> list[Row]:
     """A row for each run that has taken a checkpoint."""
-    rows = []
+    rows, options = [], swept_options(runs)
     for name, run in runs.items():
         try:
             reader = CheckpointReader(Storage(f"{out}/{name}/{CHECKPOINTS}"))
@@ -46,7 +47,7 @@ def collect(out: str, runs: Mapping[str, Any], *, last_part: float) -> list[Row]
         rows.append(
             {
                 "run": name,
-                **run["settings"],
+                **{option: _setting(run["settings"], option) for option in options},
                 "seed": run["seed"],
                 "state": report_run(f"{out}/{name}").state,
                 **_sizes(reader),
@@ -55,6 +56,16 @@ def collect(out: str, runs: Mapping[str, Any], *, last_part: float) -> list[Row]
             }
         )
     return rows
+
+
+def swept_options(runs: Mapping[str, Any]) -> list[str]:
+    """All that any of the runs was given of its own."""
+    return list(dict.fromkeys(name for run in runs.values() for name in run["settings"]))
+
+
+def _setting(settings: Mapping[str, str], option: str) -> str:
+    """Nothing where a run was not given the option; a switch, which has no value, must not look alike."""
+    return (settings[option] or _SWITCHED) if option in settings else ""
 
 
 def _sizes(reader: CheckpointReader) -> Row:
@@ -109,7 +120,7 @@ def write_results(out: str, console: Console) -> None:
     columns = dict.fromkeys(name for row in rows for name in row)
     if rows and metric not in columns:
         raise ConfigError(f"--metric must be a column of {RESULTS} ({', '.join(columns)}), got {metric}")
-    options = list(dict.fromkeys(name for run in runs.values() for name in run["settings"]))
+    options = swept_options(runs)
     against = sweep["against"] or _varied(rows, options)
     points = [row for row in rows if row.get(metric) is not None and row.get(against) is not None]
     law = _law(points, against) if metric == LOSS else None

@@ -9,15 +9,16 @@ import time
 
 import polars as pl
 import pytest
+from matplotlib.axes import Axes
 from rich.console import Console
 
 from cluster.errors import ConfigError
 from cluster.reporter import StopSignal
 from launch import sweep_runs
 from launch.cli import run as grail
-from launch.sweep_picture import options_beside
+from launch.sweep_picture import draw_sweep, options_beside
 from launch.sweep_plan import plan_runs
-from launch.sweep_results import _law
+from launch.sweep_results import _law, _setting, swept_options
 from launch.sweep_runs import SweepRunner
 from tests.tiny_run import build_tiny_data
 
@@ -123,6 +124,25 @@ def test_a_law_takes_the_mean_over_seeds_of_the_best_setting_of_a_size():
     assert (law.floor, law.scale, law.exponent) == pytest.approx((1, 10, 0.5), rel=1e-2)
     assert _law(rows[:9], "parameters") is None, "three sizes tell nothing of three numbers"
     assert _law(rows, "run") is None
+
+
+def test_runs_with_and_without_a_switch_are_told_apart(monkeypatch):
+    """In the table, and in the picture, where they were one line as if they were seeds."""
+    runs = {name: {"settings": settings} for name, settings in {"a": {}, "b": {"model.no-bias": ""}}.items()}
+    assert [_setting(run["settings"], *swept_options(runs)) for run in runs.values()] == ["", "yes"]
+    rows = [
+        {"model.no-bias": given, "width": width, "parameters": 8, "loss": loss}
+        for given, loss in (("", 1.0), ("yes", 2.0))
+        for width in ("8", "None")
+    ]
+    drawn = []
+    monkeypatch.setattr(Axes, "errorbar", lambda _, *line, label, **__: drawn.append((*line, label)))
+    assert draw_sweep(rows, ["model.no-bias", "width"], "width", "loss", None)
+    assert [(sizes, list(means), label) for sizes, means, label in drawn] == [
+        (["8", "None"], [1.0, 1.0], "model.no-bias="),
+        (["8", "None"], [2.0, 2.0], "model.no-bias=yes"),
+    ]
+    assert draw_sweep(rows, [], "model.no-bias", "loss", None), "a value that is none has a place of its own"
 
 
 def test_a_sweep_trains_each_run_once_and_compares_them(data, tmp_path, capsys, monkeypatch):
