@@ -111,15 +111,16 @@ def _evaluated(run_dir: str) -> Row:
 def write_results(out: str, console: Console) -> None:
     """Write table, picture, law and page of a sweep, and print the table, the law and where they lie.
 
-    Raises: ConfigError where no run has such a metric; the table is there all the same.
+    Raises: ConfigError where no run has such a number; the table is there all the same.
     """
     storage, sweep = Storage(out), read_sweep(out)
     runs, metric = sweep["runs"], sweep["metric"]
     rows = collect(out, runs, last_part=sweep["last_part"])
     storage.write(RESULTS, pl.DataFrame(rows, infer_schema_length=None).write_csv().encode())
-    columns = dict.fromkeys(name for row in rows for name in row)
-    if rows and metric not in columns:
-        raise ConfigError(f"--metric must be a column of {RESULTS} ({', '.join(columns)}), got {metric}")
+    if rows and metric not in (columns := _columns_of_numbers(rows)):
+        raise ConfigError(
+            f"--metric must be a column of numbers in {RESULTS} ({', '.join(columns)}), got {metric}"
+        )
     options = swept_options(runs)
     against = sweep["against"] or _varied(rows, options)
     points = [row for row in rows if row.get(metric) is not None and row.get(against) is not None]
@@ -135,6 +136,11 @@ def write_results(out: str, console: Console) -> None:
     if law is not None:
         console.print(f"{law}, N: {SIZES[against]}")
     console.print(f"Written to {storage.path(RESULTS)} and {storage.path(REPORT)}", soft_wrap=True)
+
+
+def _columns_of_numbers(rows: Sequence[Row]) -> list[str]:
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [name for name in names if not any(isinstance(row.get(name), str) for row in rows)]
 
 
 def _varied(rows: Sequence[Row], options: Sequence[str]) -> str:

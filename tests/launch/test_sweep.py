@@ -166,7 +166,8 @@ def test_a_sweep_trains_each_run_once_and_compares_them(data, tmp_path, capsys, 
     assert grail([*line, "--train.learning-rate", "0.5"]) == 2
     assert "holds a run width-8_seed-0 that was asked for with other options" in capsys.readouterr().err
     assert grail([*line, "--metric", "hits"]) == 2
-    assert "--metric must be a column of results.csv (run, model.width, seed" in capsys.readouterr().err
+    assert "--metric must be a column of numbers in results.csv (seed, parameters" in capsys.readouterr().err
+    assert grail([*line, "--metric", "state"]) == 2 and "got state" in capsys.readouterr().err
     assert grail([*line, "--against", "hits"]) == 2
     assert "--against must be one of parameters, blocks, targets, model.width" in capsys.readouterr().err
 
