@@ -16,6 +16,7 @@ from cluster.errors import ConfigError
 from cluster.reporter import StopSignal
 from launch import sweep_runs
 from launch.cli import run as grail
+from launch.scaling_law import fit_law
 from launch.sweep_picture import draw_sweep, options_beside
 from launch.sweep_plan import plan_runs
 from launch.sweep_results import _law, _setting, swept_options
@@ -124,6 +125,12 @@ def test_a_law_takes_the_mean_over_seeds_of_the_best_setting_of_a_size():
     assert (law.floor, law.scale, law.exponent) == pytest.approx((1, 10, 0.5), rel=1e-2)
     assert _law(rows[:9], "parameters") is None, "three sizes tell nothing of three numbers"
     assert _law(rows, "run") is None
+
+
+@pytest.mark.parametrize("losses", [[3, 2, 1, 0], [3, 2, -1, -2], [3, 2, float("nan"), 1]])
+def test_where_there_can_be_no_law_there_is_none(losses):
+    assert fit_law([1, 2, 3, 4], losses) is None
+    assert fit_law([0, 1, 2, 3], [4, 3, 2, 1]) is None, "the blocks of a model without any are 0 parameters"
 
 
 def test_runs_with_and_without_a_switch_are_told_apart(monkeypatch):
