@@ -123,7 +123,9 @@ def write_results(out: str, console: Console) -> None:
         )
     options = swept_options(runs)
     against = sweep["against"] or _varied(rows, options)
-    points = [row for row in rows if row.get(metric) is not None and row.get(against) is not None]
+    # What a run was on its way to is no loss of its size.
+    ended = [row for row in rows if row["state"] == "finished"]
+    points = [row for row in ended if row.get(metric) is not None and row.get(against) is not None]
     law = _law(points, against) if metric == LOSS else None
     if law is not None:
         storage.write(LAW, json.dumps({"against": against, **vars(law)}, indent=1).encode())

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from cluster.errors import ConfigError
 from cluster.reporter import StopSignal
-from launch import sweep_runs
+from launch import sweep_results, sweep_runs
 from launch.cli import run as grail
 from launch.scaling_law import fit_law
 from launch.sweep_picture import draw_sweep, options_beside
@@ -177,6 +177,15 @@ def test_a_sweep_trains_each_run_once_and_compares_them(data, tmp_path, capsys, 
     assert grail([*line, "--metric", "state"]) == 2 and "got state" in capsys.readouterr().err
     assert grail([*line, "--against", "hits"]) == 2
     assert "--against must be one of parameters, blocks, targets, model.width" in capsys.readouterr().err
+
+    drawn = []
+    monkeypatch.setattr(sweep_results, "draw_sweep", lambda rows, *_: drawn.extend(rows) or b"")
+    (out / "width-8_seed-0" / "status.json").write_text(json.dumps({"state": "stopped", "updated_at_s": 1.0}))
+    assert grail([*line[:-2], "--over", "model.width=16"]) == 0
+    assert pl.read_csv(out / "results.csv")["state"].to_list() == ["stopped", "finished"]
+    assert [row["run"] for row in drawn] == ["width-16_seed-0"], (
+        "what is half trained has no loss of its size"
+    )
 
 
 RUN = """
