@@ -23,6 +23,7 @@ from launch.sweep_plan import short_names
 from trainer.checkpoint_reader import CheckpointReader
 from trainer.configuration import CHECKPOINTS
 from trainer.metric_log import read_metrics
+from trainer.plain_engine import MOMENTS
 
 SWEEP, RESULTS, PICTURE, LAW = "sweep.json", "results.csv", "picture.png", "law.json"
 LOSS = "loss"
@@ -69,8 +70,9 @@ def _setting(settings: Mapping[str, str], option: str) -> str:
 
 
 def _sizes(reader: CheckpointReader) -> Row:
-    shapes = reader.shared_state["dense_shapes"]
-    counts = {name: prod(shape) for name, shape in shapes.items()}
+    # Frozen weights and the biases of experts are kept among them too, but no optimizer has moments of those.
+    shapes = reader.shared_state["dense_shapes"].items()
+    counts = {name: prod(shape) for name, shape in shapes if f"{MOMENTS[0]}/{name}" in reader.tensors}
     tables = [shape for name, (shape, _) in reader.tensors.items() if name.startswith("table/")]
     return {
         "parameters": sum(counts.values()),

@@ -6,6 +6,7 @@ import logging
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import polars as pl
 import pytest
@@ -19,7 +20,7 @@ from launch.cli import run as grail
 from launch.scaling_law import fit_law
 from launch.sweep_picture import draw_sweep, options_beside
 from launch.sweep_plan import plan_runs
-from launch.sweep_results import _law, _setting, swept_options
+from launch.sweep_results import _law, _setting, _sizes, swept_options
 from launch.sweep_runs import SweepRunner
 from tests.tiny_run import build_tiny_data
 
@@ -98,6 +99,15 @@ def test_what_makes_no_sweep_is_refused(points, axes, common, message):
 def test_a_list_that_is_given_twice_is_refused(capsys):
     assert grail("sweep sasrec --over model.width=8,16 --over train.epochs=1,2".split()) == 2
     assert "--over must be given once, with all its values" in capsys.readouterr().err
+
+
+def test_parameters_are_those_that_are_trained():
+    """Of a frozen model with adapters, the adapters."""
+    shapes = {"blocks.0.weight": [8, 8], "blocks.0.adapter.weight": [8, 2], "blocks.0.choice_bias": [4]}
+    tensors = {f"dense/{name}": (shape, None) for name, shape in shapes.items()}
+    tensors |= {"exp_avg/blocks.0.adapter.weight": ([16], None), "table/item": ([10, 8], None)}
+    reader = SimpleNamespace(shared_state={"dense_shapes": shapes}, tensors=tensors)
+    assert _sizes(reader) == {"parameters": 16, "blocks": 16, "table_parameters": 80}
 
 
 def test_options_beside_leave_the_size_as_it_is():
