@@ -82,12 +82,10 @@ def _sizes(reader: CheckpointReader) -> Row:
 
 
 def _learnt(run_dir: str, reader: CheckpointReader, last_part: float) -> Row:
-    """`loss` is the mean over the last part of the steps: in a single epoch, of events not trained on before."""
     lines = [line for line in read_metrics(run_dir) if "train/loss" in line]
     steps = [0, *(line["step"] for line in lines)]
     progress = reader.shared_state["progress"]
     config = reader.shared_state["config"]
-    last = lines[-max(int(last_part * len(lines)), 1) :]
     return {
         "step": progress["step"],
         "targets": round(
@@ -97,9 +95,18 @@ def _learnt(run_dir: str, reader: CheckpointReader, last_part: float) -> Row:
             )
         ),
         "targets_per_s": float(np.median([line["train/targets_per_s"] for line in lines])) if lines else None,
-        LOSS: float(np.mean([line["train/loss"] for line in last])) if lines else None,
+        LOSS: mean_of_last([line["train/loss"] for line in lines], steps, last_part) if lines else None,
         f"valid/{config['train']['selection_metric']}": progress["best"],
     }
+
+
+def mean_of_last(losses: Sequence[float], steps: Sequence[int], last_part: float) -> float:
+    """The mean over the last part of the steps: in a single epoch, of events not trained on before.
+
+    Each loss is that of the steps from one of `steps` to the next; a line on the border counts with its share.
+    """
+    begin = min((1 - last_part) * steps[-1], steps[-1] - 1)
+    return float(np.average(losses, weights=np.diff(np.maximum(steps, begin))))
 
 
 def _evaluated(run_dir: str) -> Row:

@@ -20,7 +20,7 @@ from launch.cli import run as grail
 from launch.scaling_law import fit_law
 from launch.sweep_picture import draw_sweep, options_beside
 from launch.sweep_plan import plan_runs
-from launch.sweep_results import _law, _setting, _sizes, swept_options
+from launch.sweep_results import _law, _setting, _sizes, mean_of_last, swept_options
 from launch.sweep_runs import SweepRunner
 from tests.tiny_run import build_tiny_data
 
@@ -108,6 +108,13 @@ def test_parameters_are_those_that_are_trained():
     tensors |= {"exp_avg/blocks.0.adapter.weight": ([16], None), "table/item": ([10, 8], None)}
     reader = SimpleNamespace(shared_state={"dense_shapes": shapes}, tensors=tensors)
     assert _sizes(reader) == {"parameters": 16, "blocks": 16, "table_parameters": 80}
+
+
+def test_the_loss_is_that_of_the_last_part_of_the_steps_however_long_its_lines_are():
+    losses, steps = [9.0, 5.0, 1.0], [0, 50, 100, 110]
+    assert mean_of_last(losses, steps, 0.2) == pytest.approx((12 * 5 + 10 * 1) / 22)
+    assert mean_of_last(losses, steps, 1.0) == pytest.approx((50 * 9 + 50 * 5 + 10 * 1) / 110)
+    assert mean_of_last(losses, steps, 1e-9) == 1.0, "one step at least"
 
 
 def test_options_beside_leave_the_size_as_it_is():
