@@ -26,9 +26,11 @@ class ScalingLaw:
         return f"L(N) = {self.floor:.3f} + {self.scale:.4g} / N^{self.exponent:.3f}"
 
 
-def fit_law(sizes: Sequence[float], losses: Sequence[float]) -> ScalingLaw:
-    """Least squares, with all three numbers at least 0."""
+def fit_law(sizes: Sequence[float], losses: Sequence[float]) -> ScalingLaw | None:
+    """Least squares, with all three numbers at least 0; None where a size or a loss is not above 0, or not finite."""
     sizes, losses = np.asarray(sizes, dtype=float), np.asarray(losses, dtype=float)
+    if not (np.isfinite([sizes, losses]).all() and min(sizes.min(), losses.min()) > 0):
+        return None
     unit = sizes.min()
     fitted, _ = curve_fit(
         lambda size, floor, drop, exponent: floor + drop * (size / unit) ** -exponent,

@@ -2,7 +2,7 @@
 
 import io
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,11 +30,11 @@ def draw_sweep(
     """Means over seeds with their range; a line for each setting of the options that leave the size as it is."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes, beside = figure.subplots(), options_beside(rows, options, against)
-    series = defaultdict(list)
-    for row in rows:
-        series[" ".join(f"{name}={row.get(name, '')}" for name in beside)].append(row)
-    for label, members in series.items():
-        _draw(axes, members, against, metric, label)
+    series = defaultdict(lambda: defaultdict(list))
+    for row, size in zip(rows, _numbers([row[against] for row in rows]), strict=True):
+        series[" ".join(f"{name}={row.get(name, '')}" for name in beside)][size].append(row[metric])
+    for label, values in series.items():
+        _draw(axes, values, label)
     if law is not None:
         sizes = np.array([row[against] for row in rows], dtype=float)
         line = np.geomspace(sizes.min(), sizes.max(), 100)
@@ -64,11 +64,8 @@ def options_beside(rows: Sequence[Row], options: Sequence[str], against: str) ->
     return found
 
 
-def _draw(axes: Axes, rows: Sequence[Row], against: str, metric: str, label: str) -> None:
-    by_size = defaultdict(list)
-    for row in rows:
-        by_size[_number(row[against])].append(row[metric])
-    sizes = sorted(by_size) if all(isinstance(size, float) for size in by_size) else list(by_size)
+def _draw(axes: Axes, by_size: Mapping[float, list[float]] | Mapping[str, list[float]], label: str) -> None:
+    sizes = list(by_size) if isinstance(next(iter(by_size)), str) else sorted(by_size)
     means = np.array([np.mean(by_size[size]) for size in sizes])
     below = means - [min(by_size[size]) for size in sizes]
     above = [max(by_size[size]) for size in sizes] - means
@@ -77,9 +74,9 @@ def _draw(axes: Axes, rows: Sequence[Row], against: str, metric: str, label: str
         axes.set_xscale("log")
 
 
-def _number(value: Any) -> float | str:
-    """A value of an option as it was written, as a number where it is one."""
+def _numbers(values: Sequence[Any]) -> list[float] | list[str]:
+    """Values of an option as they were written, as numbers where all of them are; else each has a place of its own."""
     try:
-        return float(value)
+        return [float(value) for value in values]
     except ValueError:
-        return str(value)
+        return [str(value) for value in values]

@@ -8,7 +8,7 @@ from itertools import product
 
 from cluster.errors import ConfigError
 
-_OWN = ("--run-dir", "--seed")
+_OWN = {"run-dir", "seed"}
 """Options of a run that the sweep gives."""
 _LONGEST_NAME = 120
 
@@ -32,14 +32,12 @@ def plan_runs(
     A point holds settings that go together, such as "model.width=64 model.num-blocks=2"; an axis one option with its
     values, such as "train.learning-rate=1e-3,2e-3". `common` are words of all runs.
 
-    Raises: ConfigError for what is neither, and for two runs alike.
+    Raises: ConfigError for what is neither, for an option that is given twice, and for two runs alike.
     """
-    if given := [word for word in common if word.split("=")[0] in _OWN]:
-        raise ConfigError(
-            f"a sweep names its runs and their seeds itself, got {given[0]}; leave it out, see --seeds"
-        )
     choices = [[_settings(point) for point in points or [""]], *map(_axis, axes)]
-    settings = [dict(pair for part in chosen for pair in part) for chosen in product(*choices)]
+    combined = [[pair for part in chosen for pair in part] for chosen in product(*choices)]
+    _require_once(combined, common)
+    settings = list(map(dict, combined))
     short = short_names(name for chosen in settings for name in chosen)
     runs: dict[str, SweptRun] = {}
     for chosen, seed in product(settings, seeds):
@@ -50,34 +48,55 @@ def plan_runs(
     return runs
 
 
+def _require_once(combined: Iterable[Sequence[tuple[str, str]]], common: Sequence[str]) -> None:
+    """Of an option that is given twice only the last value would count, and runs would not be what they are called.
+
+    Raises: ConfigError for such an option, and for those that the sweep gives.
+    """
+    shared = {_plain(word.partition("=")[0]): word for word in common if word.startswith("--")}
+    for pairs in combined:
+        names = [name for name, _ in pairs]
+        if own := [shared.get(name, f"--{name}") for name in _OWN if name in shared or name in names]:
+            raise ConfigError(
+                f"a sweep names its runs and their seeds itself, got {min(own)}; leave it out, see --seeds"
+            )
+        if both := shared.keys() & set(names):
+            raise ConfigError(f"--{min(both)} is an option of the sweep and of all runs; leave either out")
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise ConfigError(
+                f"each run must be given an option once, and --{twice[0]} comes twice; take one out"
+            )
+
+
 def _all_words(settings: dict[str, str], seed: int, common: Sequence[str]) -> list[str]:
     """Behind a word that chooses the kind of a section only the section's own options may stand."""
-    sections = tuple(f"{option.partition(':')[0]}." for option in settings if ":" in option)
+    sections = tuple(f"{word.partition(':')[0]}." for word in (*settings, *common) if ":" in word)
     first, last = [], []
     for option, value in settings.items():
         words = last if ":" in option or (sections and option.startswith(sections)) else first
         words += _words(option, value)
-    if (
-        twice := {word.split("=")[0] for word in common}
-        & {*first, *last}
-        & {f"--{name}" for name in settings}
-    ):
-        raise ConfigError(f"{min(twice)} is an option of the sweep and of all runs; leave either out")
     return ["--seed", str(seed), *first, *common, *last]
+
+
+def _plain(option: str) -> str:
+    """Example: "--train.max_steps" -> "train.max-steps"."""
+    return option.removeprefix("--").replace("_", "-")
 
 
 def _settings(point: str) -> list[tuple[str, str]]:
     """A word without a value is a switch, such as model.no-item-features, or chooses the kind of a section."""
-    return [tuple(word.removeprefix("--").partition("=")[::2]) for word in point.split()]
+    parts = (word.partition("=") for word in point.split())
+    return [(_plain(name), value) for name, _, value in parts]
 
 
 def _axis(text: str) -> list[list[tuple[str, str]]]:
-    name, equals, values = text.removeprefix("--").partition("=")
-    if not (equals and values.strip(",") and re.fullmatch(r"[\w.-]+", name)):
+    name, _, listed = text.partition("=")
+    values = list(filter(None, map(str.strip, listed.split(","))))
+    if not (values and re.fullmatch(r"[\w.-]+", name)):
         raise ConfigError(
             f"--over must be an option and its values, such as train.learning-rate=1e-3,2e-3, got '{text}'"
         )
-    return [[(name, value)] for value in values.split(",") if value]
+    return [[(_plain(name), value)] for value in values]
 
 
 def _words(option: str, value: str) -> list[str]:

@@ -23,9 +23,11 @@ from launch.sweep_plan import short_names
 from trainer.checkpoint_reader import CheckpointReader
 from trainer.configuration import CHECKPOINTS
 from trainer.metric_log import read_metrics
+from trainer.plain_engine import MOMENTS
 
 SWEEP, RESULTS, PICTURE, LAW = "sweep.json", "results.csv", "picture.png", "law.json"
 LOSS = "loss"
+_SWITCHED = "yes"
 
 
 def read_sweep(out: str) -> dict[str, Any]:
@@ -37,7 +39,7 @@ def read_sweep(out: str) -> dict[str, Any]:
 
 def collect(out: str, runs: Mapping[str, Any], *, last_part: float) -> list[Row]:
     """A row for each run that has taken a checkpoint."""
-    rows = []
+    rows, options = [], swept_options(runs)
     for name, run in runs.items():
         try:
             reader = CheckpointReader(Storage(f"{out}/{name}/{CHECKPOINTS}"))
@@ -46,7 +48,7 @@ def collect(out: str, runs: Mapping[str, Any], *, last_part: float) -> list[Row]
         rows.append(
             {
                 "run": name,
-                **run["settings"],
+                **{option: _setting(run["settings"], option) for option in options},
                 "seed": run["seed"],
                 "state": report_run(f"{out}/{name}").state,
                 **_sizes(reader),
@@ -57,9 +59,20 @@ def collect(out: str, runs: Mapping[str, Any], *, last_part: float) -> list[Row]
     return rows
 
 
+def swept_options(runs: Mapping[str, Any]) -> list[str]:
+    """All that any of the runs was given of its own."""
+    return list(dict.fromkeys(name for run in runs.values() for name in run["settings"]))
+
+
+def _setting(settings: Mapping[str, str], option: str) -> str:
+    """Nothing where a run was not given the option; a switch, which has no value, must not look alike."""
+    return (settings[option] or _SWITCHED) if option in settings else ""
+
+
 def _sizes(reader: CheckpointReader) -> Row:
-    shapes = reader.shared_state["dense_shapes"]
-    counts = {name: prod(shape) for name, shape in shapes.items()}
+    # Frozen weights and the biases of experts are kept among them too, but no optimizer has moments of those.
+    shapes = reader.shared_state["dense_shapes"].items()
+    counts = {name: prod(shape) for name, shape in shapes if f"{MOMENTS[0]}/{name}" in reader.tensors}
     tables = [shape for name, (shape, _) in reader.tensors.items() if name.startswith("table/")]
     return {
         "parameters": sum(counts.values()),
@@ -69,12 +82,10 @@ def _sizes(reader: CheckpointReader) -> Row:
 
 
 def _learnt(run_dir: str, reader: CheckpointReader, last_part: float) -> Row:
-    """`loss` is the mean over the last part of the steps: in a single epoch, of events not trained on before."""
     lines = [line for line in read_metrics(run_dir) if "train/loss" in line]
     steps = [0, *(line["step"] for line in lines)]
     progress = reader.shared_state["progress"]
     config = reader.shared_state["config"]
-    last = lines[-max(int(last_part * len(lines)), 1) :]
     return {
         "step": progress["step"],
         "targets": round(
@@ -84,9 +95,18 @@ def _learnt(run_dir: str, reader: CheckpointReader, last_part: float) -> Row:
             )
         ),
         "targets_per_s": float(np.median([line["train/targets_per_s"] for line in lines])) if lines else None,
-        LOSS: float(np.mean([line["train/loss"] for line in last])) if lines else None,
+        LOSS: mean_of_last([line["train/loss"] for line in lines], steps, last_part) if lines else None,
         f"valid/{config['train']['selection_metric']}": progress["best"],
     }
+
+
+def mean_of_last(losses: Sequence[float], steps: Sequence[int], last_part: float) -> float:
+    """The mean over the last part of the steps: in a single epoch, of events not trained on before.
+
+    Each loss is that of the steps from one of `steps` to the next; a line on the border counts with its share.
+    """
+    begin = min((1 - last_part) * steps[-1], steps[-1] - 1)
+    return float(np.average(losses, weights=np.diff(np.maximum(steps, begin))))
 
 
 def _evaluated(run_dir: str) -> Row:
@@ -100,18 +120,21 @@ def _evaluated(run_dir: str) -> Row:
 def write_results(out: str, console: Console) -> None:
     """Write table, picture, law and page of a sweep, and print the table, the law and where they lie.
 
-    Raises: ConfigError where no run has such a metric; the table is there all the same.
+    Raises: ConfigError where no run has such a number; the table is there all the same.
     """
     storage, sweep = Storage(out), read_sweep(out)
     runs, metric = sweep["runs"], sweep["metric"]
     rows = collect(out, runs, last_part=sweep["last_part"])
     storage.write(RESULTS, pl.DataFrame(rows, infer_schema_length=None).write_csv().encode())
-    columns = dict.fromkeys(name for row in rows for name in row)
-    if rows and metric not in columns:
-        raise ConfigError(f"--metric must be a column of {RESULTS} ({', '.join(columns)}), got {metric}")
-    options = list(dict.fromkeys(name for run in runs.values() for name in run["settings"]))
+    if rows and metric not in (columns := _columns_of_numbers(rows)):
+        raise ConfigError(
+            f"--metric must be a column of numbers in {RESULTS} ({', '.join(columns)}), got {metric}"
+        )
+    options = swept_options(runs)
     against = sweep["against"] or _varied(rows, options)
-    points = [row for row in rows if row.get(metric) is not None and row.get(against) is not None]
+    # What a run was on its way to is no loss of its size.
+    ended = [row for row in rows if row["state"] == "finished"]
+    points = [row for row in ended if row.get(metric) is not None and row.get(against) is not None]
     law = _law(points, against) if metric == LOSS else None
     if law is not None:
         storage.write(LAW, json.dumps({"against": against, **vars(law)}, indent=1).encode())
@@ -124,6 +147,11 @@ def write_results(out: str, console: Console) -> None:
     if law is not None:
         console.print(f"{law}, N: {SIZES[against]}")
     console.print(f"Written to {storage.path(RESULTS)} and {storage.path(REPORT)}", soft_wrap=True)
+
+
+def _columns_of_numbers(rows: Sequence[Row]) -> list[str]:
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [name for name in names if not any(isinstance(row.get(name), str) for row in rows)]
 
 
 def _varied(rows: Sequence[Row], options: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 GRAIL = (sys.executable, "-m", "launch.cli")
 _LOOK_EVERY_S = 1.0
 _LAST_LINES = 5
+_STOPPED = (os.EX_TEMPFAIL, 128 + signal.SIGTERM, -signal.SIGTERM)
+"""Exit codes of a run that was told to stop: it has saved, or it was starting and had nothing to save."""
 
 
 @dataclass(kw_only=True)
@@ -46,6 +49,7 @@ class SweepRunner:
         self.waiting = [name for name in self.commands if not self._is_done(name)]
         self.working: dict[str, _Working] = {}
         self.failed: list[str] = []
+        self.stopped: list[str] = []
 
     def run(self, console: Console, stop: StopSignal) -> bool:
         """Whether all were worked off; a stop lets those at work save first, and what fails does not end the others."""
@@ -63,10 +67,10 @@ class SweepRunner:
                     self._look()
             finally:
                 self._end_all()
-        return not stop.requested
+        return not (self.waiting or self.stopped)
 
     def _num_done(self) -> int:
-        return len(self.commands) - len(self.waiting) - len(self.working)
+        return len(self.commands) - len(self.waiting) - len(self.working) - len(self.stopped)
 
     def _is_done(self, name: str) -> bool:
         storage = Storage(f"{self.out}/{name}")
@@ -114,6 +118,10 @@ class SweepRunner:
             output.seek(0)
             text = output.read()
         Storage(self.out).write(f"{name}.log", text)
+        if work.process.returncode in _STOPPED:
+            self.stopped.append(name)
+            logger.info("%s was stopped and goes on next time", name)
+            return
         if work.process.returncode:
             self._tell_failure(name, work.process.returncode, text.decode(errors="replace"))
         elif not self._is_done(name):
@@ -126,8 +134,6 @@ class SweepRunner:
         logger.info("%s: %s", name, told)
 
     def _tell_failure(self, name: str, code: int, text: str) -> None:
-        if code == os.EX_TEMPFAIL:
-            return  # it was stopped, has saved, and goes on next time
         self.failed.append(name)
         last = "\n".join(text.strip().splitlines()[-_LAST_LINES:])
         whole = f"{self.out}/{name}.log"

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -54,8 +55,19 @@ def run(arguments: list[str]) -> int:
         raise ConfigError(
             "grail sweep needs a recipe in front of the options; all options: grail sweep --help"
         )
+    _require_once(rest)
     options, common = tyro.cli(SweepOptions, args=rest, prog=program, return_unknown_args=True)
     return sweep(recipe, options, common)
+
+
+def _require_once(arguments: Sequence[str]) -> None:
+    """Raises: ConfigError for a list that is given again, which would take the place of the first."""
+    given = Counter(word.partition("=")[0] for word in arguments)
+    if twice := [name for name in ("--points", "--over", "--seeds") if given[name] > 1]:
+        raise ConfigError(
+            f"{twice[0]} must be given once, with all its values behind it (as in --over a=1,2 b=3,4), and is "
+            f"given {given[twice[0]]} times"
+        )
 
 
 def sweep(recipe: str, options: SweepOptions, common: Sequence[str]) -> int:

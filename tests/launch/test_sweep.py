@@ -6,18 +6,21 @@ import logging
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import polars as pl
 import pytest
+from matplotlib.axes import Axes
 from rich.console import Console
 
 from cluster.errors import ConfigError
 from cluster.reporter import StopSignal
-from launch import sweep_runs
+from launch import sweep_results, sweep_runs
 from launch.cli import run as grail
-from launch.sweep_picture import options_beside
+from launch.scaling_law import fit_law
+from launch.sweep_picture import draw_sweep, options_beside
 from launch.sweep_plan import plan_runs
-from launch.sweep_results import _law
+from launch.sweep_results import _law, _setting, _sizes, mean_of_last, swept_options
 from launch.sweep_runs import SweepRunner
 from tests.tiny_run import build_tiny_data
 
@@ -58,6 +61,15 @@ def test_the_kind_of_a_section_stands_as_it_is_and_options_alike_in_their_end_ar
     assert name == "feedforward-feed-forward-config_model.feedforward.hidden-64_model.hidden-8_seed-0"
 
 
+def test_options_of_a_kind_that_all_runs_have_stand_behind_it():
+    common = ["--data.path", "s3://x", "model.feedforward:mixture-config"]
+    runs = plan_runs([], ["model.feedforward.num-experts=2, 4", "--train.learning_rate=-1"], (0,), common)
+    assert list(runs) == ["num-experts-2_learning-rate--1_seed-0", "num-experts-4_learning-rate--1_seed-0"]
+    words = runs["num-experts-4_learning-rate--1_seed-0"].words
+    assert words[2:4] == ["--train.learning-rate", "-1"]
+    assert words[-3:] == ["model.feedforward:mixture-config", "--model.feedforward.num-experts", "4"]
+
+
 @pytest.mark.parametrize(
     ("points", "axes", "common", "message"),
     [
@@ -71,12 +83,38 @@ def test_the_kind_of_a_section_stands_as_it_is_and_options_alike_in_their_end_ar
             "--model.width is an option of the sweep and of all runs",
         ),
         ([], ["model.width=8"], ["--seed=3"], "got --seed=3; leave it out, see --seeds"),
+        ([], ["model.width=8"], ["--run_dir", "x"], "got --run_dir; leave it out"),
+        ([], ["run-dir=a,b"], [], "got --run-dir; leave it out"),
+        (["seed=1"], [], [], "got --seed; leave it out"),
+        ([], ["model.num_blocks=1,2"], ["--model.num-blocks", "4"], "--model.num-blocks is an option of the"),
+        (["model.width=8"], ["model.width=16,32"], [], "an option once, and --model.width comes twice"),
         ([" ".join(f"model.option-{number}=1" for number in range(20))], [], [], "120 characters"),
     ],
 )
 def test_what_makes_no_sweep_is_refused(points, axes, common, message):
     with pytest.raises(ConfigError, match=message):
         plan_runs(points, axes, (0,), common)
+
+
+def test_a_list_that_is_given_twice_is_refused(capsys):
+    assert grail("sweep sasrec --over model.width=8,16 --over train.epochs=1,2".split()) == 2
+    assert "--over must be given once, with all its values" in capsys.readouterr().err
+
+
+def test_parameters_are_those_that_are_trained():
+    """Of a frozen model with adapters, the adapters."""
+    shapes = {"blocks.0.weight": [8, 8], "blocks.0.adapter.weight": [8, 2], "blocks.0.choice_bias": [4]}
+    tensors = {f"dense/{name}": (shape, None) for name, shape in shapes.items()}
+    tensors |= {"exp_avg/blocks.0.adapter.weight": ([16], None), "table/item": ([10, 8], None)}
+    reader = SimpleNamespace(shared_state={"dense_shapes": shapes}, tensors=tensors)
+    assert _sizes(reader) == {"parameters": 16, "blocks": 16, "table_parameters": 80}
+
+
+def test_the_loss_is_that_of_the_last_part_of_the_steps_however_long_its_lines_are():
+    losses, steps = [9.0, 5.0, 1.0], [0, 50, 100, 110]
+    assert mean_of_last(losses, steps, 0.2) == pytest.approx((12 * 5 + 10 * 1) / 22)
+    assert mean_of_last(losses, steps, 1.0) == pytest.approx((50 * 9 + 50 * 5 + 10 * 1) / 110)
+    assert mean_of_last(losses, steps, 1e-9) == 1.0, "one step at least"
 
 
 def test_options_beside_leave_the_size_as_it_is():
@@ -106,6 +144,31 @@ def test_a_law_takes_the_mean_over_seeds_of_the_best_setting_of_a_size():
     assert _law(rows, "run") is None
 
 
+@pytest.mark.parametrize("losses", [[3, 2, 1, 0], [3, 2, -1, -2], [3, 2, float("nan"), 1]])
+def test_where_there_can_be_no_law_there_is_none(losses):
+    assert fit_law([1, 2, 3, 4], losses) is None
+    assert fit_law([0, 1, 2, 3], [4, 3, 2, 1]) is None, "the blocks of a model without any are 0 parameters"
+
+
+def test_runs_with_and_without_a_switch_are_told_apart(monkeypatch):
+    """In the table, and in the picture, where they were one line as if they were seeds."""
+    runs = {name: {"settings": settings} for name, settings in {"a": {}, "b": {"model.no-bias": ""}}.items()}
+    assert [_setting(run["settings"], *swept_options(runs)) for run in runs.values()] == ["", "yes"]
+    rows = [
+        {"model.no-bias": given, "width": width, "parameters": 8, "loss": loss}
+        for given, loss in (("", 1.0), ("yes", 2.0))
+        for width in ("8", "None")
+    ]
+    drawn = []
+    monkeypatch.setattr(Axes, "errorbar", lambda _, *line, label, **__: drawn.append((*line, label)))
+    assert draw_sweep(rows, ["model.no-bias", "width"], "width", "loss", None)
+    assert [(sizes, list(means), label) for sizes, means, label in drawn] == [
+        (["8", "None"], [1.0, 1.0], "model.no-bias="),
+        (["8", "None"], [2.0, 2.0], "model.no-bias=yes"),
+    ]
+    assert draw_sweep(rows, [], "model.no-bias", "loss", None), "a value that is none has a place of its own"
+
+
 def test_a_sweep_trains_each_run_once_and_compares_them(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sweep_runs, "_LOOK_EVERY_S", 0.1)
     out = tmp_path / "sweep"
@@ -127,9 +190,19 @@ def test_a_sweep_trains_each_run_once_and_compares_them(data, tmp_path, capsys, 
     assert grail([*line, "--train.learning-rate", "0.5"]) == 2
     assert "holds a run width-8_seed-0 that was asked for with other options" in capsys.readouterr().err
     assert grail([*line, "--metric", "hits"]) == 2
-    assert "--metric must be a column of results.csv (run, model.width, seed" in capsys.readouterr().err
+    assert "--metric must be a column of numbers in results.csv (seed, parameters" in capsys.readouterr().err
+    assert grail([*line, "--metric", "state"]) == 2 and "got state" in capsys.readouterr().err
     assert grail([*line, "--against", "hits"]) == 2
     assert "--against must be one of parameters, blocks, targets, model.width" in capsys.readouterr().err
+
+    drawn = []
+    monkeypatch.setattr(sweep_results, "draw_sweep", lambda rows, *_: drawn.extend(rows) or b"")
+    (out / "width-8_seed-0" / "status.json").write_text(json.dumps({"state": "stopped", "updated_at_s": 1.0}))
+    assert grail([*line[:-2], "--over", "model.width=16"]) == 0
+    assert pl.read_csv(out / "results.csv")["state"].to_list() == ["stopped", "finished"]
+    assert [row["run"] for row in drawn] == ["width-16_seed-0"], (
+        "what is half trained has no loss of its size"
+    )
 
 
 RUN = """
@@ -143,6 +216,8 @@ if behaviour == "waits":
     signal.signal(signal.SIGTERM, lambda *_: (run_dir / "saved").touch() or sys.exit(75))
     (run_dir / "begun").touch()
     time.sleep(60)
+if behaviour.isdigit():
+    sys.exit(int(behaviour))
 if behaviour == "fails":
     sys.exit("no such luck")
 (run_dir / "status.json").write_text(json.dumps({"state": "finished"}))
@@ -189,3 +264,15 @@ def test_a_stop_lets_the_runs_at_work_save_and_starts_no_other(tmp_path, monkeyp
     thread.start()
     assert not runner.run(Console(file=io.StringIO()), stop)
     assert (out / "a" / "saved").exists() and not (out / "b").exists() and not runner.failed
+
+
+@pytest.mark.parametrize("code", [75, 143])
+def test_a_run_that_was_stopped_has_neither_failed_nor_been_worked_off(tmp_path, monkeypatch, caplog, code):
+    """75 once it has saved, 143 while it was starting."""
+    caplog.set_level(logging.INFO, "launch.sweep_runs")
+    runner = make_runner(tmp_path / "sweep", monkeypatch, {"a": str(code), "b": "ends"})
+    assert not runner.run(Console(file=io.StringIO()), StopSignal()), (
+        "the sweep must say that it is not whole"
+    )
+    assert runner.stopped == ["a"] and not runner.failed and "failed" not in caplog.text
+    assert "b: 1 of 2 runs worked off" in caplog.text
