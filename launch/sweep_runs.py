@@ -72,14 +72,16 @@ class SweepRunner:
     def _num_done(self) -> int:
         return len(self.commands) - len(self.waiting) - len(self.working) - len(self.stopped)
 
+    def _is_trained(self, name: str) -> bool:
+        return read_status(Storage(f"{self.out}/{name}")).state == "finished"
+
     def _is_done(self, name: str) -> bool:
-        storage = Storage(f"{self.out}/{name}")
-        is_trained = read_status(storage).state == "finished"
-        return is_trained and (storage.exists(EVALUATION) or not self.evaluate)
+        is_shown = not self.evaluate or Storage(f"{self.out}/{name}").exists(EVALUATION)
+        return self._is_trained(name) and is_shown
 
     def _begin(self, name: str) -> None:
         run_dir = f"{self.out}/{name}"
-        if read_status(Storage(run_dir)).state == "finished":
+        if self._is_trained(name):
             words = ["evaluate", run_dir]
         else:
             recipe, *rest = self.commands[name]
@@ -122,7 +124,7 @@ class SweepRunner:
             self.stopped.append(name)
             logger.info("%s was stopped and goes on next time", name)
             return
-        if work.process.returncode:
+        if work.process.returncode or not self._is_trained(name):
             self._tell_failure(name, work.process.returncode, text.decode(errors="replace"))
         elif not self._is_done(name):
             self.waiting.insert(0, name)  # to be evaluated

@@ -25,7 +25,7 @@ def run(arguments: list[str]) -> int:
     from launch.report import write_report
     from launch.sweep_results import SWEEP, write_results
 
-    for folder in map(absolute, folders):
+    for folder in (absolute(folder).rstrip("/") for folder in folders):
         if Storage(folder).exists(SWEEP):
             write_results(folder, Console())
             continue

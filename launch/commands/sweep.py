@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import PurePath
 
 import tyro
 
@@ -85,7 +86,7 @@ def sweep(recipe: str, options: SweepOptions, common: Sequence[str]) -> int:
             "--at-once must be at least 1, --seeds one or more and --last-part above 0 and at most 1, got "
             f"{options.at_once}, {options.seeds} and {options.last_part}"
         )
-    out = absolute(options.out or f"runs/{recipe}-sweep")
+    out = absolute(options.out or f"runs/{PurePath(recipe).stem}-sweep").rstrip("/")
     runs = plan_runs(options.points, options.over, options.seeds, common)
     _check(recipe, runs, options.against)
     _keep(out, recipe, runs, options)

@@ -220,6 +220,8 @@ if behaviour.isdigit():
     sys.exit(int(behaviour))
 if behaviour == "fails":
     sys.exit("no such luck")
+if behaviour == "says nothing":
+    sys.exit()
 (run_dir / "status.json").write_text(json.dumps({"state": "finished"}))
 """
 """A command that does to a run what `grail pretrain` and `grail evaluate` do, in no time."""
@@ -235,11 +237,11 @@ def make_runner(out, monkeypatch, behaviours: dict[str, str], **options) -> Swee
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "launch.sweep_runs")
-    runner = make_runner(tmp_path / "sweep", monkeypatch, {"a": "fails", "b": "ends"})
+    runner = make_runner(tmp_path / "sweep", monkeypatch, {"a": "fails", "b": "ends", "c": "says nothing"})
     assert runner.run(Console(file=io.StringIO()), StopSignal())
-    assert runner.failed == ["a"] and (tmp_path / "sweep" / "a.log").read_text() == "no such luck\n"
+    assert runner.failed == ["a", "c"] and (tmp_path / "sweep" / "a.log").read_text() == "no such luck\n"
     assert "a failed with exit code 1" in caplog.text and "no such luck" in caplog.text
-    assert "b: 2 of 2 runs worked off, about 0 s left" in caplog.text
+    assert "c: 3 of 3 runs worked off, about 0 s left" in caplog.text
 
 
 def test_runs_are_evaluated_where_that_is_asked_for(tmp_path, monkeypatch):
