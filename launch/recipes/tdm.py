@@ -21,5 +21,5 @@ def recipe() -> PretrainConfig:
             positions=8,
             init_scale=0.2,
         ),
-        train=TrainConfig(epochs=6, learning_rate=5e-3, table_learning_rate=0.07, validate_every_epochs=2),
+        train=TrainConfig(epochs=12, learning_rate=5e-3, table_learning_rate=0.07, validate_every_epochs=2),
     )
