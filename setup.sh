@@ -153,11 +153,10 @@ pin() {
 }
 
 pip_install() {
-    # Without compiling modules of which most are never imported, which takes as long as all the rest.
-    # The constraint holds also where pip builds a package from source in an environment of its own (deepspeed is one).
+    # Holds also where pip builds a package from source in an environment of its own (deepspeed is one).
     grep '^setuptools==' requirements.txt >$venv/build-constraints.txt
     PIP_CONSTRAINT=$venv/build-constraints.txt PIP_BUILD_CONSTRAINT=$venv/build-constraints.txt \
-        $venv/bin/python -m pip install --no-input --disable-pip-version-check --progress-bar off --no-compile "$@"
+        $venv/bin/python -m pip install --no-input --disable-pip-version-check --progress-bar off "$@"
 }
 
 need_disk_gib() {
