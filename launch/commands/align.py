@@ -154,6 +154,7 @@ def align(config: "AlignConfig") -> int:
     """
     from cluster.lease import Lease
     from launch.plots import write_alignment_curves
+    from launch.report import write_report
     from launch.run_status import StatusKeeper
     from rl.configuration import check_alignment
     from rl.reward_mix import prepare_terms
@@ -193,7 +194,9 @@ def align(config: "AlignConfig") -> int:
         at = f" at step {result['step']}" if result else ""
         print(f"Stopped{at}. {way_on(config.run_dir, ALIGN, own)}", file=sys.stderr)
         return STOPPED
-    return _report(config, result)
+    code = _report(config, result)
+    print(f"Report: {write_report(config.run_dir)}")
+    return code
 
 
 def _run(
@@ -243,13 +246,10 @@ def _report(config: "AlignConfig", result: dict[str, Any]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from launch.report import write_report
-
     held_out, metric = result["notes"]["held_out"], config.train.selection_metric
     last, best = max(held_out, key=int), str(result["best_step"])
     shown = {"start": held_out["0"], f"last ({last})": held_out[last], f"best ({best})": held_out[best]}
     Storage(config.run_dir).write(ALIGNMENT, json.dumps({**result, "shown": shown}, indent=1).encode())
-    report = write_report(config.run_dir)
     table = Table(title="held-out items of the validation split")
     for name in ("metric", *shown):
         table.add_column(name, justify="left" if name == "metric" else "right")
@@ -259,7 +259,6 @@ def _report(config: "AlignConfig", result: dict[str, Any]) -> int:
             name, *(f"{metrics[name]:.4f}" if name in metrics else "-" for metrics in shown.values())
         )
     Console().print(table)
-    print(f"Report: {report}")
     if held_out[last].get(metric, math.inf) < held_out["0"].get(metric, -math.inf):
         kept = "the start itself" if result["best_step"] == 0 else f"step {best}"
         print(f"The last step is WORSE than the start in {metric}; the best one, which is kept, is {kept}.")
