@@ -20,6 +20,17 @@ from cluster.process import Process, start_process, stop_process
 # A fork server imports what is slow once, not once per process of every test.
 _PRELOADED = ["trainer.start", "sharding.apply", "trainer.dense_engine", "tests.training_cases"]
 
+ALONE = Process(
+    rank=0,
+    world_size=1,
+    local_rank=0,
+    local_world_size=1,
+    device=torch.device("cpu"),
+    host_group=None,
+    num_threads=1,
+)
+"""A process in no group."""
+
 
 def run_on_processes(
     function: Callable[..., Any], world_size: int, *arguments: Any, timeout_s: float = 120

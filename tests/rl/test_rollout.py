@@ -11,7 +11,6 @@ import torch
 
 from cluster.configuration import ClusterConfig
 from cluster.errors import DivergenceError
-from cluster.process import Process
 from rl import rollout
 from rl.configuration import AlignOptions, RolloutConfig
 from rl.policy_version import version_of
@@ -19,20 +18,11 @@ from rl.prompts import POSITIVES
 from rl.rollout import PooledRollouts
 from rl.types import Completions
 from sharding.collectives import scatter_objects
-from tests.process_group import impatient, run_on_processes
+from tests.process_group import ALONE, impatient, run_on_processes
 from tests.training_cases import make_batch
 
 LOST, NOW = version_of(1, 7), version_of(2, 5)
 TIMEOUT_S, LATE_S = 2.0, 5.0
-ALONE = Process(
-    rank=0,
-    world_size=1,
-    local_rank=0,
-    local_world_size=1,
-    device=torch.device("cpu"),
-    host_group=None,
-    num_threads=1,
-)
 
 
 class StubPool:

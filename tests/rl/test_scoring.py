@@ -4,11 +4,9 @@ import time
 
 import numpy as np
 import pytest
-import torch
 
 from cluster.configuration import ClusterConfig
 from cluster.errors import PoolGoneError
-from cluster.process import Process
 from rl.advantages.group import GroupRelative
 from rl.heartbeat import Heartbeat
 from rl.reward_mix import RewardTerm, mix
@@ -17,18 +15,8 @@ from rl.rewards.hit import Hit
 from rl.scoring import Scorer
 from rl.stopwatch import Stopwatch
 from rl.types import Reward
-from tests.process_group import impatient, run_on_processes
+from tests.process_group import ALONE, impatient, run_on_processes
 from tests.rl.groups import completions
-
-PROCESS = Process(
-    rank=0,
-    world_size=1,
-    local_rank=0,
-    local_world_size=1,
-    device=torch.device("cpu"),
-    host_group=None,
-    num_threads=1,
-)
 
 TIMEOUT_S, LATE_S = 2.0, 5.0
 
@@ -79,6 +67,6 @@ def test_no_rank_gives_up_while_the_first_one_waits_for_rewards(is_gone, shares)
 
 
 def test_a_step_without_users_has_no_advantages_and_no_numbers_and_asks_no_reward():
-    found = make_scorer(PROCESS, None).score([completions(np.zeros((0, 4)))])
+    found = make_scorer(ALONE, None).score([completions(np.zeros((0, 4)))])
     assert found.advantages.values.shape == found.advantages.mask.shape == (0, 4)
     assert found.advantages.skipped.shape == (0,) and not found.numbers

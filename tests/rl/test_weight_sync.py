@@ -13,7 +13,7 @@ from rl.policy_version import age, new_start, version_of
 from rl.weight_sync import gather_weights, put_weights
 from sharding.state import Piece
 from tests.generator_cases import make_generator
-from tests.process_group import run_on_processes
+from tests.process_group import ALONE, run_on_processes
 from tests.training_cases import Case, make_learner, run_steps
 from trainer.plain_engine import named_state, named_trainable
 
@@ -72,16 +72,7 @@ def test_weights_read_in_place_are_copied():
 
 
 def test_versions_of_a_lost_start_are_never_given_again(tmp_path):
-    process = Process(
-        rank=0,
-        world_size=1,
-        local_rank=0,
-        local_world_size=1,
-        device=torch.device("cpu"),
-        host_group=None,
-        num_threads=1,
-    )
-    first, second = (new_start(Storage(tmp_path), process) for _ in range(2))
+    first, second = (new_start(Storage(tmp_path), ALONE) for _ in range(2))
     assert second == first + 1
     lost, now = version_of(first, 47), version_of(second, 41)
     assert now > lost
