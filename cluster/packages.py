@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import os
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,11 @@ PACKAGES = ("cluster", "data_streams", "models", "sharding", "trainer", "rl", "l
 def root() -> Path:
     """The folder that holds the packages of this process."""
     return Path(__file__).resolve().parents[1]
+
+
+def search_path() -> str:
+    """PYTHONPATH for other processes: they find the packages from any working directory, installed or not."""
+    return os.pathsep.join(filter(None, (str(root()), os.environ.get("PYTHONPATH"))))
 
 
 @cache

@@ -22,8 +22,9 @@ from ray._private.authentication.authentication_token_setup import (
 from ray._raylet import AuthenticationMode, get_authentication_mode
 
 from cluster.configuration import ClusterConfig
+from cluster.environment import environment
 from cluster.errors import ClusterError
-from cluster.packages import PACKAGES, root
+from cluster.packages import PACKAGES, root, search_path
 from cluster.topology import num_hosts, usable_cores
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,10 @@ def _start_embedded(num_cpus: int) -> None:
     os.environ.pop("RAY_AUTH_MODE", None)
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    with _shielded_from_signals(), _keeping_sigterm(), _packages_on_path(), _without_idle_daemons():
+    # Workers inherit this. A `runtime_env` would say the same and cost every job seconds: its workers are made anew,
+    # after an agent has looked at it, where those that Ray has ready are taken otherwise.
+    packages = environment({"PYTHONPATH": search_path()})
+    with _shielded_from_signals(), _keeping_sigterm(), packages, _without_idle_daemons():
         ray.init(
             address="local",
             num_cpus=num_cpus,
@@ -116,24 +120,6 @@ def _check_answers(address: str) -> None:
             f"a Ray cluster must listen at --cluster.address {address}, and nothing answers there ({error}); "
             "start it (`ray start --head`) or correct the address"
         ) from error
-
-
-@contextmanager
-def _packages_on_path() -> Iterator[None]:
-    """Workers of the Ray started inside find the packages from any working directory, installed or not.
-
-    They inherit this. A `runtime_env` would say the same and cost every job seconds: its workers are made anew, after
-    an agent has looked at it, where those that Ray has ready are taken otherwise.
-    """
-    inherited = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(root()), *([inherited] if inherited else [])])
-    try:
-        yield
-    finally:
-        if inherited is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = inherited
 
 
 @contextmanager

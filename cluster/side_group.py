@@ -4,10 +4,9 @@ Nothing in it is repaired: when a member is lost or late the group is left, and 
 """
 
 import datetime
-import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cluster.environment import environment
 from cluster.faults import COLLECTIVE, kind_of
 from cluster.process import interface_towards
 from cluster.topology import num_hosts
@@ -170,17 +170,5 @@ def _nccl(store: dist.Store, seat: Invitation) -> dist.Backend:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = datetime.timedelta(seconds=2 * seat.timeout_s)
     # Its watchdog would end the process a minute after another was lost, though `broadcast` had given up long before.
-    with _environment(_LEFT_TO_US):
+    with environment(_LEFT_TO_US):
         return dist.ProcessGroupNCCL(store, seat.rank, seat.size, options)
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Inside, these variables have these values; afterwards those they had."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})

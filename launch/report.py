@@ -1,6 +1,5 @@
 """What a run is and what it has reached, as one page in its directory: report.html."""
 
-import json
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
@@ -21,6 +20,7 @@ from launch.run_directory import (
     EXPERTS,
     REPORT,
     SCALING_PICTURE,
+    read_json,
 )
 from launch.run_status import RunReport, report_run
 from trainer.configuration import PLAN
@@ -97,14 +97,14 @@ def _facts(report: RunReport) -> list[tuple[str, str]]:
 
 
 def _alignment(storage: Storage) -> Section:
-    shown = _json(storage, ALIGNMENT).get("shown", {})
+    shown = read_json(storage, ALIGNMENT).get("shown", {})
     names = dict.fromkeys(name for metrics in shown.values() for name in metrics)
     rows = [(name, *(_number(metrics.get(name)) for metrics in shown.values())) for name in names]
     return Section(title="Alignment, on held-out items", headers=("metric", *shown), rows=rows)
 
 
 def _evaluation(storage: Storage) -> Section:
-    content = _json(storage, EVALUATION)
+    content = read_json(storage, EVALUATION)
     if not content:
         return Section(title="Evaluation")
     intervals, baselines = content["intervals"], content.get("baselines", {})
@@ -133,10 +133,6 @@ def _number(value: float | None) -> str:
 def _pictures(storage: Storage) -> list[bytes]:
     names = (CURVES, ALIGNMENT_CURVES, EXPERTS, SCALING_PICTURE)
     return [storage.read(name) for name in names if storage.exists(name)]
-
-
-def _json(storage: Storage, name: str) -> dict[str, Any]:
-    return json.loads(storage.read(name)) if storage.exists(name) else {}
 
 
 def _text(storage: Storage, name: str) -> str:

@@ -19,6 +19,7 @@ lease.json         there while a job works on the run
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -86,6 +87,11 @@ def require_own_folder(run_dir: str, *, alignment: bool) -> None:
         raise ConfigError(
             f"run-dir must be a new folder or that of an alignment, and {run_dir} holds a pretraining; name another one"
         )
+
+
+def read_json(run_dir: Storage, name: str) -> dict[str, Any]:
+    """The content of a file of a run or a sweep; empty where there is none."""
+    return json.loads(run_dir.read(name)) if run_dir.exists(name) else {}
 
 
 def write_document(run_dir: str, name: str, document: dict[str, Any]) -> None:

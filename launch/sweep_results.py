@@ -15,7 +15,7 @@ from rich.table import Table
 from cluster.errors import CheckpointError, ConfigError
 from cluster.storage import Storage
 from launch.report_page import Section, render_page
-from launch.run_directory import EVALUATION, REPORT
+from launch.run_directory import EVALUATION, REPORT, read_json
 from launch.run_status import report_run
 from launch.scaling_law import LEAST_SIZES, ScalingLaw, fit_law
 from launch.sweep_picture import SIZES, Row, draw_sweep
@@ -33,8 +33,7 @@ _SWITCHED = "yes"
 def read_sweep(out: str) -> dict[str, Any]:
     """What `grail sweep` wrote down: the runs by name, with settings, seed and words, and how they are shown; empty
     where there is no sweep."""
-    storage = Storage(out)
-    return json.loads(storage.read(SWEEP)) if storage.exists(SWEEP) else {}
+    return read_json(Storage(out), SWEEP)
 
 
 def collect(out: str, runs: Mapping[str, Any], *, last_part: float) -> list[Row]:
@@ -110,11 +109,8 @@ def mean_of_last(losses: Sequence[float], steps: Sequence[int], last_part: float
 
 
 def _evaluated(run_dir: str) -> Row:
-    storage = Storage(run_dir)
-    if not storage.exists(EVALUATION):
-        return {}
-    content = json.loads(storage.read(EVALUATION))
-    return {f"{content['split']}/{name}": value for name, value in content["metrics"].items()}
+    content = read_json(Storage(run_dir), EVALUATION)
+    return {f"{content['split']}/{name}": value for name, value in content.get("metrics", {}).items()}
 
 
 def write_results(out: str, console: Console) -> None:
@@ -149,9 +145,13 @@ def write_results(out: str, console: Console) -> None:
     console.print(f"Written to {storage.path(RESULTS)} and {storage.path(REPORT)}", soft_wrap=True)
 
 
+def _columns(rows: Sequence[Row]) -> list[str]:
+    """Those of any row: not all runs have been evaluated."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
 def _columns_of_numbers(rows: Sequence[Row]) -> list[str]:
-    names = dict.fromkeys(name for row in rows for name in row)
-    return [name for name in names if not any(isinstance(row.get(name), str) for row in rows)]
+    return [name for name in _columns(rows) if not any(isinstance(row.get(name), str) for row in rows)]
 
 
 def _varied(rows: Sequence[Row], options: Sequence[str]) -> str:
@@ -164,25 +164,18 @@ def _law(rows: Sequence[Row], against: str) -> ScalingLaw | None:
     """Of the settings with equal size the best one counts, each as the mean over its seeds."""
     if against not in SIZES:
         return None
-    best: dict[float, float] = {}
-    for (size, _), values in _by_setting(rows, against, LOSS).items():
+    of_seeds, best = defaultdict(list), {}
+    for row in rows:
+        of_seeds[row[against], row["run"].rpartition("_seed-")[0]].append(row[LOSS])
+    for (size, _), values in of_seeds.items():
         best[size] = min(best.get(size, np.inf), float(np.mean(values)))
     return fit_law([*best], [*best.values()]) if len(best) >= LEAST_SIZES else None
-
-
-def _by_setting(rows: Sequence[Row], against: str, metric: str) -> dict[tuple[Any, str], list[float]]:
-    """The values of all seeds, by size and the run's name without its seed."""
-    found = defaultdict(list)
-    for row in rows:
-        found[row[against], row["run"].rpartition("_seed-")[0]].append(row[metric])
-    return found
 
 
 def _table(rows: Sequence[Row], options: Sequence[str], metric: str) -> Table:
     """The options that runs differ in, and the columns that are looked at first."""
     options = [name for name in options if len({row.get(name) for row in rows}) > 1]
-    found = dict.fromkeys(name for row in rows for name in row)
-    validated = [name for name in found if name.startswith("valid/")]
+    validated = [name for name in _columns(rows) if name.startswith("valid/")]
     names = dict.fromkeys(["seed", "state", "step", "parameters", LOSS, *validated, metric])
     table, short = Table(), short_names(options)
     table.add_column("settings", overflow="fold")
@@ -195,7 +188,7 @@ def _table(rows: Sequence[Row], options: Sequence[str], metric: str) -> Table:
 
 
 def _page(out: str, rows: Sequence[Row], picture: bytes | None, law: ScalingLaw | None) -> bytes:
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = _columns(rows)
     shown = [[_shown(row.get(name)) for name in names] for row in rows]
     return render_page(
         f"{PurePosixPath(out).name}: a sweep",

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from cluster.logs import duration
-from cluster.packages import root
+from cluster.packages import search_path
 from cluster.reporter import StopSignal
 from cluster.storage import Storage
 from launch.run_directory import EVALUATION
@@ -94,10 +94,7 @@ class SweepRunner:
             stdout=output,
             stderr=subprocess.STDOUT,
             process_group=0,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(filter(None, (str(root()), os.environ.get("PYTHONPATH")))),
-            },
+            env={**os.environ, "PYTHONPATH": search_path()},
         )
         task = self.bar.add_task(f"{name}: starting", total=None)
         self.working[name] = _Working(process=process, output=output, task=task)

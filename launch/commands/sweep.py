@@ -91,10 +91,8 @@ def sweep(recipe: str, options: SweepOptions, common: Sequence[str]) -> int:
     _check(recipe, runs, options.against)
     _keep(out, recipe, runs, options)
     commands = {name: [recipe, *run.words] for name, run in runs.items()}
-    runner, stop = (
-        SweepRunner(out, commands, at_once=options.at_once, evaluate=options.evaluate),
-        StopSignal(),
-    )
+    runner = SweepRunner(out, commands, at_once=options.at_once, evaluate=options.evaluate)
+    stop = StopSignal()
     with stop.on_signals():
         is_whole = runner.run(start_console(), stop)
     write_results(out, Console())
@@ -111,10 +109,11 @@ def _check(recipe: str, runs: Mapping[str, SweptRun], against: str) -> None:
     from data_streams.stream import open_data
     from launch.sweep_picture import SIZES
 
-    for run in runs.values():
-        config = parse_config(recipe, run.words)
+    configs = [parse_config(recipe, run.words) for run in runs.values()]
+    for config in configs:
         check(config)
-        open_data(config.data)
+    for data in {config.data for config in configs}:
+        open_data(data)
     names = dict.fromkeys([*SIZES, *(name for run in runs.values() for name in run.settings)])
     if against and against not in names:
         raise ConfigError(f"--against must be one of {', '.join(names)}, got {against}")

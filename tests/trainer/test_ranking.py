@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from cluster.errors import ConfigError, DataError
-from cluster.process import Process
 from cluster.reporter import Reporter
 from cluster.storage import Storage
 from data_streams.build import build
@@ -23,7 +22,7 @@ from models.objectives.sampled_softmax import SampledSoftmax
 from models.reward_sim import RewardSim
 from models.sasrec import SASRec
 from sharding.unsharded import UnshardedTables
-from tests.process_group import run_on_processes
+from tests.process_group import ALONE, run_on_processes
 from tests.tiny_run import assert_same_state, read_all, run
 from trainer.assembly import Assembly
 from trainer.calibration import Calibration, fit_calibration
@@ -231,15 +230,7 @@ def test_what_needs_a_search_is_refused_for_a_reward_model(tmp_path):
     model = RewardSim.Config().build(num_items=3, actions=("click", "exposure"))
     assembly = Assembly(
         config=config,
-        process=Process(
-            rank=0,
-            world_size=1,
-            local_rank=0,
-            local_world_size=1,
-            device=torch.device("cpu"),
-            host_group=torch.distributed.ProcessGroup(0, 1),
-            num_threads=1,
-        ),
+        process=replace(ALONE, host_group=torch.distributed.ProcessGroup(0, 1)),
         items=ItemTable(
             item_ids=pl.Series([0]),
             titles=pl.Series(["a"]),
