@@ -182,7 +182,7 @@ def _table(rows: Sequence[Row], options: Sequence[str], metric: str) -> Table:
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        settings = (f"{short[name]}={row[name]}".rstrip("=") for name in options if row.get(name) is not None)
+        settings = (f"{short[name]}={row[name]}" for name in options if row[name])
         table.add_row(" ".join(settings), *(_shown(row.get(name)) for name in names))
     return table
 

@@ -20,7 +20,7 @@ from launch.cli import run as grail
 from launch.scaling_law import fit_law
 from launch.sweep_picture import draw_sweep, options_beside
 from launch.sweep_plan import plan_runs
-from launch.sweep_results import _law, _setting, _sizes, mean_of_last, swept_options
+from launch.sweep_results import _law, _setting, _sizes, _table, mean_of_last, swept_options
 from launch.sweep_runs import SweepRunner
 from tests.tiny_run import build_tiny_data
 
@@ -159,6 +159,8 @@ def test_runs_with_and_without_a_switch_are_told_apart(monkeypatch):
         for given, loss in (("", 1.0), ("yes", 2.0))
         for width in ("8", "None")
     ]
+    settings = _table(rows, ["model.no-bias", "width"], "loss").columns[0]
+    assert list(settings.cells) == ["width=8", "width=None", "no-bias=yes width=8", "no-bias=yes width=None"]
     drawn = []
     monkeypatch.setattr(Axes, "errorbar", lambda _, *line, label, **__: drawn.append((*line, label)))
     assert draw_sweep(rows, ["model.no-bias", "width"], "width", "loss", None)
