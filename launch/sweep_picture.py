@@ -11,10 +11,12 @@ from matplotlib.figure import Figure
 
 from launch.scaling_law import ScalingLaw
 
+LOSS, TARGETS, FLOPS = "loss", "targets", "flops"
+MODEL_SIZES = {"parameters": "trained parameters outside of tables", "blocks": "parameters of the blocks"}
 SIZES = {
-    "parameters": "trained parameters outside of tables",
-    "blocks": "parameters of the blocks",
-    "targets": "supervised targets seen",
+    **MODEL_SIZES,
+    TARGETS: "supervised targets seen",
+    FLOPS: "floating-point operations of the training",
 }
 """What a number may be drawn against, and a loss fitted to, beside any option of the sweep."""
 _MOST_SERIES = 10

@@ -1,32 +1,23 @@
-"""What the runs of a sweep have reached: a table, a picture, the law that losses follow, and one page with all."""
+"""What the runs of a sweep have reached, a row of numbers for each."""
 
-import json
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from math import prod
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
-import polars as pl
-from rich.console import Console
-from rich.table import Table
 
-from cluster.errors import CheckpointError, ConfigError
+from cluster.errors import CheckpointError
 from cluster.storage import Storage
-from launch.report_page import Section, render_page
-from launch.run_directory import EVALUATION, REPORT, read_json
+from launch.run_directory import EVALUATION, read_json
 from launch.run_status import report_run
-from launch.scaling_law import LEAST_SIZES, ScalingLaw, fit_law
-from launch.sweep_picture import SIZES, Row, draw_sweep
-from launch.sweep_plan import short_names
+from launch.sweep_picture import FLOPS, LOSS, TARGETS, Row
 from trainer.checkpoint_reader import CheckpointReader
 from trainer.configuration import CHECKPOINTS
 from trainer.metric_log import read_metrics
 from trainer.plain_engine import MOMENTS
 
-SWEEP, RESULTS, PICTURE, LAW = "sweep.json", "results.csv", "picture.png", "law.json"
-LOSS = "loss"
+SWEEP = "sweep.json"
+GIGAFLOPS = "train/gigaflops_per_target"
 _SWITCHED = "yes"
 
 
@@ -85,14 +76,13 @@ def _learnt(run_dir: str, reader: CheckpointReader, last_part: float) -> Row:
     steps = [0, *(line["step"] for line in lines)]
     progress = reader.shared_state["progress"]
     config = reader.shared_state["config"]
+    seen = np.diff(steps) * [line["train/targets_per_step"] for line in lines]
+    # Not counted where the model is compiled.
+    operations = [1e9 * line[GIGAFLOPS] for line in lines if GIGAFLOPS in line]
     return {
         "step": progress["step"],
-        "targets": round(
-            sum(
-                line["train/targets_per_step"] * taken
-                for line, taken in zip(lines, np.diff(steps), strict=True)
-            )
-        ),
+        TARGETS: round(seen.sum()),
+        FLOPS: float(seen @ operations) if len(operations) == len(seen) > 0 else None,
         "targets_per_s": float(np.median([line["train/targets_per_s"] for line in lines])) if lines else None,
         LOSS: mean_of_last([line["train/loss"] for line in lines], steps, last_part) if lines else None,
         f"valid/{config['train']['selection_metric']}": progress["best"],
@@ -111,96 +101,3 @@ def mean_of_last(losses: Sequence[float], steps: Sequence[int], last_part: float
 def _evaluated(run_dir: str) -> Row:
     content = read_json(Storage(run_dir), EVALUATION)
     return {f"{content['split']}/{name}": value for name, value in content.get("metrics", {}).items()}
-
-
-def write_results(out: str, console: Console) -> None:
-    """Write table, picture, law and page of a sweep, and print the table, the law and where they lie.
-
-    Raises: ConfigError where no run has such a number; the table is there all the same.
-    """
-    storage, sweep = Storage(out), read_sweep(out)
-    runs, metric = sweep["runs"], sweep["metric"]
-    rows = collect(out, runs, last_part=sweep["last_part"])
-    storage.write(RESULTS, pl.DataFrame(rows, infer_schema_length=None).write_csv().encode())
-    if rows and metric not in (columns := _columns_of_numbers(rows)):
-        raise ConfigError(
-            f"--metric must be a column of numbers in {RESULTS} ({', '.join(columns)}), got {metric}"
-        )
-    options = swept_options(runs)
-    against = sweep["against"] or _varied(rows, options)
-    # What a run was on its way to is no loss of its size.
-    ended = [row for row in rows if row["state"] == "finished"]
-    points = [row for row in ended if row.get(metric) is not None and row.get(against) is not None]
-    law = _law(points, against) if metric == LOSS else None
-    if law is not None:
-        storage.write(LAW, json.dumps({"against": against, **vars(law)}, indent=1).encode())
-    picture = draw_sweep(points, options, against, metric, law) if points else None
-    if picture:
-        storage.write(PICTURE, picture)
-    storage.write(REPORT, _page(out, rows, picture, law))
-    if rows:
-        console.print(_table(rows, options, metric))
-    if law is not None:
-        console.print(f"{law}, N: {SIZES[against]}")
-    console.print(f"Written to {storage.path(RESULTS)} and {storage.path(REPORT)}", soft_wrap=True)
-
-
-def _columns(rows: Sequence[Row]) -> list[str]:
-    """Those of any row: not all runs have been evaluated."""
-    return list(dict.fromkeys(name for row in rows for name in row))
-
-
-def _columns_of_numbers(rows: Sequence[Row]) -> list[str]:
-    return [name for name in _columns(rows) if not any(isinstance(row.get(name), str) for row in rows)]
-
-
-def _varied(rows: Sequence[Row], options: Sequence[str]) -> str:
-    """The number of parameters, unless all runs have the same and there is an option they differ in."""
-    is_fixed = len({row["parameters"] for row in rows}) < 2
-    return options[0] if is_fixed and options else "parameters"
-
-
-def _law(rows: Sequence[Row], against: str) -> ScalingLaw | None:
-    """Of the settings with equal size the best one counts, each as the mean over its seeds."""
-    if against not in SIZES:
-        return None
-    of_seeds, best = defaultdict(list), {}
-    for row in rows:
-        of_seeds[row[against], row["run"].rpartition("_seed-")[0]].append(row[LOSS])
-    for (size, _), values in of_seeds.items():
-        best[size] = min(best.get(size, np.inf), float(np.mean(values)))
-    return fit_law([*best], [*best.values()]) if len(best) >= LEAST_SIZES else None
-
-
-def _table(rows: Sequence[Row], options: Sequence[str], metric: str) -> Table:
-    """The options that runs differ in, and the columns that are looked at first."""
-    options = [name for name in options if len({row.get(name) for row in rows}) > 1]
-    validated = [name for name in _columns(rows) if name.startswith("valid/")]
-    names = dict.fromkeys(["seed", "state", "step", "parameters", LOSS, *validated, metric])
-    table, short = Table(), short_names(options)
-    table.add_column("settings", overflow="fold")
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        settings = (f"{short[name]}={row[name]}" for name in options if row[name])
-        table.add_row(" ".join(settings), *(_shown(row.get(name)) for name in names))
-    return table
-
-
-def _page(out: str, rows: Sequence[Row], picture: bytes | None, law: ScalingLaw | None) -> bytes:
-    names = _columns(rows)
-    shown = [[_shown(row.get(name)) for name in names] for row in rows]
-    return render_page(
-        f"{PurePosixPath(out).name}: a sweep",
-        [
-            Section(title="Picture", note=str(law or ""), pictures=[picture] if picture else []),
-            Section(title="Runs", headers=names, rows=shown),
-            Section(title="How it was asked for", text=Storage(out).read(SWEEP).decode()),
-        ],
-    )
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.4f}" if value < 1000 else f"{value:,.0f}"
-    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)

@@ -58,6 +58,8 @@ class Job:
     freed_memory: FreedMemory = field(default_factory=FreedMemory)
     after_validation: Callable[[Mapping[str, float]], None] = lambda metrics: None
     """What else the loop makes of the metrics of a validation."""
+    operations_per_target: float | None = None
+    """Floating-point operations of training per supervised target, where they were counted."""
     write_rest: Callable[[], None] = lambda: None
     """Writes the numbers of the steps since the last line, as the last step would have."""
 
@@ -313,6 +315,9 @@ def write_window(
         "train/table_learning_rate": config.table_learning_rate * fraction,
         **(further or {}),
     }
+    if job.operations_per_target is not None:
+        numbers["train/gigaflops_per_target"] = job.operations_per_target / 1e9
+        numbers["train/gigaflops_per_s"] = numbers["train/targets_per_s"] * job.operations_per_target / 1e9
     job.metric_log.write(progress.step, numbers)
     job.reporter.progress(
         step=progress.step,

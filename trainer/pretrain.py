@@ -9,7 +9,10 @@ import torch
 
 from trainer.feed import Feed
 from trainer.job import Job, complete_step, end_epoch, finish, make_feed, planned_steps, write_window
+from trainer.learner import StepResult
+from trainer.operations import counted_step
 from trainer.schedule import rate_fraction
+from trainer.step_input import StepInput
 
 PROFILED_STEPS = range(10, 15)
 
@@ -27,9 +30,7 @@ def train(job: Job) -> dict[str, Any]:
         for step_input, agreement in feed.steps(progress.epoch, progress.position, progress.step):
             fraction = rate_fraction(progress.step, total_steps, config)
             with _profiled(job):
-                result = job.learner.step(
-                    step_input, config.learning_rate * fraction, config.table_learning_rate * fraction
-                )
+                result = _step(job, step_input, fraction)
             complete_step(
                 job, step_input, agreement, result, partial(write_window, job, feed, fraction, total_steps)
             )
@@ -38,6 +39,19 @@ def train(job: Job) -> dict[str, Any]:
         else:
             end_epoch(job)
     return finish(job)
+
+
+def _step(job: Job, step_input: StepInput, fraction: float) -> StepResult:
+    """Of the first step that this process takes, the operations are counted too; inside of what is compiled none can
+    be seen."""
+    config = job.config.train
+    rates = config.learning_rate * fraction, config.table_learning_rate * fraction
+    if job.operations_per_target is not None or config.compile:
+        return job.learner.step(step_input, *rates)
+    result, job.operations_per_target = counted_step(
+        lambda: job.learner.step(step_input, *rates), job.process
+    )
+    return result
 
 
 @contextmanager

@@ -23,7 +23,8 @@ def run(arguments: list[str]) -> int:
     from rich.console import Console
 
     from launch.report import write_report
-    from launch.sweep_results import SWEEP, write_results
+    from launch.sweep_report import write_results
+    from launch.sweep_results import SWEEP
 
     for folder in (absolute(folder).rstrip("/") for folder in folders):
         if Storage(folder).exists(SWEEP):

@@ -39,10 +39,11 @@ class SweepOptions:
     """Rank the test items with the best checkpoint of each run too (`grail evaluate`)."""
     against: str = ""
     """What the picture is drawn against: parameters (outside of tables), blocks (those of the blocks), targets
-    (supervised events seen) or an option of the sweep; left out, parameters, or the first option where they are all
-    equal."""
+    (supervised events seen), flops (operations of the training) or an option of the sweep; left out, parameters, or
+    the first option where they are all equal."""
     metric: str = "loss"
-    """What is drawn: loss, or any other column of results.csv. A law is fitted to losses of four sizes or more."""
+    """What is drawn: loss, or any other column of results.csv. A law is fitted to losses of four sizes or more; one of
+    model and data at once where six runs or more have three sizes and three amounts of data."""
     last_part: float = 0.2
     """Share of the steps at the end whose mean loss counts: in a single epoch, of events not trained on before."""
 
@@ -78,7 +79,7 @@ def sweep(recipe: str, options: SweepOptions, common: Sequence[str]) -> int:
     """
     from rich.console import Console
 
-    from launch.sweep_results import write_results
+    from launch.sweep_report import write_results
     from launch.sweep_runs import SweepRunner
 
     if options.at_once < 1 or not options.seeds or not 0 < options.last_part <= 1:

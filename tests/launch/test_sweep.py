@@ -15,12 +15,14 @@ from rich.console import Console
 
 from cluster.errors import ConfigError
 from cluster.reporter import StopSignal
-from launch import sweep_results, sweep_runs
+from launch import sweep_report, sweep_runs
 from launch.cli import run as grail
 from launch.scaling_law import fit_law
+from launch.sweep_laws import joint_law_of, law_of
 from launch.sweep_picture import draw_sweep, options_beside
 from launch.sweep_plan import plan_runs
-from launch.sweep_results import _law, _setting, _sizes, _table, mean_of_last, swept_options
+from launch.sweep_report import View, _table
+from launch.sweep_results import _setting, _sizes, mean_of_last, swept_options
 from launch.sweep_runs import SweepRunner
 from tests.tiny_run import build_tiny_data
 
@@ -134,14 +136,59 @@ def test_a_law_takes_the_mean_over_seeds_of_the_best_setting_of_a_size():
         return {"rate-1_seed-0": best - 0.1, "rate-1_seed-1": best + 0.1, "rate-2_seed-0": best - 0.05 + 1}
 
     rows = [
-        {"run": f"width-{size}_{name}", "parameters": size, "loss": loss}
+        {"run": f"width-{size}_{name}", "parameters": size, "loss": loss, "step": 10}
         for size in (100, 400, 1600, 6400)
         for name, loss in losses(size).items()
     ]
-    law = _law(rows, "parameters")
+    law = law_of(rows, "parameters")
     assert (law.floor, law.scale, law.exponent) == pytest.approx((1, 10, 0.5), rel=1e-2)
-    assert _law(rows[:9], "parameters") is None, "three sizes tell nothing of three numbers"
-    assert _law(rows, "run") is None
+    assert law_of(rows[:9], "parameters") is None, "three sizes tell nothing of three numbers"
+    assert law_of(rows, "run") is None
+
+
+def test_of_operations_only_what_nothing_cheaper_beats_counts():
+    rows = [{"run": f"a-{cost}_seed-0", "flops": cost, "loss": 1 + 10 / cost} for cost in (1, 10, 100, 1000)]
+    wasted = {"run": "b_seed-0", "flops": 500.0, "loss": 9.0}
+    assert law_of([*rows, wasted], "flops").exponent == pytest.approx(1, rel=1e-2)
+
+
+def runs_of(model, data, *, seeds=(0, 1)) -> list[dict]:
+    """Runs of a law with a floor of 1, each seed a little off."""
+    return [
+        {
+            "run": f"width-{size}_max-steps-{steps}_seed-{seed}",
+            "parameters": size, "step": steps, "targets": 128 * steps, "state": "finished",
+            "loss": 1 + 20 / size**0.5 + 30 / (128 * steps) ** 0.25 + (0.01 if seed else -0.01),
+            "flops": 128 * steps * (1000 + 6 * size),
+        }
+        for size in model
+        for steps in data
+        for seed in seeds
+    ]
+
+
+def test_runs_of_several_sizes_and_amounts_of_data_follow_a_joint_law():
+    rows = runs_of((100, 400, 1600), (10, 100, 1000))
+    worse = {**rows[0], "run": "width-100_max-steps-10_learning-rate-9_seed-0", "loss": 30.0}
+    law = joint_law_of([*rows, worse, {**rows[1], "run": "compiled_seed-0", "flops": None}], "parameters")
+    assert (law.floor, law.size_exponent, law.data_exponent) == pytest.approx((1, 0.5, 0.25), rel=2e-2)
+    assert (law.flops_per_target, law.flops_per_weight) == pytest.approx((1000, 6))
+    view = View.of(rows, [], "parameters", "loss")
+    assert (
+        str(view.law) == str(joint_law_of(rows, "parameters")) and "D: supervised targets seen" in view.note
+    )
+    assert [split.flops for split in view.splits] == [rows[-1]["flops"] * times for times in (1, 10, 100)]
+    files = view.files()
+    assert set(files) == {"law.json", "picture.png", "joint.png"} and all(files.values())
+    assert json.loads(files["law.json"])["splits"][1]["flops"] == rows[-1]["flops"] * 10
+
+
+def test_where_data_is_of_few_amounts_the_law_is_of_the_size_and_leaves_nothing_of_another():
+    rows = runs_of((100, 400, 1600, 6400), (10, 100))
+    view = View.of(rows, [], "parameters", "loss")
+    assert str(view.law).startswith("L(N) =") and not view.splits
+    assert view.files()["joint.png"] is None and view.files()["law.json"]
+    assert View.of(rows[:2], [], "parameters", "loss").files()["law.json"] is None
 
 
 @pytest.mark.parametrize("losses", [[3, 2, 1, 0], [3, 2, -1, -2], [3, 2, float("nan"), 1]])
@@ -185,6 +232,7 @@ def test_a_sweep_trains_each_run_once_and_compares_them(data, tmp_path, capsys, 
     assert table["parameters"].is_sorted() and (table["blocks"] < table["parameters"]).all()
     losses = [json.loads(text)["train/loss"] for text in first.splitlines() if "train/loss" in text]
     assert table["loss"][0] == pytest.approx(losses[-1])
+    assert (table["flops"] > 6 * table["blocks"] * table["targets"]).all() and table["flops"].is_sorted()
     assert (out / "picture.png").exists() and "width-16_seed-0" in (out / "report.html").read_text()
     shown = capsys.readouterr().out
     assert "finished" in shown and f"{out}/results.csv" in shown
@@ -195,10 +243,10 @@ def test_a_sweep_trains_each_run_once_and_compares_them(data, tmp_path, capsys, 
     assert "--metric must be a column of numbers in results.csv (seed, parameters" in capsys.readouterr().err
     assert grail([*line, "--metric", "state"]) == 2 and "got state" in capsys.readouterr().err
     assert grail([*line, "--against", "hits"]) == 2
-    assert "--against must be one of parameters, blocks, targets, model.width" in capsys.readouterr().err
+    assert "--against must be one of parameters, blocks, targets, flops, model.width" in capsys.readouterr().err
 
     drawn = []
-    monkeypatch.setattr(sweep_results, "draw_sweep", lambda rows, *_: drawn.extend(rows) or b"")
+    monkeypatch.setattr(sweep_report, "draw_sweep", lambda rows, *_: drawn.extend(rows) or b"")
     (out / "width-8_seed-0" / "status.json").write_text(json.dumps({"state": "stopped", "updated_at_s": 1.0}))
     assert grail([*line[:-2], "--over", "model.width=16"]) == 0
     assert pl.read_csv(out / "results.csv")["state"].to_list() == ["stopped", "finished"]

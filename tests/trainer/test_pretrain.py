@@ -37,6 +37,8 @@ def test_a_run_learns_logs_and_keeps_its_best_and_last_checkpoints(data, tmp_pat
     assert losses[-1] < 0.8 * losses[0]
     assert len(validations) == 6 and max(validations) == pytest.approx(result["best"])
     assert {"data/wait_share", "train/targets_per_s", "train/learning_rate"} <= set(lines[0])
+    per_target = lines[0]["train/gigaflops_per_target"]
+    assert lines[0]["train/gigaflops_per_s"] == pytest.approx(per_target * lines[0]["train/targets_per_s"])
     assert storage.list("profile") == [f"step-{step:08d}.json" for step in range(10, 15)]
     assert b"traceEvents" in storage.read("profile/step-00000012.json")
     audit = read_audit(storage)
