@@ -45,5 +45,12 @@ class DataConfig:
     """Actions that stand above a click in the order of a page's items."""
     page_disliked: tuple[str, ...] = ("hate", "dislike")
     """Actions that leave an item of a page what it was without them: shown, and not chosen."""
+    item_attributes: tuple[str, ...] = ()
+    """Columns of the item table (brand, categories, price) whose values have rows of their own, which are added to the
+    items' rows in every model that has such."""
+    user_attributes: tuple[str, ...] = ()
+    """The same of the user table, for models with rows of users (user-rows)."""
+    attribute_rows: int = 65536
+    """Rows of the hashed table that the values of all those columns share; one for items, one for users."""
     columns: tuple[str, ...] = ()
     """Event columns a model needs beside the item, such as timestamp_s or action."""

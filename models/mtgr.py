@@ -40,10 +40,10 @@ from models.layers.group_layer_norm import GroupLayerNorm
 from models.layers.heads import checked_heads
 from models.layers.linear import Linear
 from models.layers.pathways import Pathway, TokenOrder
-from models.layers.user_context import UNBOUNDED, USER_TABLE
+from models.layers.user_context import USER_TABLE
 from models.next_taken import NextTaken
 from models.recommender import LossSum, Ranker, StepContext
-from models.tables import Ids, LookedUp, Rows, TableSpec
+from models.tables import UNBOUNDED, Ids, LookedUp, Rows, TableSpec
 
 USER, STATIC, REAL_TIME, CANDIDATE = range(4)
 """Groups of tokens."""
@@ -153,7 +153,13 @@ class MTGR(Ranker):
         features = ("event", "candidate", *NextTaken.features * bool(config.auxiliary_weight))
         items = TableSpec(name=ITEM_TABLE, num_rows=self.num_items, features=features, **parts)
         users = TableSpec(
-            name=USER_TABLE, num_rows=UNBOUNDED, hash_rows=config.user_rows, features=("user",), **parts
+            name=USER_TABLE,
+            num_rows=UNBOUNDED,
+            hash_rows=config.user_rows,
+            features=("user",),
+            rows_are_items=False,
+            rows_are_users=True,
+            **parts,
         )
         return [items] + [users] * bool(config.user_rows)
 

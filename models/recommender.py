@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from data_streams.batch import SequenceBatch
 from models.kernels.cross_entropy import candidate_cross_entropy
-from models.tables import Ids, LookedUp, Rows, TableSpec
+from models.tables import Attributes, Ids, LookedUp, Rows, TableSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +74,10 @@ class Recommender(nn.Module, ABC):
     uses_item_features: bool = False
     """Whether looked-up rows come with the frozen feature vectors of their items."""
 
+    item_attributes: Attributes | None = None
+    """What the rows of items are described by beside themselves."""
+    user_attributes: Attributes | None = None
+    """The same of the rows of users."""
     added_parameters: tuple[str, ...] = ()
     """Beginnings of names of weights that a run this one starts from (--init-from) may lack."""
     condition_names: tuple[str, ...] = ()
@@ -82,6 +86,17 @@ class Recommender(nn.Module, ABC):
     @abstractmethod
     def tables(self) -> list[TableSpec]:
         """The huge tables this model reads."""
+
+    def all_tables(self) -> list[TableSpec]:
+        """Those tables, and the tables of attributes that describe their rows."""
+        own = self.tables()
+        users = [
+            self.user_attributes.table(spec) for spec in own if self.user_attributes and spec.rows_are_users
+        ]
+        items = [
+            self.item_attributes.table(spec) for spec in own if self.item_attributes and spec.rows_are_items
+        ]
+        return [*own, *items, *users]
 
     def training_batch(self, batch: SequenceBatch, context: StepContext) -> SequenceBatch:
         """What of a batch is trained on, chosen on the host ahead of the step; all of it unless a model says less."""

@@ -1,13 +1,16 @@
 """Huge embedding tables as data: a model declares them, `sharding` owns their rows."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from data_streams.jagged import Jagged
+
+UNBOUNDED = 2**62
+"""Rows of a vocabulary that nobody has counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +31,39 @@ class TableSpec:
     rows_are_places: bool = False
     """Whether row i belongs to a place of a tree, whichever items lie below it, so that a run over another tree of the
     same shape can start from these rows."""
+    rows_are_users: bool = False
+    """Whether row i belongs to user i."""
     hash_rows: int | None = None
     """Rows really kept, for an unbounded vocabulary: each id is hashed twice into them and the two are summed."""
+    describes: str | None = None
+    """Table whose rows those of this one are added to, by `attributes`; nobody asks for them."""
+    attributes: Jagged | None = field(default=None, repr=False, compare=False)
+    """Ids of this table for each row of the one it describes, on the host."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attributes:
+    """What is known of items or users in columns: a jagged row of ids for each of them, of an unbounded vocabulary."""
+
+    ids: Jagged
+    """On the host."""
+    hash_rows: int
+    """Rows of the table of their vectors."""
+
+    def table(self, described: TableSpec) -> TableSpec:
+        """The table whose rows are added to those of items or users."""
+        return TableSpec(
+            name=f"{described.name} attributes",
+            num_rows=UNBOUNDED,
+            hash_rows=self.hash_rows,
+            dim=described.dim,
+            features=(),
+            init_scale=described.init_scale,
+            placement="row_wise",
+            rows_are_items=False,
+            describes=described.name,
+            attributes=self.ids,
+        )
 
 
 # Two independent multiply-shift hashes over 62 bits; odd constants, fixed for ever since tables depend on them.

@@ -138,7 +138,7 @@ class PromptFeed(Feed):
             for part in split_users(prompts, self.micro_batches)
         ]
         joined = join_parts(
-            self.model.tables(), asked, prompts, context, self.item_features, self.process.device
+            self.model.all_tables(), asked, prompts, context, self.item_features, self.process.device
         )
         serials = prompts.user_ids + step * self.stream.manifest.num_users
         return PromptStep(**vars(joined), prompts=prompts, serials=serials)

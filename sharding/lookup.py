@@ -1,13 +1,14 @@
 """From what features ask for to one lookup per table, and back."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from data_streams.jagged import moved
+from data_streams.jagged import gather_ranges, moved
 from models.tables import Ids, LookedUp, Lookup, Rows, TableSpec
 from sharding.tables import EmbeddingTables
 
@@ -33,6 +34,9 @@ def merge_ids(specs: Sequence[TableSpec], requests: Sequence[Ids]) -> MergedIds:
     positions: list[dict[str, Tensor]] = [{} for _ in requests]
     tables = {}
     for spec in specs:
+        if spec.describes is not None:
+            _merge_attributes(spec, specs, requests, tables, positions)
+            continue
         wanted = [
             (i, name) for i, request in enumerate(requests) for name in spec.features if name in request
         ]
@@ -44,6 +48,45 @@ def merge_ids(specs: Sequence[TableSpec], requests: Sequence[Ids]) -> MergedIds:
         for (i, name), part in zip(wanted, inverse.split([len(part) for part in parts]), strict=True):
             positions[i][name] = part
     return MergedIds(tables=tables, positions=tuple(positions))
+
+
+def _merge_attributes(
+    spec: TableSpec,
+    specs: Sequence[TableSpec],
+    requests: Sequence[Ids],
+    tables: dict[str, Tensor],
+    positions: list[dict[str, Tensor]],
+) -> None:
+    """What a table of attributes is asked for: a bag of its rows for each row of the table it describes."""
+    wanted = [
+        (i, name) for i, request in enumerate(requests) for name in _described(spec, specs) if name in request
+    ]
+    if not wanted:
+        return
+    starts, lengths = spec.attributes.offsets.numpy(), spec.attributes.lengths.numpy()
+    parts = []
+    for i, name in wanted:
+        rows = requests[i][name].numpy()
+        parts.append(spec.attributes.values.numpy()[gather_ranges(starts[rows], lengths[rows])])
+        ends = np.concatenate(([0], np.cumsum(lengths[rows])))
+        positions[i][_bags(name)] = torch.from_numpy(ends)
+    tables[spec.name], inverse = _unique(torch.from_numpy(np.concatenate(parts)))
+    for (i, name), part in zip(wanted, inverse.split([len(part) for part in parts]), strict=True):
+        positions[i][_attributes(name)] = part
+
+
+def _described(spec: TableSpec, specs: Sequence[TableSpec]) -> tuple[str, ...]:
+    """Features of the table that a table of attributes describes."""
+    return next(other.features for other in specs if other.name == spec.describes)
+
+
+def _attributes(feature: str) -> str:
+    return f"{feature} attributes"
+
+
+def _bags(feature: str) -> str:
+    """Where the attributes of each id of a feature begin."""
+    return f"{feature} bags"
 
 
 def _unique(ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +112,12 @@ def rows_of_request(
         for name, values in ids.items()
         if name not in known
     }
-    for spec in specs:
+    for spec in sorted(specs, key=lambda spec: spec.describes is not None):
+        if spec.describes is not None:
+            for name in _described(spec, specs):
+                if name in found and _attributes(name) in positions:
+                    found[name] = _with_attributes(found[name], leaves[spec.name], positions, name)
+            continue
         names = [name for name in spec.features if name in positions]
         if not names:
             continue
@@ -77,6 +125,14 @@ def rows_of_request(
         for name, rows in zip(names, taken, strict=True):
             found[name] = LookedUp(ids=ids[name], rows=rows, item_features=item_features.get(name))
     return found
+
+
+def _with_attributes(found: LookedUp, leaf: Tensor, positions: Mapping[str, Tensor], name: str) -> LookedUp:
+    """The rows, each with the sum of the rows of its attributes."""
+    added = F.embedding_bag(
+        positions[_attributes(name)], leaf, positions[_bags(name)], mode="sum", include_last_offset=True
+    )
+    return replace(found, rows=found.rows + added)
 
 
 class _TakeRows(torch.autograd.Function):

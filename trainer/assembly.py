@@ -25,6 +25,7 @@ from models.tables import Lookup
 from sharding.lookup import ItemFeatures, make_lookup
 from sharding.tables import EmbeddingTables
 from sharding.unsharded import UnshardedTables
+from trainer.attributes import add_attributes, described_attributes
 from trainer.blocks import compile_blocks, recompute_blocks
 from trainer.conditions import conditional_search, load_conditions, model_conditions
 from trainer.configuration import PretrainConfig
@@ -53,7 +54,7 @@ class Assembly:
 
     def lookup(self) -> Lookup:
         """For evaluation and serving; a collective call."""
-        return make_lookup(self.model.tables(), self.tables, self.item_features, self.process.device)
+        return make_lookup(self.model.all_tables(), self.tables, self.item_features, self.process.device)
 
     def search(
         self,
@@ -169,10 +170,10 @@ def _make_tables(model: Recommender, config: PretrainConfig, process: Process) -
     """Spread over the workers, or whole in the command's own process; a collective call."""
     rates = {"seed": config.seed, "learning_rate": config.train.table_learning_rate}
     if config.cluster.in_process:
-        return UnshardedTables(model.tables(), device=process.device, **rates)
+        return UnshardedTables(model.all_tables(), device=process.device, **rates)
     from sharding.apply import spread_tables
 
-    return spread_tables(model.tables(), process=process, config=config.sharding, **rates)
+    return spread_tables(model.all_tables(), process=process, config=config.sharding, **rates)
 
 
 def load_semantic_ids(config: PretrainConfig, items: ItemTable) -> SemanticIdTable | None:
@@ -208,12 +209,14 @@ def build_model(
     if semantic_ids is not None:
         codes = torch.from_numpy(semantic_ids.codes).long()
         parts["semantic_ids"] = SemanticIds(codes=codes, code_sizes=semantic_ids.code_sizes)
-    return config.model.build(
+    model = config.model.build(
         num_items=items.num_items,
         max_length=config.data.max_length,
         item_feature_dim=features.dim if features else 0,
         **parts,
     )
+    add_attributes(model, config.data)
+    return model
 
 
 def load_item_features(config: PretrainConfig, items: ItemTable) -> ItemFeatures | None:
@@ -239,6 +242,7 @@ def describe_model(assembly: Assembly) -> dict[str, Any]:
         "objective": _describe(config.objective),
         "max_length": config.data.max_length,
         "num_items": assembly.items.num_items,
+        **described_attributes(config.data),
     }
     if (texts := getattr(assembly.model, "texts", None)) is not None:
         described["tokenizer"] = texts.fingerprint

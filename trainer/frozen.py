@@ -43,14 +43,14 @@ def load_frozen(
     features = load_item_features(config, items)
     semantic_ids = load_semantic_ids(config, items)
     model = build_model(config, items, features, semantic_ids)
-    tables = UnshardedTables(model.tables(), seed=config.seed, learning_rate=0.0, device=device)
+    tables = UnshardedTables(model.all_tables(), seed=config.seed, learning_rate=0.0, device=device)
     frozen = FrozenRun(
         config=config,
         items=items,
         semantic_ids=semantic_ids,
         model=model.eval().to(device),
         tables=tables,
-        lookup=make_lookup(model.tables(), tables, features, device),
+        lookup=make_lookup(model.all_tables(), tables, features, device),
         step=reader.step,
         device=device,
     )

@@ -48,7 +48,7 @@ class Learner:
     ):
         self.module, self.engine, self.tables = module, engine, tables
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.specs = module.model.tables()
+        self.specs = module.model.all_tables()
         self.check = GradientCheck(module)
 
     def step(self, step: StepInput, learning_rate: float, table_learning_rate: float) -> StepResult:

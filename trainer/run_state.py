@@ -64,7 +64,7 @@ class Progress:
 def fingerprint(assembly: Assembly, engine) -> dict[str, Any]:
     """From the model alone, not from what lies on this rank: a rank that holds no row of a table names it too."""
     shapes = {f"dense/{name}": shape for name, shape in engine.dense_shapes().items()}
-    shapes |= {f"table/{spec.name}": (kept_rows(spec), spec.dim) for spec in assembly.model.tables()}
+    shapes |= {f"table/{spec.name}": (kept_rows(spec), spec.dim) for spec in assembly.model.all_tables()}
     return model_fingerprint(shapes, describe_model(assembly))
 
 

@@ -79,7 +79,7 @@ def prepare_step(
     """Ask the model what it looks up, join it, gather frozen features, and send all of it to the device."""
     parts = split_users(model.training_batch(batch, context), num_micro_batches)
     asked = [(part, model.ids(part, context), model.num_targets(part)) for part in parts]
-    return join_parts(model.tables(), asked, batch, context, item_features, device)
+    return join_parts(model.all_tables(), asked, batch, context, item_features, device)
 
 
 def join_parts(

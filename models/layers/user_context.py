@@ -23,10 +23,9 @@ from models.layers.pathways import (
     positive_feedback,
 )
 from models.semantic_ids import SemanticIds
-from models.tables import Ids, LookedUp, Rows, TableSpec
+from models.tables import UNBOUNDED, Ids, LookedUp, Rows, TableSpec
 
 USER_TABLE = "user"
-UNBOUNDED = 2**62
 USER, HISTORY, SHORT, POSITIVE = "user", "history", "short", "positive"
 Span = tuple[Tensor, Tensor]
 """Since and until of tokens, as in `ContextTokens`."""
@@ -138,6 +137,8 @@ class UserContext(nn.Module):
             num_rows=UNBOUNDED,
             hash_rows=self.config.user_rows,
             features=("user",),
+            rows_are_items=False,
+            rows_are_users=True,
             **parts,
         )
         return [items] * self._reads_items + [users] * bool(self.config.user_rows)

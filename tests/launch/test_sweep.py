@@ -157,7 +157,10 @@ def runs_of(model, data, *, seeds=(0, 1)) -> list[dict]:
     return [
         {
             "run": f"width-{size}_max-steps-{steps}_seed-{seed}",
-            "parameters": size, "step": steps, "targets": 128 * steps, "state": "finished",
+            "parameters": size,
+            "step": steps,
+            "targets": 128 * steps,
+            "state": "finished",
             "loss": 1 + 20 / size**0.5 + 30 / (128 * steps) ** 0.25 + (0.01 if seed else -0.01),
             "flops": 128 * steps * (1000 + 6 * size),
         }
@@ -243,7 +246,9 @@ def test_a_sweep_trains_each_run_once_and_compares_them(data, tmp_path, capsys, 
     assert "--metric must be a column of numbers in results.csv (seed, parameters" in capsys.readouterr().err
     assert grail([*line, "--metric", "state"]) == 2 and "got state" in capsys.readouterr().err
     assert grail([*line, "--against", "hits"]) == 2
-    assert "--against must be one of parameters, blocks, targets, flops, model.width" in capsys.readouterr().err
+    assert (
+        "--against must be one of parameters, blocks, targets, flops, model.width" in capsys.readouterr().err
+    )
 
     drawn = []
     monkeypatch.setattr(sweep_report, "draw_sweep", lambda rows, *_: drawn.extend(rows) or b"")
