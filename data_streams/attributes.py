@@ -39,14 +39,16 @@ def user_attributes(path: str, columns: Sequence[str], num_users: int) -> Jagged
     """The same of the user table, by user row. Shapes: [M] int64 in `num_users` rows."""
     users = read_users(Storage(path))
     if users is None or len(users) != num_users:
-        found = "none" if users is None else f"one of {len(users)} users"
         raise ConfigError(
-            f"data.user-attributes need a user table of {num_users} users in {path}, and there is {found}; build the "
-            "data with --users FILE, or leave them out"
+            f"data.user-attributes need a table with one row for each of {num_users} users in {path}, and it has "
+            f"{'none' if users is None else len(users)}; build the data again, or leave them out"
         )
     for name in columns:
         if name not in users.columns:
-            raise ConfigError(f"the users of {path} have no column '{name}'{suggestion(name, users.columns)}")
+            raise ConfigError(
+                f"the users of {path} have no column '{name}'{suggestion(name, users.columns)}; build the data with "
+                "--users FILE where they have more"
+            )
     return attribute_ids([users[name] for name in columns], f"users of {path}")
 
 

@@ -53,7 +53,7 @@ class Attributes:
     def table(self, described: TableSpec) -> TableSpec:
         """The table whose rows are added to those of items or users."""
         return TableSpec(
-            name=f"{described.name} attributes",
+            name=f"{described.name}_attributes",
             num_rows=UNBOUNDED,
             hash_rows=self.hash_rows,
             dim=described.dim,

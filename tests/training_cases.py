@@ -22,6 +22,7 @@ from models.objectives.in_batch_softmax import InBatchSoftmax
 from models.objectives.sampled_softmax import SampledSoftmax
 from models.recommender import Recommender, StepContext
 from models.sasrec import SASRec
+from models.tables import Attributes
 from models.urm import URM
 from sharding.configuration import ShardingConfig
 from sharding.lookup import ItemFeatures
@@ -71,6 +72,7 @@ class Case:
     placement: str = "row_wise"
     steps: int = 20
     item_features: bool = False
+    attributes: bool = False
     precision: torch.dtype = torch.float32
     ema_decay: float | None = None
     dropout: float = 0.0
@@ -115,7 +117,16 @@ def make_model(case: Case) -> Recommender:
         }
     if case.model in RANKERS:
         parts = {"actions": ACTIONS}
-    return config.build(num_items=NUM_ITEMS, max_length=12, item_feature_dim=6, objective=objective, **parts)
+    model = config.build(num_items=NUM_ITEMS, max_length=12, item_feature_dim=6, objective=objective, **parts)
+    if case.attributes:
+        model.item_attributes = Attributes(ids=make_attributes(NUM_ITEMS), hash_rows=11)
+    return model
+
+
+def make_attributes(num_rows: int) -> Jagged:
+    """None to three values of a row, of seven in all."""
+    lengths = torch.arange(num_rows) % 4
+    return Jagged.from_lengths(torch.arange(int(lengths.sum())) * 5 % 7, lengths)
 
 
 def make_features(case: Case) -> ItemFeatures | None:
@@ -216,14 +227,14 @@ def make_learner(case: Case, process: Process | None, device: torch.device = CPU
     if process is None:
         from sharding.unsharded import UnshardedTables
 
-        tables = UnshardedTables(model.tables(), seed=SEED, learning_rate=0.1, device=device)
+        tables = UnshardedTables(model.all_tables(), seed=SEED, learning_rate=0.1, device=device)
         engine = PlainEngine(module, case.train_config())
         return Learner(module, engine, tables, seed=SEED, rank=0, world_size=1)
     from sharding.apply import spread_tables
     from trainer.dense_engine import DenseEngine
 
     tables = spread_tables(
-        model.tables(),
+        model.all_tables(),
         process=process,
         config=ShardingConfig(placement={"item": case.placement}),
         seed=SEED,

@@ -125,6 +125,13 @@ def test_three_ranks_with_item_features_equal_the_unsharded_reference():
     assert_same_training(case, 3, against=case)
 
 
+@pytest.mark.parametrize(("model", "objective"), [("sasrec", "full"), ("urm", "sampled")])
+def test_attributes_of_items_on_two_ranks_equal_the_unsharded_reference(model, objective):
+    case = Case(model=model, objective=objective, attributes=True, steps=12)
+    assert_same_training(replace(case, micro_batches=2, zero_stage=3), 2, against=case)
+    assert any("attributes" in name for name in reference(case)[1])
+
+
 def test_four_micro_batches_equal_one():
     assert_same_training(Case(objective="full", micro_batches=4), 2, against=Case(objective="full"))
 
