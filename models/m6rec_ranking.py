@@ -14,6 +14,7 @@ and item, as a retriever sees it, may be added to the log-odds (`likeness`).
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -51,6 +52,9 @@ class M6RecRanking(Ranker):
         """Add to the log-odds a learnt multiple of the cosine of the user's and the item's vectors, as the retriever
         makes them. Not in the paper: from a few thousand users, attention alone learns little of what users and
         candidates have in common."""
+        exits: tuple[int, ...] = ()
+        """Layers after which a classifier of their own answers too (early exit), trained beside the last one; each more
+        than model.separate-blocks. What an answer must have to be the last word is --evaluation.exit-confidence."""
         language_weight: float = 0.0
         """Weight of the loss of the words of clicked candidates beside that of the answers."""
         actions: tuple[str, ...] = ()
@@ -71,6 +75,8 @@ class M6RecRanking(Ranker):
 
         def __post_init__(self) -> None:
             super().__post_init__()
+            if self.exits and self.scoring != "classifier":
+                raise ConfigError("model.exits are of --model.scoring classifier; leave either out")
             if self.reads_words and self.joint_tokens != "all":
                 raise ConfigError(
                     "model.scoring likelihood and model.language-weight predict word after word, and need "
@@ -80,10 +86,20 @@ class M6RecRanking(Ranker):
         def build(self, **parts: Any) -> "M6RecRanking":
             return M6RecRanking(self, **parts)
 
-    def __init__(self, config: Config, *, actions: tuple[str, ...], texts: Texts, **_: Any):
-        """`actions` are the names of the codes in the data's column `action`.
+    def __init__(
+        self,
+        config: Config,
+        *,
+        actions: tuple[str, ...],
+        texts: Texts,
+        exit_confidence: float = 1.0,
+        **_: Any,
+    ):
+        """`actions` are the names of the codes in the data's column `action`. When serving, what is answered at an exit
+        with probabilities of yes or no of at least `exit_confidence` goes no further.
 
-        Raises: ConfigError where the data has no answers, or the language model cannot predict words.
+        Raises: ConfigError where the data has no answers, the language model cannot predict words, or has no such
+        layers.
         """
         super().__init__()
         self.config, self.texts, self.codes = config, texts, tuple(actions)
@@ -96,14 +112,30 @@ class M6RecRanking(Ranker):
                 "scales the scores; leave model.scoring likelihood and model.language-weight out, or take a model with "
                 "tied vectors"
             )
+        self.exit_confidence, self.stops = exit_confidence, self._checked_stops()
         # So a ranker can start from a retriever.
-        self.added_parameters = (*self.encoder.added_parameters("encoder."), "classifier.", "likeness.")
+        own = ("classifier.", "likeness.", *["exit_classifiers."] * bool(config.exits))
+        self.added_parameters = (*self.encoder.added_parameters("encoder."), *own)
         if self.num_options and not config.has_frozen_base:
             self.classifier = Linear(self.encoder.width, len(self.actions))
+            self.exit_classifiers = nn.ModuleList(
+                Linear(self.encoder.width, len(self.actions)) for _ in config.exits
+            )
         if config.has_likeness:
             self.likeness = Linear(1, len(self.actions), bias=False)
             nn.init.constant_(self.likeness.weight, LIKENESS)
         log_trained_share(self, self.encoder)
+
+    def _checked_stops(self) -> tuple[int, ...]:
+        """The layers that answers are read behind, the last one of all among them."""
+        encoder, exits = self.encoder, self.config.exits
+        stops = (*exits, encoder.decoder.num_layers)
+        if exits and (list(stops) != sorted({*stops}) or exits[0] <= encoder.num_separate):
+            raise ConfigError(
+                f"model.exits must rise, lie above model.separate-blocks ({encoder.num_separate}) and below the "
+                f"{stops[-1]} layers of the language model, got {', '.join(map(str, exits))}"
+            )
+        return stops
 
     def tables(self) -> list[TableSpec]:
         return []
@@ -145,41 +177,76 @@ class M6RecRanking(Ranker):
 
     def forward(self, rows: Rows, batch: SequenceBatch, context: StepContext) -> LossSum:
         reading = Reading.of(rows)
-        states = self.encoder(reading)
         answers = batch.supervision[ANSWERS].values.float()
+        found, states = self._answers_of_all_stops(reading, rows[ITEM].ids)
         total, metrics = states.prompts.sum().float() * 0, {}
-        if self.config.scoring == "classifier":
-            losses = F.binary_cross_entropy_with_logits(
-                self.classify(states, rows[ITEM].ids), answers, reduction="none"
-            )
-            total, metrics = losses.sum(), dict(zip(self.actions, losses.detach().sum(0), strict=True))
+        if found:
+            losses = [
+                F.binary_cross_entropy_with_logits(logits, answers, reduction="none") for logits in found
+            ]
+            total = torch.stack([loss.sum() for loss in losses]).mean()
+            metrics = dict(zip(self.actions, losses[-1].detach().sum(0), strict=True))
         if self.config.reads_words:
             weight = self.config.language_weight if self.config.scoring == "classifier" else 1.0
             words = -self.log_likelihoods(states, reading, rows[SPOKEN].ids).sum()
             total, metrics = total + weight * words, {**metrics, "words": words.detach()}
         return LossSum(sum=total, count=self.num_targets(batch), metrics=metrics)
 
+    def _answers_of_all_stops(self, reading: Reading, item: Tensor) -> tuple[list[Tensor], States]:
+        """Log-odds [P, A] behind each exit and the last layer, none for likelihoods; and what the last layer says."""
+        hidden, found = self.encoder.joint_input(reading), []
+        for number, (first, stop) in enumerate(self._ranges()):
+            hidden = self.encoder.join(hidden, reading, first, stop)
+            states = self.encoder.states(hidden, reading)
+            if self.config.scoring == "classifier":
+                found.append(self.classify(states, item, number))
+        return found, states
+
+    def _ranges(self) -> list[tuple[int, int]]:
+        """The joint layers, cut at the exits."""
+        return list(pairwise((self.encoder.num_separate, *self.stops)))
+
     def logits(self, rows: Rows, batch: SequenceBatch, candidates: Tensor) -> Tensor:
         reading = Reading.of(rows)
-        states = self.encoder(reading)
         if self.config.scoring == "classifier":
-            found = self.classify(states, rows[ITEM].ids)
+            found = self._answers_as_sure(reading, rows[ITEM].ids)
         else:
             # Where nothing is written, as likely as any word; 0 would be more than any text gets.
             likelihoods = self.log_likelihoods(
-                states, reading, rows[SPOKEN].ids, wordless=-math.log(self.texts.vocabulary_size)
+                self.encoder(reading),
+                reading,
+                rows[SPOKEN].ids,
+                wordless=-math.log(self.texts.vocabulary_size),
             )
             found = likelihoods[:, None].expand(-1, len(self.actions))
         scores = found.new_zeros(candidates.numel(), len(self.actions))
         return scores.index_copy(0, rows[PLACED].ids, found).unflatten(0, candidates.shape)
 
-    def classify(self, states: States, item: Tensor) -> Tensor:
-        """Log-odds of each action for each prompt. Shapes: item [P], which of those alone it is -> [P, A] fp32."""
+    def _answers_as_sure(self, reading: Reading, item: Tensor) -> Tensor:
+        """Log-odds of each prompt, where it has first been sure enough of all its answers. Shapes: [P, A] fp32."""
+        hidden, open_ = self.encoder.joint_input(reading), torch.arange(len(item), device=item.device)
+        answers = hidden.new_zeros(len(item), len(self.actions), dtype=torch.float32)
+        for number, (first, stop) in enumerate(self._ranges()):
+            hidden = self.encoder.join(hidden, reading, first, stop)
+            logits = self.classify(self.encoder.states(hidden, reading), item[open_], number)
+            answers = answers.index_copy(0, open_, logits)
+            if stop == self.stops[-1] or self.exit_confidence == 1:
+                continue
+            unsure = logits.abs().min(dim=1).values.sigmoid() < self.exit_confidence
+            reading, tokens = reading.narrowed(unsure)
+            hidden, open_ = hidden.index_select(0, tokens), open_[unsure]
+        return answers
+
+    def classify(self, states: States, item: Tensor, number: int = -1) -> Tensor:
+        """Log-odds of each action for each prompt, behind an exit or by default the last layer.
+
+        Shapes: item [P], which of those alone it is -> [P, A] fp32.
+        """
         if self.config.has_frozen_base:
             no, yes = self.encoder.options(self.num_options).unflatten(0, (-1, 2)).unbind(1)
             found = F.linear(states.prompts.float(), (yes - no).float())
         else:
-            found = self.classifier(states.prompts).float()
+            found = [*self.exit_classifiers, self.classifier][number](states.prompts).float()
         if not self.config.has_likeness:
             return found
         items = states.alone.index_select(0, item).float()

@@ -47,6 +47,8 @@ class TextEncoderConfig:
     """Size of the residual stream."""
     num_blocks: int = 4
     """Layers in all (L)."""
+    distinct_blocks: int | None = None
+    """Blocks with weights of their own, which neighbouring layers share (M6-Edge); left out, each layer has its own."""
     num_heads: int = 4
     """Attention heads per layer."""
     feedforward_width: int = 128
@@ -85,6 +87,14 @@ class TextEncoderConfig:
         if wrong:
             given = ", ".join(f"model.{name.replace('_', '-')} {getattr(self, name)}" for name in wrong)
             raise ConfigError(f"sizes of a text model must be at least 1, got {given}")
+        if self.distinct_blocks is not None and not 1 <= self.distinct_blocks <= self.num_blocks:
+            raise ConfigError(
+                f"model.distinct-blocks must be 1 to model.num-blocks ({self.num_blocks}), got {self.distinct_blocks}"
+            )
+        if self.distinct_blocks is not None and self.pretrained:
+            raise ConfigError(
+                "model.distinct-blocks is of a model from scratch; leave it or --model.pretrained out"
+            )
         if self.joint_tokens == "last" and not self.separate_blocks:
             raise ConfigError(
                 "model.joint-tokens last needs lower layers that read each text, and model.separate-blocks is 0; raise "
@@ -157,8 +167,13 @@ class TextEncoder(nn.Module):
         return tuple(prefix + name for name in names if ".adapter." in name or "soft_prompts" in name)
 
     def forward(self, reading: Reading) -> States:
-        hidden = self.separate(reading)
-        return self.join(hidden.index_select(0, reading.joint_source()), reading)
+        hidden = self.joint_input(reading)
+        hidden = self.join(hidden, reading, self.num_separate, self.decoder.num_layers)
+        return self.states(hidden, reading)
+
+    def joint_input(self, reading: Reading) -> Tensor:
+        """What the joint layers begin with. Shapes: [A + H + G, D]."""
+        return self.separate(reading).index_select(0, reading.joint_source())
 
     def separate(self, reading: Reading) -> Tensor:
         """The states of all segments below the joint layers. Shapes: [N, D]."""
@@ -166,8 +181,8 @@ class TextEncoder(nn.Module):
         hidden = self.embed(reading.segments.values)
         return self.decoder.run_layers(hidden, reading.segments.places(), plan, 0, self.num_separate)
 
-    def join(self, hidden: Tensor, reading: Reading) -> States:
-        """The joint layers over regions and prompts. Shapes: hidden [A + H + G, D]."""
+    def join(self, hidden: Tensor, reading: Reading, first: int, stop: int) -> Tensor:
+        """Joint layers first..stop (exclusive) over regions and prompts. Shapes: [A + H + G, D] -> the same."""
         alone, regions, prompts, visible = reading.alone, reading.regions, reading.prompts, reading.visible
         behind = visible.values[prompts.row_index()] + prompts.places()
         places = torch.cat((alone.places(), regions.places(), behind))
@@ -176,8 +191,16 @@ class TextEncoder(nn.Module):
             alone=Separate.build(alone, alone.lengths[alone.row_index()]),
             layout=RegionLayout.build(regions, reading.region_limits, prompts, visible),
         )
-        hidden = self.decoder.run_layers(hidden, places, plan, self.num_separate, self.decoder.num_layers)
-        hidden = self.decoder.finish(hidden)
+        return self.decoder.run_layers(hidden, places, plan, first, stop)
+
+    def states(self, hidden: Tensor, reading: Reading) -> States:
+        """What a layer says, as if it were the last one. Shapes: hidden [A + H + G, D]."""
+        hidden, alone, regions, prompts = (
+            self.decoder.finish(hidden),
+            reading.alone,
+            reading.regions,
+            reading.prompts,
+        )
         of_prompts = hidden[len(alone.values) + len(regions.values) :]
         first, last = (
             of_prompts.index_select(0, at) for at in (prompts.offsets[:-1], prompts.offsets[1:] - 1)
@@ -258,6 +281,7 @@ def _build_decoder(config: TextEncoderConfig, texts: Texts) -> TextDecoder | Pre
             vocabulary_size=texts.vocabulary_size,
             width=config.width,
             num_blocks=config.num_blocks,
+            distinct_blocks=config.distinct_blocks,
             num_heads=config.num_heads,
             feedforward_width=config.feedforward_width,
             dropout=config.dropout,

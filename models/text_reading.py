@@ -44,6 +44,36 @@ class Reading:
         """Which of the N tokens the joint layers see, in their order. Shapes: [A + H + G]."""
         return torch.cat((self.alone.values, self.regions.values, self.prompts.values))
 
+    def narrowed(self, kept: Tensor) -> tuple["Reading", Tensor]:
+        """Some of the prompts alone, and which of the tokens of the joint layers are still there. Waits for the device.
+
+        Regions that no prompt is left of go too, but for the last one. Shapes: kept [P] bool, in the order of the slots
+        -> [A + H' + G'].
+        """
+        prompts, regions, visible = self.prompts, self.regions, self.visible
+        stays = kept[self.slots]
+        left = torch.zeros_like(visible.lengths).index_add(0, visible.row_index(), stays.long())
+        asked = left > 0
+        asked[-1] = True
+        tokens = torch.cat(
+            (
+                torch.ones_like(self.alone.values, dtype=torch.bool),
+                asked[regions.row_index()],
+                stays[prompts.row_index()],
+            )
+        )
+        number = kept.cumsum(0) - 1
+        return Reading(
+            segments=self.segments,
+            segment_limits=self.segment_limits,
+            alone=self.alone,
+            regions=_rows_of(regions, asked),
+            region_limits=self.region_limits[asked[regions.row_index()]],
+            prompts=_rows_of(prompts, stays),
+            visible=_jagged_on_device(visible.values[stays], left[asked], visible.max_length),
+            slots=number[self.slots[stays]],
+        ), torch.nonzero(tokens)[:, 0]
+
     def as_ids(self) -> Ids:
         """The same as features of a step's lookup."""
         found = {name: getattr(self, name) for name in PLAIN}
@@ -174,6 +204,17 @@ def sums_within(values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np
     stops = np.cumsum(lengths)
     before = running[stops - lengths]
     return running[1:] - np.repeat(before, lengths), running[stops] - before
+
+
+def _rows_of(rows: Jagged, kept: Tensor) -> Jagged:
+    """Shapes: kept [B] bool."""
+    return _jagged_on_device(rows.values[kept[rows.row_index()]], rows.lengths[kept], rows.max_length)
+
+
+def _jagged_on_device(values: Tensor, lengths: Tensor, max_length: int) -> Jagged:
+    """`max_length` may be more than the longest row has."""
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    return Jagged(values=values, offsets=offsets, max_length=max_length)
 
 
 def _jagged(values: np.ndarray, lengths: np.ndarray) -> Jagged:

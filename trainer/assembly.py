@@ -204,6 +204,13 @@ def build_model(
             f"evaluation.objective {config.evaluation.objective} needs a model of several objectives (grail pretrain "
             f"urm), and this is a {type(config.model).__qualname__.split('.')[0]}; leave it out"
         )
+    if getattr(config.model, "exits", ()):
+        parts["exit_confidence"] = config.evaluation.exit_confidence
+    elif config.evaluation.exit_confidence < 1:
+        raise ConfigError(
+            f"evaluation.exit-confidence {config.evaluation.exit_confidence} needs a model that was trained with exits "
+            "(grail pretrain m6-rec-ranking --model.exits ...); leave it out"
+        )
     if (texts := load_texts(config)) is not None:
         parts["texts"] = texts
     if semantic_ids is not None:

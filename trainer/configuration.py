@@ -93,6 +93,9 @@ class EvaluationConfig:
     objective: str = ""
     """Action, such as purchase, that a model of several objectives (URM) is asked for; left out, click, or where there
     is none the data's first. One that reads text may be asked in any words."""
+    exit_confidence: float = 1.0
+    """A model with exits (m6-rec-ranking) goes no further with an answer whose yes or no is at least this likely; 1
+    goes through all layers."""
     filter_from: int = 10
     """Post-filtering looks at this many times the longest list; a search.width must be as wide."""
     index: Literal["exact", "hnsw"] = "exact"
@@ -104,6 +107,11 @@ class EvaluationConfig:
         if not 0 < self.user_share <= 1:
             raise ConfigError(
                 f"evaluation.user-share must be above 0 and at most 1, is {self.user_share}; 0.2 takes every fifth user"
+            )
+        if not 0.5 <= self.exit_confidence <= 1:
+            raise ConfigError(
+                "evaluation.exit-confidence is the probability of the likelier answer and must lie in 0.5..1, got "
+                f"{self.exit_confidence}"
             )
         if not self.cutoffs or min(self.cutoffs) < 1:
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 from cluster.errors import CheckpointError
@@ -17,12 +18,15 @@ def model_fingerprint(shapes: Mapping[str, Sequence[int]], model: Mapping[str, A
     return json.loads(json.dumps(fingerprint))
 
 
-def compare_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Check that a checkpoint fits the model.
+def compare_fingerprint(
+    saved: Mapping[str, Any], current: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> None:
+    """Check that a checkpoint fits the model. An option that the checkpoint is too old to know had its default.
 
     Raises: CheckpointError listing every field that differs, saved against current.
     """
-    differences = _differences(json.loads(json.dumps(saved)), json.loads(json.dumps(current)), "")
+    saved, current, defaults = (json.loads(json.dumps(part)) for part in (saved, current, defaults or {}))
+    differences = _differences(_filled_up(saved, {"model": defaults}), current, "")
     if not differences:
         return
     # Of another kind of model all differs, and its kind says it all.
@@ -38,6 +42,27 @@ def compare_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
         + "\nGive the model options of the checkpoint, use another run directory, or take the weights only "
         "with --init-from. Workers, sharding, ZeRO stage and the length of the run may change on resume."
     )
+
+
+def option_defaults(part: Any) -> dict[str, Any]:
+    """What the options of a configuration are where nothing is said of them, by name; those of its parts too."""
+    found = {}
+    for option in fields(part) if is_dataclass(part) else ():
+        value = getattr(part, option.name)
+        if is_dataclass(value):
+            found[option.name] = option_defaults(value)
+        elif option.default is not MISSING:
+            found[option.name] = option.default
+        elif option.default_factory is not MISSING:
+            found[option.name] = option.default_factory()
+    return found
+
+
+def _filled_up(saved: Any, defaults: Any) -> Any:
+    """With the options that are not there."""
+    if not (isinstance(saved, dict) and isinstance(defaults, dict)):
+        return saved
+    return {**defaults, **{key: _filled_up(value, defaults.get(key)) for key, value in saved.items()}}
 
 
 def _differences(saved: Any, current: Any, path: str) -> list[str]:

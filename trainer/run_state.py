@@ -18,7 +18,7 @@ from sharding.tables import EmbeddingTables, kept_rows
 from trainer.assembly import Assembly, describe_model
 from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_reader import CheckpointReader
-from trainer.fingerprint import compare_fingerprint, model_fingerprint
+from trainer.fingerprint import compare_fingerprint, model_fingerprint, option_defaults
 from trainer.plain_engine import named_state, named_trainable
 from trainer.settings import changed_settings
 from trainer.weight_average import AVERAGE, served_prefix
@@ -98,7 +98,8 @@ def restore_progress(
     """
     _require_catalogue(reader, assembly)
     _require_conditions(reader, assembly.model)
-    compare_fingerprint(reader.shared_state["fingerprint"], fingerprint(assembly, engine))
+    defaults = {name: option_defaults(getattr(assembly.config, name)) for name in ("model", "objective")}
+    compare_fingerprint(reader.shared_state["fingerprint"], fingerprint(assembly, engine), defaults)
     changed = changed_settings(reader.shared_state["config"], config)
     if changed:
         logger.warning(

@@ -65,14 +65,13 @@ def measured(options: Options, separate: int, joint: Literal["all", "last"]) -> 
     )
     known = Jagged.from_lengths(torch.full_like(shown, options.events), torch.tensor([len(shown)]))
     reading = model.encoder.reader.scoring(batch, known, shown.numpy())
-    source = reading.joint_source()
     with torch.inference_mode():
-        states = model.encoder.separate(reading).index_select(0, source)
+        states = model.encoder.joint_input(reading)
         times = [
             fastest_ms(options.repeats, call)
             for call in (
                 lambda: model.encoder.separate(reading),
-                lambda: model.encoder.join(states, reading),
+                lambda: model.encoder.join(states, reading, separate, options.layers),
             )
         ]
     return joint, str(separate), *(f"{milliseconds:.0f}" for milliseconds in times)

@@ -80,9 +80,11 @@ class TextDecoder(nn.Module):
         feedforward_width: int,
         dropout: float,
         init_scale: float,
+        distinct_blocks: int | None = None,
     ):
+        """`distinct_blocks` have weights of their own; neighbouring layers share them, all alike as far as may be."""
         super().__init__()
-        self.width, self.init_scale = width, init_scale
+        self.width, self.init_scale, self.num_layers = width, init_scale, num_blocks
         self.head_width = checked_heads(num_heads, width) and width // num_heads
         if self.head_width % 2:
             raise ConfigError(
@@ -92,23 +94,20 @@ class TextDecoder(nn.Module):
         self.vocabulary = Vocabulary(torch.randn(vocabulary_size, width) * init_scale)
         self.blocks = nn.ModuleList(
             TextBlock(width=width, num_heads=num_heads, feedforward_width=feedforward_width, dropout=dropout)
-            for _ in range(num_blocks)
+            for _ in range(distinct_blocks or num_blocks)
         )
         self.final_norm = RMSNorm(width)
 
-    @property
-    def num_layers(self) -> int:
-        return len(self.blocks)
-
     def feedforwards(self) -> list[nn.Module]:
-        """The feed-forward part of each layer."""
+        """The feed-forward part of each block."""
         return [block.feedforward for block in self.blocks]
 
     def run_layers(self, hidden: Tensor, places: Tensor, plan: Plan, first: int, stop: int) -> Tensor:
         """Layers first..stop (exclusive) alone. Shapes: [N, D], [N] -> [N, D]."""
         turns = torch.view_as_real(turns_of(places, self.head_width)).transpose(1, 2)
         for number in range(first, stop):
-            hidden = self.blocks[number](hidden, turns, plan, number)
+            block = self.blocks[number * len(self.blocks) // self.num_layers]
+            hidden = block(hidden, turns, plan, number)
         return hidden
 
     def finish(self, hidden: Tensor) -> Tensor:

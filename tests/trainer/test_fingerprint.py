@@ -1,9 +1,10 @@
 import json
+from dataclasses import asdict, dataclass, field
 
 import pytest
 
 from cluster.errors import CheckpointError
-from trainer.fingerprint import compare_fingerprint, model_fingerprint
+from trainer.fingerprint import compare_fingerprint, model_fingerprint, option_defaults
 
 SHAPES = {"table/item": (100, 64), "dense/encoder.weight": (64, 64)}
 MODEL = {"type": "sasrec", "num_blocks": 2, "widths": (64, 128)}
@@ -44,3 +45,31 @@ def test_a_long_list_of_differences_is_cut():
     many = {f"dense/{index}": (index,) for index in range(50)}
     with pytest.raises(CheckpointError, match="and 30 more"):
         compare_fingerprint(model_fingerprint({}, {}), model_fingerprint(many, {}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    size: int = 3
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    width: int
+    depth: int = 2
+    part: Part = field(default_factory=Part)
+
+
+def test_an_option_that_a_checkpoint_is_too_old_to_know_had_its_default():
+    def now(**options) -> dict:
+        return model_fingerprint(SHAPES, {"model": asdict(Options(width=8, **options))})
+
+    defaults = {"model": option_defaults(Options(width=8, depth=5, part=Part(size=4)))}
+    assert defaults == {"model": {"depth": 2, "part": {"size": 3, "names": ()}}}
+    old = model_fingerprint(SHAPES, {"model": {"width": 8, "part": {"size": 3}}})
+    compare_fingerprint(old, now(), defaults)
+    with pytest.raises(CheckpointError, match=r"model.model.depth: 2 saved, 5 now"):
+        compare_fingerprint(old, now(depth=5), defaults)
+    with pytest.raises(CheckpointError, match=r"model.model.part.names: \[\] saved, \['a'\] now"):
+        compare_fingerprint(old, now(part=Part(names=("a",))), defaults)
+    compare_fingerprint(model_fingerprint(SHAPES, {"model": {"width": 8}}), now(), defaults)
