@@ -209,7 +209,7 @@ class M6RecRanking(Ranker):
     def logits(self, rows: Rows, batch: SequenceBatch, candidates: Tensor) -> Tensor:
         reading = Reading.of(rows)
         if self.config.scoring == "classifier":
-            found = self._answers_as_sure(reading, rows[ITEM].ids)
+            found, _ = self.answers_as_sure(reading, rows[ITEM].ids)
         else:
             # Where nothing is written, as likely as any word; 0 would be more than any text gets.
             likelihoods = self.log_likelihoods(
@@ -222,20 +222,24 @@ class M6RecRanking(Ranker):
         scores = found.new_zeros(candidates.numel(), len(self.actions))
         return scores.index_copy(0, rows[PLACED].ids, found).unflatten(0, candidates.shape)
 
-    def _answers_as_sure(self, reading: Reading, item: Tensor) -> Tensor:
-        """Log-odds of each prompt, where it has first been sure enough of all its answers. Shapes: [P, A] fp32."""
+    def answers_as_sure(self, reading: Reading, item: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-odds of each prompt, where it has first been sure enough of all its answers, and behind which layer.
+
+        Shapes: item [P] -> [P, A] fp32, [P] int64.
+        """
         hidden, open_ = self.encoder.joint_input(reading), torch.arange(len(item), device=item.device)
         answers = hidden.new_zeros(len(item), len(self.actions), dtype=torch.float32)
+        layers = torch.zeros_like(item)
         for number, (first, stop) in enumerate(self._ranges()):
             hidden = self.encoder.join(hidden, reading, first, stop)
             logits = self.classify(self.encoder.states(hidden, reading), item[open_], number)
-            answers = answers.index_copy(0, open_, logits)
+            answers, layers[open_] = answers.index_copy(0, open_, logits), stop
             if stop == self.stops[-1] or self.exit_confidence == 1:
                 continue
             unsure = logits.abs().min(dim=1).values.sigmoid() < self.exit_confidence
             reading, tokens = reading.narrowed(unsure)
             hidden, open_ = hidden.index_select(0, tokens), open_[unsure]
-        return answers
+        return answers, layers
 
     def classify(self, states: States, item: Tensor, number: int = -1) -> Tensor:
         """Log-odds of each action for each prompt, behind an exit or by default the last layer.
