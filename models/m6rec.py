@@ -46,7 +46,7 @@ class M6Rec(Retriever):
         def build(self, **parts: Any) -> "M6Rec":
             return M6Rec(self, **parts)
 
-    def __init__(self, config: Config, *, objective: RetrievalObjective, texts: Texts, **_: Any):
+    def __init__(self, config: TextEncoderConfig, *, objective: RetrievalObjective, texts: Texts, **_: Any):
         super().__init__()
         self.config, self.objective, self.texts = config, objective, texts
         self.encoder = TextEncoder(config, texts)

@@ -36,8 +36,6 @@ from models.texts import Texts
 SPOKEN, PLACED, ITEM = "spoken", "placed", "item"
 LIKENESS = 5.0
 """What the cosine is multiplied by at first."""
-WORDS_AT_A_TIME = 2048
-"""Words that are predicted together when serving: each takes a number for every word there is."""
 
 
 class M6RecRanking(Ranker):
@@ -106,12 +104,8 @@ class M6RecRanking(Ranker):
         self.actions = answered_actions(config.actions, self.codes, "m6-rec-ranking")
         self.num_options = 2 * len(self.actions) * (config.scoring == "classifier")
         self.encoder = TextEncoder(config, texts, num_options=self.num_options)
-        if config.reads_words and not self.encoder.decoder.is_tied:
-            raise ConfigError(
-                f"words are predicted by the vectors they are read by, and {config.pretrained} has others for that, or "
-                "scales the scores; leave model.scoring likelihood and model.language-weight out, or take a model with "
-                "tied vectors"
-            )
+        if config.reads_words:
+            self.encoder.require_tied("leave model.scoring likelihood and model.language-weight out")
         self.exit_confidence, self.stops = exit_confidence, self._checked_stops()
         # So a ranker can start from a retriever.
         own = ("classifier.", "likeness.", *["exit_classifiers."] * bool(config.exits))
@@ -188,7 +182,7 @@ class M6RecRanking(Ranker):
             metrics = dict(zip(self.actions, losses[-1].detach().sum(0), strict=True))
         if self.config.reads_words:
             weight = self.config.language_weight if self.config.scoring == "classifier" else 1.0
-            words = -self.log_likelihoods(states, reading, rows[SPOKEN].ids).sum()
+            words = -self.encoder.log_likelihoods(states, reading, rows[SPOKEN].ids).sum()
             total, metrics = total + weight * words, {**metrics, "words": words.detach()}
         return LossSum(sum=total, count=self.num_targets(batch), metrics=metrics)
 
@@ -212,7 +206,7 @@ class M6RecRanking(Ranker):
             found, _ = self.answers_as_sure(reading, rows[ITEM].ids)
         else:
             # Where nothing is written, as likely as any word; 0 would be more than any text gets.
-            likelihoods = self.log_likelihoods(
+            likelihoods = self.encoder.log_likelihoods(
                 self.encoder(reading),
                 reading,
                 rows[SPOKEN].ids,
@@ -256,24 +250,6 @@ class M6RecRanking(Ranker):
         items = states.alone.index_select(0, item).float()
         cosine = F.cosine_similarity(states.begins.float(), items, dim=-1)
         return found + self.likeness(cosine[:, None]).float()
-
-    def log_likelihoods(
-        self, states: States, reading: Reading, places: Tensor, *, wordless: float = 0.0
-    ) -> Tensor:
-        """The mean over the words of each prompt that are followed at `places`; `wordless` for a prompt without.
-
-        Shapes: places [M] among the tokens of the prompts -> [P] fp32, in the order of the slots.
-        """
-        tokens = reading.segments.values[reading.prompts.values]
-        owner = reading.slots[reading.prompts.row_index()[places]]
-        found = []
-        for part in places.split(WORDS_AT_A_TIME):
-            scores = self.encoder.decoder.vocabulary(states.tokens.index_select(0, part), predict=True)
-            found.append(-F.cross_entropy(scores, tokens[part + 1], reduction="none"))
-        sums, counts = (states.tokens.new_zeros(len(reading.slots), dtype=torch.float32) for _ in range(2))
-        sums = sums.index_add(0, owner, torch.cat(found))
-        counts = counts.index_add(0, owner, torch.ones_like(owner).float())
-        return torch.where(counts > 0, sums / counts.clamp(min=1), wordless)
 
 
 def _first_request(batch: SequenceBatch) -> SequenceBatch:

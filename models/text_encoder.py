@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cluster.errors import ConfigError
@@ -30,6 +31,9 @@ from models.pretrained_decoder import PretrainedDecoder
 from models.text_reader import NUM_MARKS, TextReader
 from models.text_reading import Reading
 from models.texts import TextConfig, Texts
+
+WORDS_AT_A_TIME = 2048
+"""Words that are predicted together: each takes a number for every word there is."""
 
 logger = logging.getLogger(__name__)
 
@@ -221,6 +225,32 @@ class TextEncoder(nn.Module):
             return vectors
         prompts = self.soft_prompts
         return with_others(vectors, tokens - size - NUM_MARKS, prompts, prompts.num_embeddings)
+
+    def log_likelihoods(
+        self, states: States, reading: Reading, places: Tensor, *, wordless: float = 0.0
+    ) -> Tensor:
+        """The mean over the words of each prompt that are followed at `places`; `wordless` for a prompt without.
+
+        Shapes: places [M] among the tokens of the prompts -> [P] fp32, in the order of the slots.
+        """
+        tokens = reading.segments.values[reading.prompts.values]
+        owner = reading.slots[reading.prompts.row_index()[places]]
+        found = []
+        for part in places.split(WORDS_AT_A_TIME):
+            scores = self.decoder.vocabulary(states.tokens.index_select(0, part), predict=True)
+            found.append(-F.cross_entropy(scores, tokens[part + 1], reduction="none"))
+        sums, counts = (states.tokens.new_zeros(len(reading.slots), dtype=torch.float32) for _ in range(2))
+        sums = sums.index_add(0, owner, torch.cat(found))
+        counts = counts.index_add(0, owner, torch.ones_like(owner).float())
+        return torch.where(counts > 0, sums / counts.clamp(min=1), wordless)
+
+    def require_tied(self, otherwise: str) -> None:
+        """Raises: ConfigError where the language model cannot predict words; `otherwise` is what else can be done."""
+        if not self.decoder.is_tied:
+            raise ConfigError(
+                f"words are predicted by the vectors they are read by, and {self.config.pretrained} has others for "
+                f"that, or scales the scores; {otherwise}, or take a model with tied vectors"
+            )
 
     def options(self, number: int) -> Tensor:
         """The last soft prompts, which stand for answers. Shapes: [number, D]."""

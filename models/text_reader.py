@@ -21,6 +21,8 @@ from models.texts import Texts
 ITEM_END, REGION_BEGIN, REGION_END, TEXT_BEGIN, TEXT_END = range(5)
 """Marks, whose vectors stand behind those of the words: [SEP], [BOS'], [EOS'], [BOS] and [EOS]."""
 NUM_MARKS = 5
+BLANK = -1
+"""Stands in a history for a behaviour whose text is left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +58,15 @@ class TextReader:
     ) -> Reading:
         """A prompt for each candidate, which knows so many events of its user.
 
-        `with_items`: a region for each of the distinct candidates, in order, as for `retrieval`.
+        Behaviours may be left out (BLANK). `with_items`: a region for each of the distinct candidates, in order, as for
+        `retrieval`.
 
         Shapes: visible [P], a row per user; candidates [P] item rows.
         """
         distinct, number = np.unique(candidates, return_inverse=True)
         items = distinct if with_items else distinct[:0]
-        segments, known = Segments(), np.union1d(batch.items.values.numpy(), items)
+        history = batch.items.values.numpy()
+        segments, known = Segments(), np.union1d(history[history != BLANK], items)
         first_item = self._add_items(segments, known)
         alone = first_item + np.searchsorted(known, items)
         users = self._add_users(segments, batch)
@@ -100,8 +104,13 @@ class TextReader:
             first, numbers = segments.add(_NO_TEXT, np.zeros(1, dtype=np.int64), before=before), 0 * numbers
         else:
             first = segments.add(profiles, batch.user_ids.numpy(), before=before)
-        close = segments.add(_NO_TEXT, np.zeros(1, dtype=np.int64), before=[self.mark(REGION_END)])
-        return _Users(segments=first + numbers, close=close)
+        close = self._add_mark(segments, REGION_END)
+        has_blanks = bool((batch.items.values == BLANK).any())
+        blank = self._add_mark(segments, TEXT_BEGIN) if has_blanks else close
+        return _Users(segments=first + numbers, close=close, blank=blank)
+
+    def _add_mark(self, segments: Segments, number: int) -> int:
+        return segments.add(_NO_TEXT, np.zeros(1, dtype=np.int64), before=[self.mark(number)])
 
 
 _NO_TEXT = Jagged.from_lengths(torch.zeros(0, dtype=torch.int32), torch.zeros(1, dtype=torch.int64))
@@ -113,6 +122,8 @@ class _Users:
     """[B] segment that each user's region begins with."""
     close: int
     """The segment of [EOS']."""
+    blank: int
+    """The segment that stands for a behaviour whose text is left out, a [BOS] alone; where there are any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +165,8 @@ def _regions(
     begins = np.cumsum(lengths) - lengths
     segments[begins] = users.segments[owner]
     history = batch.items.values.numpy()[gather_ranges(batch.items.offsets.numpy()[owner], longest)]
-    segments[gather_ranges(begins + 1, longest)] = first_item + np.searchsorted(known, history)
+    taken = np.where(history == BLANK, users.blank, first_item + np.searchsorted(known, history))
+    segments[gather_ranges(begins + 1, longest)] = taken
     slots = np.argsort(region, kind="stable")
     return _Regions(
         segments=segments,

@@ -7,6 +7,7 @@ import torch
 
 from data_streams.jagged import Jagged
 from models.m6rec import M6Rec
+from models.m6rec_infilling import M6RecInfilling
 from models.m6rec_ranking import M6RecRanking
 from models.objectives.retrieval import RetrievalObjective
 from models.recommender import Recommender
@@ -25,6 +26,7 @@ SMALL = {
 TEXT_MODELS = {
     "m6-rec": partial(M6Rec.Config, **SMALL, region="behaviours"),
     "m6-rec as published": partial(M6Rec.Config, **SMALL, positions=2),
+    "m6-rec-infilling": partial(M6RecInfilling.Config, **SMALL),
     "m6-rec-ranking": partial(
         M6RecRanking.Config, **SMALL, region="behaviours", window="span", likeness=True
     ),

@@ -17,12 +17,14 @@ STEPS = "--data.tokens-per-step 256 --objective.num-negatives 16 --train.max-ste
 
 def test_runs_of_text_are_resumed_evaluated_asked_and_tuned_from_each_other(tmp_path):
     retrieve = f"pretrain m6-rec --data.path shards {SMALL} {STEPS}"
+    infill = f"pretrain m6-rec-infilling --data.path shards {SMALL} --train.max-steps 2"
     rank = f"pretrain m6-rec-ranking --data.path pages {SMALL} --train.max-steps 2"
     shown = grail(
         tmp_path,
         f"data build world {WORLD} --out shards",
-        f"{retrieve} 2 --run-dir run",
-        f"{retrieve} 3 --run-dir run",
+        f"{infill} --run-dir filled",
+        f"{retrieve} 2 --run-dir run --init-from filled",
+        f"{retrieve} 3 --run-dir run --init-from filled",
         "evaluate run",
         "recommend run --users 1 --k 5",
         f"{retrieve} 2 --run-dir tuned --init-from run --model.tuning option-adapter --model.adapter-width 4",
@@ -36,7 +38,7 @@ def test_runs_of_text_are_resumed_evaluated_asked_and_tuned_from_each_other(tmp_
     assert any("steps-00000002-00000002" in file.name for file in (tmp_path / "run" / "audit").iterdir())
     titles = pl.read_parquet(tmp_path / "shards" / "items.parquet")["title"]
     assert sum(title in shown for title in titles) >= 5
-    assert shown.count("Finished at step 2") == 3
+    assert shown.count("Finished at step 2") == 4
     written = [json.loads((tmp_path / run / "evaluation.json").read_text()) for run in ("run", "spoken")]
     assert 0 <= written[0]["metrics"]["recall@10"] <= 1 and 0 < written[1]["metrics"]["gauc/purchase"] < 1
     tokenizers = [(tmp_path / run / "tokenizer.json").read_text() for run in ("run", "tuned")]
