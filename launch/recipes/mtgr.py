@@ -13,7 +13,7 @@ def recipe() -> PretrainConfig:
         data=DataConfig(max_length=400, tokens_per_step=4096, history_exposures=True),
         model=MTGR.Config(auxiliary_weight=1.0),
         train=TrainConfig(
-            epochs=2,
+            epochs=8,
             learning_rate=3e-3,
             table_learning_rate=0.2,
             selection_metric="auc",
