@@ -218,6 +218,16 @@ def test_advantages_of_codes_equal_those_of_items_where_all_codes_have_the_same(
     torch.testing.assert_close(objective(given).sum, objective(by_code).sum)
 
 
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "grpo-sr"])
+def test_on_policy_the_reported_ratio_is_1_whatever_completions_are_left_out(name):
+    objective = plugin_config("rl.objectives", name)().build()
+    given, leaf = random_inputs(4)
+    advantages = given.advantages.abs() * given.mask
+    on_policy = {"old_log_probs": leaf.detach(), "advantages": advantages}
+    ratio = objective(PolicyInputs(**{**vars(given), **on_policy})).metrics["ratio"]
+    assert not given.mask.all() and ratio.item() == pytest.approx(given.num_users)
+
+
 def test_which_objectives_allow_stale_completions():
     assert [name for name in OBJECTIVES if not plugin_config("rl.objectives", name)().build().has_ratio] == [
         "grpo-sr"
