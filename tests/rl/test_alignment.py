@@ -147,6 +147,16 @@ def test_a_reference_an_alarm_and_constrained_draws(start, tmp_path):
     assert divergences[1] == pytest.approx(0.0, abs=1e-6) and divergences[max(divergences)] > 0.01
 
 
+def test_the_reference_reads_the_data_of_the_alignment(start, tmp_path):
+    gone = dataclasses.replace(start.data, path=str(tmp_path / "gone"), semantic_ids=str(tmp_path / "gone"))
+    config = alignment(start, tmp_path / "run", objective=Grpo.Config(kl_weight=0.01))
+    begun = dataclasses.replace(start, data=gone)
+    (result,) = run_on_processes(run_alignment, 1, with_train(config, **SHORT), begun)
+    divergences = numbers(tmp_path / "run", "train/kl")
+    assert result["status"] == "finished" and divergences[1] == pytest.approx(0.0, abs=1e-6)
+    assert 0 < divergences[result["step"]]
+
+
 def test_process_rewards_teach_each_code_and_every_reward_is_logged_by_itself(start, tmp_path):
     prm = make_prm(start, tmp_path)
     promising = RewardTerm(name="process", reward=ProcessPrm.Config(run=prm.run_dir), weight=0.5)
