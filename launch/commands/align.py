@@ -248,7 +248,7 @@ def _learnt(document: dict[str, Any]) -> dict[str, Any]:
     """What an alignment learns by beside the policy's configuration, with which checkpoints keep it."""
     terms = {term["name"]: term for term in document["rewards"]}
     return {
-        **{name: document[name] for name in ("objective", "advantage")},
+        **{name: document[name] for name in ("start", "objective", "advantage")},
         **document["align"],
         "rewards": terms,
     }
