@@ -177,8 +177,8 @@ class PooledRollouts(Rollouts):
             )
 
     def settle(self) -> None:
-        """Before a broadcast all completions come in, since every worker takes part in it."""
-        while self._sender is not None and self._pool.pending:
+        """Before a broadcast all completions come in, since every worker takes part in it; a wish to stop ends that."""
+        while self._sender is not None and self._pool.pending and not self._stop_requested():
             try:
                 self._poll()
             except PoolGoneError:
@@ -198,7 +198,7 @@ class PooledRollouts(Rollouts):
 
     def _broadcast(self) -> None:
         if self._pool.pending:
-            return  # the pool is gone
+            return  # the pool is gone, or the run is to stop
         with suppress(PoolGoneError):  # `finish` meets the same
             self._sender.send(self.version, self._weights)
 

@@ -122,8 +122,9 @@ def _reference(
     kept = job.progress.notes.setdefault("start_step", start_step)
     if not is_needed:
         return None
-    # Its tables lie over the learners of now, however many trained it.
-    spread = replace(start, cluster=job.config.cluster, sharding=job.config.sharding)
+    # Its tables lie over the learners of now, however many trained it, and it reads the prompts of now.
+    own = job.config
+    spread = replace(start, cluster=own.cluster, sharding=own.sharding, data=own.data)
     return Reference.load(spread, kept, job.process, drawing)
 
 

@@ -199,7 +199,7 @@ class Advantages:
     values: np.ndarray
     """[B, G] or [B, G, L] float32; 0 where there is nothing to learn from."""
     mask: np.ndarray
-    """[B, G] bool: completions that count."""
+    """[B, G] bool: completions that count, also where their group teaches nothing."""
     skipped: np.ndarray
     """[B] bool: groups without a difference to learn from."""
 

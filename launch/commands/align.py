@@ -18,6 +18,7 @@ from launch.reward_parts import REWARDS, located, reward_setting, reward_term, t
 from launch.run_directory import (
     ALIGN,
     ALIGNMENT,
+    CHECKPOINTS,
     CONFIG,
     KeptDocuments,
     absolute,
@@ -34,6 +35,7 @@ from launch.served_run import find_step
 
 if TYPE_CHECKING:
     from rl.configuration import AlignConfig
+    from trainer.configuration import PretrainConfig
 
 OBJECTIVES, ADVANTAGES = "rl.objectives", "rl.advantages"
 STOPPED = 75
@@ -177,6 +179,8 @@ def align(config: "AlignConfig") -> int:
         policy = config.policy(start)
         check(policy)
         start_step = find_step(start, "best")
+        if not has_checkpoint(config.run_dir):
+            _require_same_codes(config, start, start_step)
         keeper = StatusKeeper(config.run_dir, policy.recipe, policy.log.prometheus_file)
         with Lease(config.run_dir, stop.abort), keeper:
             own, document = to_document(config), prepare(policy)
@@ -231,11 +235,20 @@ def _run(
     return result
 
 
+def _require_same_codes(config: "AlignConfig", start: "PretrainConfig", step: int) -> None:
+    """Raises: CheckpointError where the start has learnt to write other semantic IDs than those of the alignment."""
+    from data_streams.semantic_ids import SemanticIdTable
+    from trainer.checkpoint_reader import CheckpointReader
+
+    saved = CheckpointReader(Storage(f"{start.run_dir}/{CHECKPOINTS}"), step).shared_state["fingerprint"]
+    SemanticIdTable.load(config.data.semantic_ids).require(saved["model"]["semantic_ids"])
+
+
 def _learnt(document: dict[str, Any]) -> dict[str, Any]:
     """What an alignment learns by beside the policy's configuration, with which checkpoints keep it."""
     terms = {term["name"]: term for term in document["rewards"]}
     return {
-        **{name: document[name] for name in ("objective", "advantage")},
+        **{name: document[name] for name in ("start", "objective", "advantage")},
         **document["align"],
         "rewards": terms,
     }

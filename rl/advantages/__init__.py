@@ -49,10 +49,13 @@ def masked_moments(values: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np
 
 
 def finished(values: np.ndarray, mask: np.ndarray, skipped: np.ndarray) -> Advantages:
-    """With nothing to learn where a group is skipped or a completion does not count.
+    """With 0 where a group is skipped or a completion does not count.
+
+    Completions of skipped groups go on to count: only they themselves have nothing to teach, and an objective may hold
+    them to a reference.
 
     Shapes: values [B, G] or [B, G, L], mask [B, G], skipped [B].
     """
-    counts = mask & ~skipped[:, None]
-    shown = counts if values.ndim == 2 else counts[..., None]
-    return Advantages(values=np.where(shown, values, 0.0).astype(np.float32), mask=counts, skipped=skipped)
+    teaches = mask & ~skipped[:, None]
+    shown = teaches if values.ndim == 2 else teaches[..., None]
+    return Advantages(values=np.where(shown, values, 0.0).astype(np.float32), mask=mask, skipped=skipped)

@@ -85,6 +85,11 @@ def sum_of_user_means(terms: Tensor, mask: Tensor) -> Tensor:
     return terms.masked_fill(~mask, 0.0).mean(1).sum()
 
 
+def sum_of_ratios(ratio: Tensor) -> Tensor:
+    """The mean ratio of each user, summed, as metrics are; 1 where a completion does not count. Shapes: [B, G, n]."""
+    return ratio.detach().mean((1, 2)).sum()
+
+
 def per_ratio(inputs: PolicyInputs, ratio_of: RatioOf) -> tuple[Tensor, Tensor, Tensor]:
     """New and old log-probabilities and advantages of whole items, or of their codes.
 

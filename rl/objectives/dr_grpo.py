@@ -9,7 +9,14 @@ from dataclasses import dataclass
 
 from cluster.errors import ConfigError
 from models.recommender import LossSum
-from rl.objectives import PolicyInputs, PolicyObjective, clipped_terms, log_ratio, sum_of_user_means
+from rl.objectives import (
+    PolicyInputs,
+    PolicyObjective,
+    clipped_terms,
+    log_ratio,
+    sum_of_ratios,
+    sum_of_user_means,
+)
 
 
 class DrGrpo(PolicyObjective):
@@ -46,5 +53,5 @@ class DrGrpo(PolicyObjective):
         terms = clipped_terms(ratio, inputs.token_advantages(), config.clip_low, config.clip_high)
         length = config.max_length or ratio.shape[-1]
         loss = -sum_of_user_means(terms.sum(-1) / length, inputs.mask)
-        metrics = {"ratio": sum_of_user_means(ratio.detach().mean(-1), inputs.mask)}
+        metrics = {"ratio": sum_of_ratios(ratio)}
         return LossSum(sum=loss, count=inputs.num_users, metrics=metrics)

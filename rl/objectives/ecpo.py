@@ -20,6 +20,7 @@ from rl.objectives import (
     clipped_terms,
     log_ratio,
     per_ratio,
+    sum_of_ratios,
     sum_of_user_means,
 )
 
@@ -64,6 +65,6 @@ class Ecpo(PolicyObjective):
             -sum_of_user_means(terms.mean(-1), inputs.mask),
             inputs,
             self.config.alpha,
-            ratio=sum_of_user_means(ratio.detach().mean(-1), inputs.mask),
+            ratio=sum_of_ratios(ratio),
             early_clipped_share=sum_of_user_means((early > old).float().mean(-1), inputs.mask),
         )

@@ -20,6 +20,7 @@ from rl.objectives import (
     anchored,
     log_ratio,
     per_ratio,
+    sum_of_ratios,
     sum_of_user_means,
 )
 
@@ -56,7 +57,7 @@ class Gbpo(PolicyObjective):
             -sum_of_user_means((ratio * advantages).mean(-1), inputs.mask),
             inputs,
             self.config.alpha,
-            ratio=sum_of_user_means(ratio.detach().mean(-1), inputs.mask),
+            ratio=sum_of_ratios(ratio),
         )
 
 

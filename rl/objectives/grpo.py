@@ -10,7 +10,14 @@ import torch
 
 from cluster.errors import ConfigError
 from models.recommender import LossSum
-from rl.objectives import PolicyInputs, PolicyObjective, clipped_terms, log_ratio, sum_of_user_means
+from rl.objectives import (
+    PolicyInputs,
+    PolicyObjective,
+    clipped_terms,
+    log_ratio,
+    sum_of_ratios,
+    sum_of_user_means,
+)
 
 
 class Grpo(PolicyObjective):
@@ -47,7 +54,7 @@ class Grpo(PolicyObjective):
         terms = clipped_terms(ratio, inputs.token_advantages(), config.clip_low, config.clip_high)
         is_clipped = (ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)
         metrics = {
-            "ratio": sum_of_user_means(ratio.detach().mean(-1), inputs.mask),
+            "ratio": sum_of_ratios(ratio),
             "clipped_share": sum_of_user_means(is_clipped.float().mean(-1), inputs.mask),
         }
         if self.needs_reference:

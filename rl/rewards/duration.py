@@ -54,9 +54,10 @@ class Duration(RewardFunction):
     def _score(self, group: Group) -> Reward:
         values, mask = self._of_positives(group)
         same = group.items[:, None] == group.positives
-        shown, first = same.any(1) & group.legal, same.argmax(1)
+        shown = same.any(1) & group.legal
         if not len(group.positives):
             return Reward.of(np.zeros(group.size), shown)
+        first = same.argmax(1)
         return Reward.of(np.where(shown, values[first], 0.0), shown & mask[first])
 
     def _of_positives(self, group: Group) -> tuple[np.ndarray, np.ndarray]:

@@ -11,8 +11,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, DataError
 from data_streams.batch import SequenceBatch
+from data_streams.semantic_ids import SemanticIdTable
 from models.tables import Ids, Rows
 from rl.group_batch import completed_paths, history_batch
 from rl.rewards import RewardFunction, RewardOptions, RewardSetting
@@ -34,7 +35,7 @@ class PrefixScorer(Protocol):
 class Process(RewardFunction):
     """Shapes: [G, L] per group, the scores of the PRM, which have no bounds.
 
-    Raises: ConfigError for a run whose model scores no prefixes.
+    Raises: ConfigError for a run whose model scores no prefixes; DataError for one of other semantic IDs.
     """
 
     of_codes = True
@@ -59,7 +60,9 @@ class Process(RewardFunction):
             return (self.run,)
 
         def build(self, setting: RewardSetting) -> "Process":
-            return Process(load_frozen(setting.runs[self.run], self.checkpoint, setting.device))
+            process = Process(load_frozen(setting.runs[self.run], self.checkpoint, setting.device))
+            check_semantic_ids(process.frozen, SemanticIdTable.load(setting.semantic_ids))
+            return process
 
     def __init__(self, frozen: FrozenRun):
         if not isinstance(frozen.model, PrefixScorer):
@@ -77,3 +80,16 @@ class Process(RewardFunction):
         device = self.frozen.device
         scores = self.frozen.model.prefix_scores(rows, batch.to(device), paths.to(device))
         return [Reward.of(values) for values in scores.float().cpu().numpy()]
+
+
+def check_semantic_ids(frozen: FrozenRun, table: SemanticIdTable) -> None:
+    """Codes and item rows must mean the same to the PRM and to the policy, or its scores are of other items.
+
+    Raises: DataError for a run with another table.
+    """
+    own = None if frozen.semantic_ids is None else frozen.semantic_ids.fingerprint
+    if own != table.fingerprint:
+        raise DataError(
+            f"a process reward model must know the semantic IDs of the policy, {table.fingerprint}, and that of "
+            f"{frozen.config.run_dir} was trained with {own or 'none'}; train one for this table"
+        )

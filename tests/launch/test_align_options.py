@@ -19,6 +19,7 @@ from rl.rewards.hybrid import Hybrid
 from rl.rewards.legality import Legality
 from tests.tiny_run import build_tiny_data
 from trainer.configuration import PretrainConfig, TrainConfig
+from trainer.settings import changed_settings
 
 
 @pytest.fixture
@@ -75,6 +76,19 @@ def test_names_choose_and_sections_set(start, tmp_path):
     (tmp_path / "align.yaml").write_text(to_yaml(to_document(config)))
     again = align.parse_config(str(tmp_path / "align.yaml"), ["--align.temperature", "1.5"])
     assert again == dataclasses.replace(config, align=dataclasses.replace(config.align, temperature=1.5))
+
+
+def test_a_run_that_goes_on_with_another_start_or_objective_is_told_so(start):
+    first, other = (
+        align.parse_config(start.run_dir, options.split())
+        for options in ("--rewards hit", "--rewards hit --objective ecpo")
+    )
+    elsewhere = dataclasses.replace(other, start="runs/other")
+    saved, current = ({"align": align._learnt(to_document(config))} for config in (first, elsewhere))
+    assert changed_settings(saved, saved) == []
+    told = changed_settings(saved, current)
+    assert f"align.start {start.run_dir} -> runs/other" in told
+    assert any(line.startswith("align.objective") for line in told)
 
 
 def test_an_alignment_at_an_address_goes_on_with_the_command_that_is_printed(start):

@@ -11,7 +11,9 @@ import time
 import pytest
 
 from cluster.configuration import ClusterConfig
+from cluster.errors import CheckpointError
 from cluster.storage import Storage
+from data_streams.semantic_ids import SemanticIdTable
 from launch.cli import run as grail
 from launch.commands.align import _report, align
 from launch.config_document import to_document, to_yaml
@@ -143,6 +145,16 @@ def test_a_reference_an_alarm_and_constrained_draws(start, tmp_path):
     assert set(numbers(tmp_path, "align/hallucination").values()) == {0.0}
     divergences = numbers(tmp_path, "train/kl")
     assert divergences[1] == pytest.approx(0.0, abs=1e-6) and divergences[max(divergences)] > 0.01
+
+
+def test_the_reference_reads_the_data_of_the_alignment(start, tmp_path):
+    gone = dataclasses.replace(start.data, path=str(tmp_path / "gone"), semantic_ids=str(tmp_path / "gone"))
+    config = alignment(start, tmp_path / "run", objective=Grpo.Config(kl_weight=0.01))
+    begun = dataclasses.replace(start, data=gone)
+    (result,) = run_on_processes(run_alignment, 1, with_train(config, **SHORT), begun)
+    divergences = numbers(tmp_path / "run", "train/kl")
+    assert result["status"] == "finished" and divergences[1] == pytest.approx(0.0, abs=1e-6)
+    assert 0 < divergences[result["step"]]
 
 
 def test_process_rewards_teach_each_code_and_every_reward_is_logged_by_itself(start, tmp_path):
@@ -318,6 +330,18 @@ def test_sigterm_before_ray_runs_ends_with_the_code_of_a_stop(start, tmp_path, m
     assert signal.getsignal(signal.SIGTERM) == before
     assert f"Go on with: grail align {tmp_path}/run/align.yaml" in capsys.readouterr().err
     assert (tmp_path / "run" / "align.yaml").exists() and report_run(f"{tmp_path}/run").state == "stopped"
+
+
+def test_semantic_ids_that_the_start_does_not_write_are_refused_before_any_worker(
+    start, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("cluster.ray_start.start_ray", lambda *_, **__: pytest.fail("workers were started"))
+    table, other = SemanticIdTable.load(start.data.semantic_ids), str(tmp_path / "ids")
+    dataclasses.replace(table, codes=table.codes[::-1].copy()).save(other)
+    data = dataclasses.replace(start.data, semantic_ids=other)
+    with pytest.raises(CheckpointError, match=f"trained with the semantic IDs {table.fingerprint}"):
+        align(alignment(start, tmp_path / "run", data=data))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_reward_that_raises_ends_the_command_with_its_name_and_the_user(start, tmp_path, capsys):

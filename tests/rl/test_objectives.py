@@ -2,11 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from cluster.errors import ConfigError
 from cluster.plugins import plugin_config, plugin_files
+from rl.advantages.group import GroupRelative
 from rl.objectives import PolicyInputs
 from rl.objectives.dr_grpo import DrGrpo
 from rl.objectives.ecpo import Ecpo
@@ -80,6 +82,21 @@ def test_the_kl_of_grpo_is_k3_and_vanishes_at_the_reference():
     assert leaf.grad.item() == pytest.approx(0.1 * (1 - 0.5))
     at_reference, _ = inputs([[[0.5]]], [[[0.5]]], [[0.0]], reference=[[[0.5]]])
     assert Grpo.Config(kl_weight=0.1).build()(at_reference).sum.item() == 0
+
+
+def test_a_group_without_a_difference_is_still_held_to_the_reference():
+    flat = GroupRelative.Config().build()(np.array([[1.0, 1.0]]), np.array([[True, False]]))
+    given, leaf = inputs(
+        [[[0.5], [0.5]]],
+        [[[0.5], [0.5]]],
+        flat.values.tolist(),
+        mask=flat.mask.tolist(),
+        reference=[[[0.25], [0.25]]],
+    )
+    assert flat.skipped.all()
+    slope = gradient(Grpo.Config(kl_weight=0.1).build(), given, leaf)
+    # As in any other group, and nothing of what no reward has an opinion of.
+    torch.testing.assert_close(slope, torch.tensor([[[0.1 * (1 - 0.5) / 2], [0.0]]], dtype=torch.float64))
 
 
 def test_dr_grpo_divides_by_a_constant():
@@ -199,6 +216,16 @@ def test_advantages_of_codes_equal_those_of_items_where_all_codes_have_the_same(
     of_codes = given.advantages[..., None].expand_as(given.log_probs)
     by_code = PolicyInputs(**{**vars(given), "advantages": of_codes})
     torch.testing.assert_close(objective(given).sum, objective(by_code).sum)
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "grpo-sr"])
+def test_on_policy_the_reported_ratio_is_1_whatever_completions_are_left_out(name):
+    objective = plugin_config("rl.objectives", name)().build()
+    given, leaf = random_inputs(4)
+    advantages = given.advantages.abs() * given.mask
+    on_policy = {"old_log_probs": leaf.detach(), "advantages": advantages}
+    ratio = objective(PolicyInputs(**{**vars(given), **on_policy})).metrics["ratio"]
+    assert not given.mask.all() and ratio.item() == pytest.approx(given.num_users)
 
 
 def test_which_objectives_allow_stale_completions():

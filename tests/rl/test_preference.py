@@ -5,10 +5,12 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
 from cluster.errors import ConfigError, DataError
+from data_streams.semantic_ids import SemanticIdTable
 from rl.reward_pool import build_scorer
 from rl.rewards import RewardSetting
 from rl.rewards.hybrid import Hybrid
@@ -130,6 +132,23 @@ def test_process_rewards_are_the_scores_of_every_prefix(config):
     assert function.of_codes
     first, second = score(function, group([1, 2], history=[10, 20]), group([1, 2], history=[1]))
     assert first.values.tolist() == [[30, 31], [32, 35]] and second.values.tolist() == [[1, 2], [3, 6]]
+
+
+def test_a_process_reward_model_of_other_semantic_ids_is_refused(config, setting, tmp_path, monkeypatch):
+    items = pl.Series("item_id", ["a", "b", "c"])
+    codes = np.array([[0, 1], [1, 0], [1, 1]], dtype=np.int32)
+    own, other = (
+        SemanticIdTable(item_ids=items, codes=found, code_sizes=(2, 2)) for found in (codes, codes[::-1])
+    )
+    own.save(str(tmp_path))
+    given, known = replace(setting, semantic_ids=str(tmp_path)), [own, other, None]
+    frozen = lambda *_: SimpleNamespace(config=config, model=SumOfCodes(), semantic_ids=known.pop(0))  # noqa: E731
+    monkeypatch.setattr("rl.rewards.process.load_frozen", frozen)
+    Process.Config(run=config.run_dir).build(given)
+    for _ in range(2):
+        with pytest.raises(DataError, match=f"semantic IDs of the policy, {own.fingerprint}, and that of"):
+            Process.Config(run=config.run_dir).build(given)
+    assert not known
 
 
 def test_calibration_is_asked_for_where_it_is_missing_or_of_another_checkpoint(config, setting, tmp_path):

@@ -43,7 +43,7 @@ def test_a_direct_term_is_added_to_the_advantages():
     found = mix([term("a"), term("legal", weight=0.5, direct=True)], rewards)
     advantages = found.advantages(GroupRelative.Config().build())
     assert advantages.values.tolist() == [[0.5, 0, 0]]
-    assert advantages.mask.tolist() == [[True, False, False]] and advantages.skipped.tolist() == [False]
+    assert advantages.mask.all() and advantages.skipped.tolist() == [False]
 
 
 def test_a_direct_term_of_codes_is_added_code_by_code_and_leaves_the_others_as_they_are():

@@ -187,6 +187,13 @@ def test_duration_feedback_is_a_percentile_within_the_bucket_of_the_item():
         score(Duration.Config().build(NOWHERE), group([1], positives=[1]))
 
 
+def test_duration_says_nothing_of_a_user_who_took_nothing():
+    past, shown = ({"play_time_s": times, "duration_s": times} for times in (np.ones(1), np.zeros(0)))
+    given = group([20, -1], history=[1], history_features=past, positive_features=shown)
+    (found,) = score(Duration.Config().build(NOWHERE), given)
+    assert not found.values.any() and not found.mask.any()
+
+
 def test_play_times_and_durations_that_are_not_known_say_nothing():
     past = {"play_time_s": np.array([-1.0, -1.0, 8.0, 0.0]), "duration_s": np.array([10.0, 14.0, 10.0, -1.0])}
     shown = {

@@ -197,3 +197,16 @@ def test_a_wish_to_stop_ends_the_wait_for_completions(rollouts):
     begun = rollouts.begin(make_step())
     rollouts._stop_requested = lambda: True
     assert rollouts.finish(begun) is None
+
+
+def test_a_wish_to_stop_ends_the_wait_before_a_broadcast_too(monkeypatch):
+    sent = []
+    sender = SimpleNamespace(send=lambda version, weights: sent.append(version), leave=lambda: None)
+    monkeypatch.setattr(rollout, "WeightSender", lambda pool, **options: sender)
+    rollouts = make_rollouts(monkeypatch, RolloutConfig(workers=2, weights="broadcast"))
+    begun = rollouts.begin(make_step())
+    monkeypatch.setattr(rollouts._pool, "poll", lambda timeout_s: pytest.fail("it waits for completions"))
+    rollouts._stop_requested = lambda: True
+    rollouts.settle()
+    rollouts.publish(NOW + 1)
+    assert sent == [NOW] and rollouts.finish(begun) is None
