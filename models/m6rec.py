@@ -83,8 +83,9 @@ class M6Rec(Retriever):
         return self.objective(queries, batch.targets[drawn_events(batch)], vectors, ids, context)
 
     def query_ids(self, batch: SequenceBatch) -> Ids:
+        nothing = np.zeros(0, dtype=np.int64)
         return self.encoder.reader.retrieval(
-            batch, whole_histories(batch), np.zeros(0, dtype=np.int64)
+            batch, whole_histories(batch), nothing, self.encoder.memory
         ).as_ids()
 
     def query(self, rows: Rows, batch: SequenceBatch) -> Tensor:

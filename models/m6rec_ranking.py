@@ -28,6 +28,7 @@ from models.answered_actions import AnswersConfig, answered_actions
 from models.exposure_windows import ANSWERS, CANDIDATES, NUM_STATIC, VISIBLE, exposure_windows
 from models.layers.linear import Linear
 from models.recommender import LossSum, Ranker, StepContext
+from models.remembered_states import RememberedStates
 from models.tables import Ids, Rows, TableSpec
 from models.text_encoder import States, TextEncoder, TextEncoderConfig, log_trained_share
 from models.text_reading import Reading
@@ -154,18 +155,25 @@ class M6RecRanking(Ranker):
     def candidate_ids(self, batch: SequenceBatch, candidates: Tensor) -> Ids:
         shown = (candidates >= 0).sum(1)
         lengths = batch.items.lengths.repeat_interleave(shown)
-        reading, found = self._read(batch, Jagged.from_lengths(lengths, shown), candidates[candidates >= 0])
+        # What words are predicted of must be read.
+        memory = self.encoder.memory if self.config.scoring == "classifier" else None
+        visible = Jagged.from_lengths(lengths, shown)
+        reading, found = self._read(batch, visible, candidates[candidates >= 0], memory)
         found[PLACED] = torch.nonzero(candidates.flatten() >= 0)[:, 0]
         if self.config.scoring == "likelihood":
             found[SPOKEN] = reading.words(self.texts.vocabulary_size)
         return found
 
     def _read(
-        self, batch: SequenceBatch, visible: Jagged, candidates: Tensor
+        self,
+        batch: SequenceBatch,
+        visible: Jagged,
+        candidates: Tensor,
+        memory: RememberedStates | None = None,
     ) -> tuple[Reading, dict[str, Tensor]]:
         """What is read, the same as ids, and which of the items read alone each candidate is."""
         reading = self.encoder.reader.scoring(
-            batch, visible, candidates.numpy(), with_items=self.config.has_likeness
+            batch, visible, candidates.numpy(), with_items=self.config.has_likeness, memory=memory
         )
         return reading, {**reading.as_ids(), ITEM: candidates.unique(return_inverse=True)[1]}
 

@@ -28,6 +28,7 @@ from models.layers.attention_plan import Plan
 from models.layers.text_decoder import TextDecoder
 from models.layers.vocabulary import with_others
 from models.pretrained_decoder import PretrainedDecoder
+from models.remembered_states import RememberedStates
 from models.text_reader import NUM_MARKS, TextReader
 from models.text_reading import Reading
 from models.texts import TextConfig, Texts
@@ -127,7 +128,7 @@ class TextEncoder(nn.Module):
         Raises: ConfigError where sizes do not fit each other or the language model.
         """
         super().__init__()
-        self.config = config
+        self.config, self.remembered = config, RememberedStates()
         self.decoder = _build_decoder(config, texts)
         self.width = self.decoder.width
         self.num_separate = self._checked_separate()
@@ -176,8 +177,28 @@ class TextEncoder(nn.Module):
         return self.states(hidden, reading)
 
     def joint_input(self, reading: Reading) -> Tensor:
-        """What the joint layers begin with. Shapes: [A + H + G, D]."""
-        return self.separate(reading).index_select(0, reading.joint_source())
+        """What the joint layers begin with. Shapes: [A + H + G, D].
+
+        Raises: RuntimeError where readings with remembered states come in another order than they were laid out in.
+        """
+        hidden, source = self.separate(reading), reading.joint_source()
+        if not len(reading.remembered_from):
+            return hidden.index_select(0, source)
+        # Waits for the device; in serving alone.
+        self.remembered.fill(hidden.index_select(0, reading.new), int(reading.remembered_from))
+        number = source - len(hidden)
+        read = hidden.index_select(0, source.clamp(max=len(hidden) - 1))
+        return torch.where(number[:, None] < 0, read, self.remembered.states[number.clamp(min=0)])
+
+    @property
+    def memory(self) -> RememberedStates | None:
+        """What is remembered from one reading to the next; nothing while weights are learnt."""
+        return None if self.training else self.remembered
+
+    def train(self, mode: bool = True) -> "TextEncoder":
+        """Forgets what other weights have said."""
+        self.remembered.forget()
+        return super().train(mode)
 
     def separate(self, reading: Reading) -> Tensor:
         """The states of all segments below the joint layers. Shapes: [N, D]."""

@@ -15,12 +15,15 @@ import torch
 
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged, gather_ranges
+from models.remembered_states import RememberedStates
 from models.text_reading import Reading, Segments
 from models.texts import Texts
 
 ITEM_END, REGION_BEGIN, REGION_END, TEXT_BEGIN, TEXT_END = range(5)
 """Marks, whose vectors stand behind those of the words: [SEP], [BOS'], [EOS'], [BOS] and [EOS]."""
 NUM_MARKS = 5
+BEHAVIOUR, CANDIDATE = "behaviour", "candidate"
+"""Forms of an item's text that are remembered apart."""
 BLANK = -1
 """Stands in a history for a behaviour whose text is left out."""
 
@@ -34,12 +37,20 @@ class TextReader:
     only_last: bool = False
     """Whether of a behaviour or candidate its last token alone reaches the upper layers."""
 
-    def retrieval(self, batch: SequenceBatch, visible: Jagged, items: np.ndarray) -> Reading:
+    def retrieval(
+        self,
+        batch: SequenceBatch,
+        visible: Jagged,
+        items: np.ndarray,
+        memory: RememberedStates | None = None,
+    ) -> Reading:
         """A query for each prompt, which knows so many events of its user, and a region for each item.
+
+        Texts whose states are remembered are not read again.
 
         Shapes: visible [P], a row per user; items [n], distinct and in order.
         """
-        segments, known = Segments(), np.union1d(batch.items.values.numpy(), items)
+        segments, known = Segments(memory), np.union1d(batch.items.values.numpy(), items)
         first_item = self._add_items(segments, known)
         users = self._add_users(segments, batch)
         alone = first_item + np.searchsorted(known, items)
@@ -54,7 +65,13 @@ class TextReader:
         return self.retrieval(SequenceBatch(user_ids=nobody, items=empty), empty, items)
 
     def scoring(
-        self, batch: SequenceBatch, visible: Jagged, candidates: np.ndarray, *, with_items: bool = False
+        self,
+        batch: SequenceBatch,
+        visible: Jagged,
+        candidates: np.ndarray,
+        *,
+        with_items: bool = False,
+        memory: RememberedStates | None = None,
     ) -> Reading:
         """A prompt for each candidate, which knows so many events of its user.
 
@@ -66,7 +83,7 @@ class TextReader:
         distinct, number = np.unique(candidates, return_inverse=True)
         items = distinct if with_items else distinct[:0]
         history = batch.items.values.numpy()
-        segments, known = Segments(), np.union1d(history[history != BLANK], items)
+        segments, known = Segments(memory), np.union1d(history[history != BLANK], items)
         first_item = self._add_items(segments, known)
         alone = first_item + np.searchsorted(known, items)
         users = self._add_users(segments, batch)
@@ -77,6 +94,7 @@ class TextReader:
             after=[self.mark(TEXT_END)],
             is_causal=True,
             only_last=self.only_last,
+            remembered_as=CANDIDATE,
         )
         regions = _regions(batch, visible, known, users, first_item, is_shared=not self.is_bidirectional)
         # In the order of the prompts, which are grouped by region.
@@ -94,7 +112,10 @@ class TextReader:
         return list(range(first, first + self.num_soft_prompts))
 
     def _add_items(self, segments: Segments, items: np.ndarray) -> int:
-        return segments.add(self.texts.items, items, after=[self.mark(ITEM_END)], only_last=self.only_last)
+        after = [self.mark(ITEM_END)]
+        return segments.add(
+            self.texts.items, items, after=after, only_last=self.only_last, remembered_as=BEHAVIOUR
+        )
 
     def _add_users(self, segments: Segments, batch: SequenceBatch) -> "_Users":
         before = [*self.soft_prompts(), self.mark(REGION_BEGIN)]

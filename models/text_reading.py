@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from data_streams.jagged import Jagged, gather_ranges
+from models.remembered_states import UNKNOWN, RememberedStates
 from models.tables import Ids, Rows, carried, carried_back
 
 JAGGED = ("segments", "alone", "regions", "prompts", "visible")
-PLAIN = ("segment_limits", "region_limits", "slots")
+PLAIN = ("segment_limits", "region_limits", "slots", "new", "remembered_from")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +40,14 @@ class Reading:
     """[P] int64 in R rows, how many tokens of its region each prompt sees."""
     slots: Tensor
     """[P] int64, where what comes of each prompt belongs, in the order it was asked for."""
+    new: Tensor
+    """[K] int64, which of the N are to be remembered."""
+    remembered_from: Tensor
+    """[1] int64, how many states are remembered already; [0] where none are. What stands nowhere among the N is one of
+    those, behind them in number."""
 
     def joint_source(self) -> Tensor:
-        """Which of the N tokens the joint layers see, in their order. Shapes: [A + H + G]."""
+        """Which of the N tokens, and of the remembered ones behind them, the joint layers see. Shapes: [A + H + G]."""
         return torch.cat((self.alone.values, self.regions.values, self.prompts.values))
 
     def narrowed(self, kept: Tensor) -> tuple["Reading", Tensor]:
@@ -72,6 +78,8 @@ class Reading:
             prompts=_rows_of(prompts, stays),
             visible=_jagged_on_device(visible.values[stays], left[asked], visible.max_length),
             slots=number[self.slots[stays]],
+            new=self.new,
+            remembered_from=self.remembered_from,
         ), torch.nonzero(tokens)[:, 0]
 
     def as_ids(self) -> Ids:
@@ -102,11 +110,20 @@ class Reading:
 class Segments:
     """Segments in the making; each kind of them is added once."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: RememberedStates | None = None) -> None:
+        self.memory = memory
+        self.remembered_from = [] if memory is None else [memory.begin()]
         self.tokens: list[np.ndarray] = []
         self.lengths: list[np.ndarray] = []
+        """Tokens that are read, none of what is remembered."""
         self.is_causal: list[np.ndarray] = []
         self.only_last: list[np.ndarray] = []
+        self.places: list[np.ndarray] = []
+        """Where the remembered states of a segment begin, or UNKNOWN."""
+        self.kept: list[np.ndarray] = []
+        """Tokens that regions and prompts get of it."""
+        self.is_new: list[np.ndarray] = []
+        """Whether its states are to be remembered."""
         self.count = 0
 
     def add(
@@ -118,17 +135,32 @@ class Segments:
         after: Sequence[int] = (),
         is_causal: bool = False,
         only_last: bool = False,
+        remembered_as: str = "",
     ) -> int:
         """A segment for each wanted row of the texts, between marks -> the number of the first one.
 
-        `only_last`: of such a segment the last token alone is put into regions and prompts.
+        `only_last`: of such a segment the last token alone is put into regions and prompts. Segments that are
+        `remembered_as` something, whose rows are distinct, are not read again where their states are there already.
         """
-        tokens, lengths = framed(texts, wanted, before, after)
+        places, kept = np.full(len(wanted), UNKNOWN), np.zeros(len(wanted), dtype=np.int64)
+        is_remembered = bool(remembered_as) and self.memory is not None
+        if is_remembered:
+            places, kept = self.memory.find(remembered_as, wanted, texts.num_rows)
+        read = places == UNKNOWN
+        tokens, own = framed(texts, wanted[read], before, after)
+        lengths = np.zeros(len(wanted), dtype=np.int64)
+        lengths[read] = own
+        kept[read] = 1 if only_last else own
+        if is_remembered:
+            self.memory.give(remembered_as, wanted[read], kept[read])
         self.tokens.append(tokens)
         self.lengths.append(lengths)
-        self.is_causal.append(np.full(len(lengths), is_causal))
-        self.only_last.append(np.full(len(lengths), only_last))
-        first, self.count = self.count, self.count + len(lengths)
+        self.places.append(places)
+        self.kept.append(kept)
+        self.is_causal.append(np.full(len(wanted), is_causal))
+        self.only_last.append(np.full(len(wanted), only_last))
+        self.is_new.append(read & is_remembered)
+        first, self.count = self.count, self.count + len(wanted)
         return first
 
     def reading(
@@ -148,11 +180,13 @@ class Segments:
         [R]) and ([Y], [P]); num_prompts [R]; num_visible [P] segments, at least 1. Without `is_bidirectional`, segments
         of a region see no later one.
         """
-        lengths, is_causal, last = (
-            np.concatenate(part) for part in (self.lengths, self.is_causal, self.only_last)
+        lengths, kept, is_causal, last, places, is_new = (
+            np.concatenate(part)
+            for part in (self.lengths, self.kept, self.is_causal, self.only_last, self.places, self.is_new)
         )
         starts = np.cumsum(lengths) - lengths
-        kept_starts, kept = np.where(last, starts + lengths - 1, starts), np.where(last, 1, lengths)
+        kept_starts = np.where(last, starts + lengths - 1, starts)
+        kept_starts = np.where(places == UNKNOWN, kept_starts, lengths.sum() + places)
         (region_segments, per_region), (prompt_segments, per_prompt) = regions, prompts
         ends, totals = sums_within(kept[region_segments], per_region)
         _, prompt_totals = sums_within(kept[prompt_segments], per_prompt)
@@ -162,7 +196,7 @@ class Segments:
         within = np.arange(lengths.sum()) - np.repeat(starts, lengths)
         sees = np.where(np.repeat(is_causal, lengths), within + 1, np.repeat(lengths, lengths))
         return Reading(
-            segments=_jagged(np.concatenate(self.tokens), lengths),
+            segments=_jagged(np.concatenate(self.tokens), lengths[places == UNKNOWN]),
             segment_limits=torch.from_numpy(sees),
             alone=_jagged(gather_ranges(kept_starts[alone], kept[alone]), kept[alone]),
             regions=_jagged(gather_ranges(kept_starts[region_segments], kept[region_segments]), totals),
@@ -172,6 +206,8 @@ class Segments:
             ),
             visible=_jagged(seen, num_prompts),
             slots=torch.from_numpy(slots),
+            new=torch.from_numpy(gather_ranges(kept_starts[is_new], kept[is_new])),
+            remembered_from=torch.tensor(self.remembered_from, dtype=torch.int64),
         )
 
 
