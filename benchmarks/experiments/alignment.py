@@ -17,7 +17,7 @@ import polars as pl
 import tyro
 from matplotlib.figure import Figure
 
-from benchmarks.setting.commands import folder_name, grail, keep_words
+from benchmarks.setting.commands import folder_name, grail, keep_words, require_known, run_experiment
 from benchmarks.setting.paired import paired_change
 from benchmarks.setting.report import Table
 from cluster.errors import ConfigError
@@ -96,10 +96,8 @@ class Options:
     def __post_init__(self) -> None:
         if len({bool(name) for name in (self.data, self.ids, self.policy_run)}) > 1:
             raise ConfigError("--data, --ids and --policy-run are given together, or none of them")
-        if unknown := {*self.variants} - {*self.known}:
-            raise ConfigError(
-                f"--variants must be of {', '.join(self.known)}; got {', '.join(sorted(unknown))}"
-            )
+        require_known("--variants", self.variants, self.known)
+        require_known("--worlds", self.worlds, WORLDS)
 
     @property
     def known(self) -> dict[str, str]:
@@ -322,4 +320,4 @@ def _draw(file: Path, found: Found) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run_experiment(main))

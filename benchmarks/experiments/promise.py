@@ -17,7 +17,14 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.setting.commands import evaluated_users, grail, keep_words, option_words, pretrain_once
+from benchmarks.setting.commands import (
+    evaluated_users,
+    grail,
+    keep_words,
+    option_words,
+    pretrain_once,
+    run_experiment,
+)
 from benchmarks.setting.paired import CHANGE_HEAD, change_cells, paired_change
 from benchmarks.setting.report import Table, draw_points, mean_cells, write_tables
 from cluster.errors import ConfigError
@@ -242,4 +249,4 @@ def _draw_scaling(by_number: Axes, by_cost: Axes, own: Lines, larger: Lines, met
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run_experiment(main))

@@ -3,16 +3,38 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import polars as pl
 
-from cluster.errors import ClusterError, ConfigError
+from cluster.errors import ClusterError, ConfigError, GrailError
 from cluster.storage import renamed_at_end
 
 NO_LIMIT = "100000"
 """Epochs."""
+
+
+def run_experiment(main: Callable[[list[str]], None]) -> int:
+    """Give an experiment the words of the command line; an error that a person meets is told in one line.
+
+    Returns its exit code: 0 done, 1 failed, 2 wrong options.
+    """
+    try:
+        main(sys.argv[1:])
+    except GrailError as error:
+        print(f"experiment: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        print("experiment: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def require_known(option: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises: ConfigError where an option was given names that there are not."""
+    if unknown := {*given} - {*(known := [*known])}:
+        raise ConfigError(f"{option} must be of {', '.join(known)}; got {', '.join(sorted(unknown))}")
 
 
 def grail(*arguments: str) -> None:
