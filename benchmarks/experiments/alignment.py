@@ -183,7 +183,7 @@ def _prepare(folder: Path, world: str, options: Options) -> None:
     }
     for name, command in steps.items():
         done = folder / f"{name}.done"
-        keep_words(folder / f"{name}.words.json", command, done)
+        keep_words(folder / f"{name}.words.json", command, folder / name)
         if not done.exists():
             grail(*command)
             done.touch()
@@ -210,7 +210,7 @@ def _aligned(folder: Path, policy: Path, variant: str, given: str, seed: int, op
     words = ["align", str(policy), "--run-dir", str(run_dir), *setting]
     words += [*options.align.split(), *given.split(), "--seed", str(seed)]
     aligned = run_dir / "alignment.json"
-    keep_words(folder / f"{run_dir.name}.words.json", words, aligned)
+    keep_words(folder / f"{run_dir.name}.words.json", words, run_dir)
     if not aligned.exists():
         grail(*words)
     return run_dir

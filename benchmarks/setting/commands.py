@@ -68,14 +68,17 @@ def folder_name(name: str) -> str:
 def keep_words(file: Path, words: Sequence[str], result: Path) -> None:
     """Write down beside a result what it was asked with, so that it is not taken for the answer to something else.
 
+    Until it is there, or what it begins with, it may be asked with others: the ones before were refused.
+
     Raises: ConfigError where it was asked with other words, or nobody knows with which.
     """
-    before = json.loads(file.read_text()) if file.exists() else None
-    if before is None and not result.exists():
+    if not result.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         with renamed_at_end(file) as written:
             written.write_text(json.dumps(list(words)))
-    elif before != list(words):
+        return
+    before = json.loads(file.read_text()) if file.exists() else None
+    if before != list(words):
         raise ConfigError(
             f"{result} must be of the options at hand, {' '.join(words)}, and is of "
             f"{'others that were not written down' if before is None else ' '.join(before)}; name another --out"

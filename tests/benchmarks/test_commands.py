@@ -37,6 +37,13 @@ def test_a_finished_run_is_not_repeated_and_not_taken_for_one_of_other_options(t
         pretrain_once(tmp_path / "run", "sasrec", "--data.path", "beauty")
 
 
+def test_a_run_that_was_refused_may_be_asked_for_with_other_options(tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "grail", lambda *words: None)
+    pretrain_once(tmp_path / "run", "sasrec", "--cluster.workers", "0")
+    pretrain_once(tmp_path / "run", "sasrec", "--cluster.workers", "1")
+    assert json.loads((tmp_path / "run" / "command.json").read_text())[-1] == "1"
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
