@@ -187,6 +187,12 @@ def local_file(path: str, option: str) -> str:
     return absolute(path)
 
 
+def require_ending(path: str, ending: str, option: str) -> None:
+    """Raises: ConfigError where a file is not named as what is written into it."""
+    if not path.endswith(ending):
+        raise ConfigError(f"{option} must end in {ending}, as that is what is written; got {path}")
+
+
 def absolute_search(config: SearchConfig) -> SearchConfig:
     """The same search with its files of items and the run of its PRM named from the root on."""
     named = {name: absolute(getattr(config, name)) for name in ("allow", "deny", "prm_run")}

@@ -111,6 +111,8 @@ def test_metrics_by_user_that_cannot_be_written_are_refused_before_any_user_is_r
     line = ["evaluate", str(run_dir), "--per-user"]
     assert grail([*line, str(tmp_path)]) == 2
     assert "which is a folder; name a file in it" in capsys.readouterr().err
+    assert grail([*line, str(tmp_path / "users.csv")]) == 2
+    assert "--per-user must end in .parquet" in capsys.readouterr().err
     assert grail([*line, str(tmp_path / "file" / "users.parquet")]) == 2
     assert "--per-user must be a file that can be written" in capsys.readouterr().err
 

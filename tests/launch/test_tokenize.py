@@ -175,6 +175,9 @@ def test_published_ids_are_imported_and_shown_beside_others(folder, command):
     assert table.codes[0].tolist() == [79 % 7, 79 % 11]
     command(f"tokenize random-codes --data old/shards --out beside {SMALL}")
     assert "needs the folder of a table at least" in command("tokenize report", 2)
+    assert "--out must end in .png, as that is what is written; got both.csv" in command(
+        "tokenize report published beside --out both.csv", 2
+    )
     printed = command("tokenize report published beside --out both.png")
     assert table.fingerprint in printed and "beside" in printed and (folder / "both.png").exists()
     command("tokenize report published beside --out memory://pictures/both.png")
