@@ -6,14 +6,24 @@ from typing import Any, Literal
 
 from cluster.configuration import ClusterConfig, check_one_accelerator, check_resources, check_seconds
 from cluster.errors import ConfigError
+from cluster.storage import Storage
 from data_streams.configuration import DataConfig
+from data_streams.semantic_ids import SemanticIdTable
 from data_streams.stream import history_share, open_data
 from data_streams.token_budget import tokens_per_epoch
 from rl.guards import Alarm
 from rl.reward_mix import RewardTerm, check_terms
 from rl.reward_pool import RewardPoolConfig
 from sharding.configuration import ShardingConfig
-from trainer.configuration import EvaluationConfig, LogConfig, PretrainConfig, SearchConfig, TrainConfig
+from trainer.checkpoint_reader import CheckpointReader
+from trainer.configuration import (
+    CHECKPOINTS,
+    EvaluationConfig,
+    LogConfig,
+    PretrainConfig,
+    SearchConfig,
+    TrainConfig,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +220,13 @@ def check_alignment(config: AlignConfig, start: PretrainConfig) -> None:
             "align.max-staleness 1 draws the next completions during an update, and learners that draw themselves "
             "cannot; give --rollout.workers 1 or more"
         )
+
+
+def check_codes(config: AlignConfig, start: PretrainConfig, step: int) -> None:
+    """Raises: CheckpointError where the policy has learnt other semantic IDs than those it would be aligned with."""
+    reader = CheckpointReader(Storage(start.run_dir).folder(CHECKPOINTS), step)
+    learnt = reader.shared_state["fingerprint"]["model"]["semantic_ids"]
+    SemanticIdTable.load(config.data.semantic_ids).require(learnt)
 
 
 def _check_no_gpu_is_shared(config: AlignConfig) -> None:

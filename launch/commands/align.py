@@ -156,7 +156,7 @@ def align(config: "AlignConfig") -> int:
     from launch.plots import write_alignment_curves
     from launch.report import write_report
     from launch.run_status import StatusKeeper
-    from rl.configuration import check_alignment
+    from rl.configuration import check_alignment, check_codes
     from rl.reward_mix import prepare_terms
     from trainer.checks import check
 
@@ -177,6 +177,7 @@ def align(config: "AlignConfig") -> int:
         policy = config.policy(start)
         check(policy)
         start_step = find_step(start, "best")
+        check_codes(config, start, start_step)
         keeper = StatusKeeper(config.run_dir, policy.recipe, policy.log.prometheus_file)
         with Lease(config.run_dir, stop.abort), keeper:
             own, document = to_document(config), prepare(policy)

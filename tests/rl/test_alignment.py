@@ -11,7 +11,9 @@ import time
 import pytest
 
 from cluster.configuration import ClusterConfig
+from cluster.errors import CheckpointError
 from cluster.storage import Storage
+from data_streams.semantic_ids import SemanticIdTable
 from launch.cli import run as grail
 from launch.commands.align import _report, align
 from launch.config_document import to_document, to_yaml
@@ -58,6 +60,19 @@ def undisturbed(start, tmp_path_factory):
     config = alignment(start, tmp_path_factory.mktemp("undisturbed"))
     (result,) = run_on_processes(run_alignment, 1, config, start)
     return config, result
+
+
+def test_a_policy_is_not_aligned_with_semantic_ids_it_has_not_learnt(start, tmp_path):
+    table = SemanticIdTable.load(start.data.semantic_ids)
+    turned = dataclasses.replace(table, codes=table.codes[::-1].copy())
+    turned.save(Storage(str(tmp_path / "turned")))
+    config = alignment(start, tmp_path / "run")
+    other = dataclasses.replace(config.data, semantic_ids=str(tmp_path / "turned"))
+    with pytest.raises(
+        CheckpointError, match=r"trained with the semantic IDs .* give the table of the model"
+    ):
+        align(dataclasses.replace(config, data=other))
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def numbers(run_dir, name):
