@@ -133,6 +133,16 @@ def test_a_model_refuses_another_table_when_it_resumes_and_when_it_is_evaluated(
         shutil.copytree(kept, table, dirs_exist_ok=True)
 
 
+def test_weights_that_have_learnt_other_semantic_ids_are_told_of(data, trained, tmp_path, capsys):
+    run_dir, table = trained
+    other = save_semantic_ids(data, tmp_path / "other", seed=1)
+    for number, (ids, is_told) in enumerate(((table, False), (other, True))):
+        begun = ["--init-from", str(run_dir), "--train.max-steps", "1"]
+        assert grail(pretrain_line(data, ids, tmp_path / f"run-{number}", *begun)) == 0
+        said = " ".join(capsys.readouterr().err.split())
+        assert ("The weights have learnt the semantic IDs" in said) == is_told
+
+
 def test_a_run_serves_a_larger_catalogue_by_the_extended_table_unless_it_has_rows_of_items(
     data, trained, tmp_path, capsys
 ):
