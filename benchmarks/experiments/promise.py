@@ -71,6 +71,10 @@ class Options:
     """Further options of all training runs as NAME=VALUE or NAME, such as train.epochs=4."""
 
     def __post_init__(self) -> None:
+        if self.width < int(CUTOFFS[-1]):
+            raise ConfigError(
+                f"--width must be at least {CUTOFFS[-1]}, the longest list that is measured, got {self.width}"
+            )
         if len(self.candidates) < 2 or self.candidates[0] != self.width or self.guided not in self.candidates:
             raise ConfigError(
                 f"candidates must be two numbers or more, begin with the width {self.width} and hold --guided "
