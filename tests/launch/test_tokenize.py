@@ -80,6 +80,7 @@ def test_a_table_is_made_reported_and_extended_without_changing_ids(folder, comm
     assert len(report["purity"]) == 2 and (folder / "rk" / "report.png").read_bytes()[1:4] == b"PNG"
     message = command("tokenize add rk --data new/shards --out rk2 --embeddings.file new/vectors.npy", code=1)
     assert "rk was made from data embeddings, and file were given" in message
+    assert "by --embeddings (without any, it is those of the data set)" in message
     build_data(folder / "newer", 100)
     command("tokenize add rk --data newer/shards --out rk2")
     larger = load(folder, "rk2", "newer")
