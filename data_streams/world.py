@@ -66,8 +66,10 @@ class WorldConfig:
                 f"--num-clusters must be from 3 to the number of items, given {self.num_clusters} clusters "
                 f"and {self.num_items} items"
             )
-        if self.noise <= 0:
+        if not self.noise > 0:
             raise ConfigError(f"--noise of the world must be above 0, given {self.noise:g}")
+        if self.seed < 0:
+            raise ConfigError(f"--seed of the world must be at least 0, given {self.seed}")
         if self.num_users < 1 or self.mean_clicks < 3 or self.mean_clicks > self.num_items / 8:
             raise ConfigError(
                 "the world needs at least 1 user and --mean-clicks from 3 to an eighth of the items, given "

@@ -5,6 +5,7 @@ Nothing slow is imported before the command is known, so that help is instant.
 
 import difflib
 import os
+import select
 import signal
 import sys
 from pathlib import Path
@@ -33,13 +34,20 @@ def _end(number: int, _: Any) -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command and return its exit code: 0 done, 1 failed, 2 wrong options, 75 stopped, resume me."""
+    """Run one command and return its exit code: 0 done, 1 failed, 2 wrong options, 75 stopped, resume me; 141 where
+    nobody reads what it prints any more."""
     try:
         name, rest = find_command(arguments)
         if name is None:
             print(overview(rest))
             return 0
-        return load_plugin(COMMANDS, name).run(rest) or 0
+        code = load_plugin(COMMANDS, name).run(rest) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not _is_unread():
+            raise
+        return 128 + signal.SIGPIPE
     except (GrailError, OSError) as error:
         told = ours(error)
         if told is None:
@@ -49,6 +57,16 @@ def run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("grail: interrupted", file=sys.stderr)
         return 130
+
+
+def _is_unread() -> bool:
+    """Whether the reader of what is printed is gone, as `head` is once it has enough; then nothing more is printed."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    is_unread = any(event & select.POLLERR for _, event in poll.poll(0))
+    if is_unread:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return is_unread
 
 
 def find_command(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import CheckpointError, ConfigError, GrailError
+from cluster.errors import CheckpointError, ConfigError, DataError, GrailError
 from cluster.reporter import Event
 from cluster.storage import Storage
 from launch.config_document import from_file, from_yaml, to_document, to_yaml
@@ -90,8 +90,16 @@ def require_own_folder(run_dir: str, *, alignment: bool) -> None:
 
 
 def read_json(run_dir: Storage, name: str) -> dict[str, Any]:
-    """The content of a file of a run or a sweep; empty where there is none."""
-    return json.loads(run_dir.read(name)) if run_dir.exists(name) else {}
+    """The content of a file of a run or a sweep; empty where there is none. Raises: DataError for a damaged one."""
+    if not run_dir.exists(name):
+        return {}
+    try:
+        return json.loads(run_dir.read(name))
+    except ValueError as error:
+        raise DataError(
+            f"{run_dir.path(name)} must be JSON as grail wrote it, and is damaged: {error}; remove it, and give the "
+            "command that makes it again"
+        ) from error
 
 
 def write_document(run_dir: str, name: str, document: dict[str, Any]) -> None:
@@ -177,6 +185,12 @@ def local_file(path: str, option: str) -> str:
     if "://" in path:
         raise ConfigError(f"{option} must be a path on a disk, got {path}; write it there and copy it")
     return absolute(path)
+
+
+def require_ending(path: str, ending: str, option: str) -> None:
+    """Raises: ConfigError where a file is not named as what is written into it."""
+    if not path.endswith(ending):
+        raise ConfigError(f"{option} must end in {ending}, as that is what is written; got {path}")
 
 
 def absolute_search(config: SearchConfig) -> SearchConfig:

@@ -106,7 +106,8 @@ def extend_table(old: str, options: TableOptions, embeddings: EmbeddingSources) 
     if embeddings.kinds != table.tokenizer["inputs"]:
         raise DataError(
             f"{old} was made from {', '.join(table.tokenizer['inputs'])} embeddings, and "
-            f"{', '.join(embeddings.kinds)} were given; give the same kinds"
+            f"{', '.join(embeddings.kinds)} were given; give the same kinds by --embeddings (without any, it is those "
+            "of the data set)"
         )
     items = ItemTable.load(options.data)
     matrices = load_matrices(embeddings, items, data=options.data, out=options.out)

@@ -50,7 +50,7 @@ class M6RecRanking(Ranker):
         likeness: bool = False
         """Add to the log-odds a learnt multiple of the cosine of the user's and the item's vectors, as the retriever
         makes them. Not in the paper: from a few thousand users, attention alone learns little of what users and
-        candidates have in common."""
+        candidates have in common. A likelihood stands alone, without it."""
         exits: tuple[int, ...] = ()
         """Layers after which a classifier of their own answers too (early exit), trained beside the last one; each more
         than model.separate-blocks. What an answer must have to be the last word is --evaluation.exit-confidence."""
@@ -80,6 +80,11 @@ class M6RecRanking(Ranker):
                 raise ConfigError(
                     "model.scoring likelihood and model.language-weight predict word after word, and need "
                     f"--model.joint-tokens all, got {self.joint_tokens}"
+                )
+            if self.scoring == "likelihood" and self.language_weight > 0:
+                raise ConfigError(
+                    "model.language-weight is for the words beside the answers, and model.scoring likelihood learns "
+                    f"nothing but words; leave it out, got {self.language_weight:g}"
                 )
 
         def build(self, **parts: Any) -> "M6RecRanking":

@@ -1,5 +1,7 @@
 """What can be known to fail from the options alone, before any worker is started."""
 
+import math
+
 from cluster.elastic import allowed_worlds
 from cluster.errors import ConfigError
 from trainer.configuration import PretrainConfig, TrainConfig
@@ -36,6 +38,7 @@ def check(config: PretrainConfig) -> None:
             f"log.prometheus-file must end in .prom, as node_exporter wants it; got {prometheus}"
         )
     _check_rates(config.train)
+    _check_numbers_of_start(config)
 
 
 def _check_needs_of_model(config: PretrainConfig) -> None:
@@ -79,7 +82,7 @@ def _check_needs_of_model(config: PretrainConfig) -> None:
 def _check_rates(train: TrainConfig) -> None:
     rates = ("learning_rate", "table_learning_rate", "final_rate_fraction")
     for name in (*rates, "weight_decay", "warmup_steps"):
-        if (value := getattr(train, name)) < 0:
+        if not 0 <= (value := getattr(train, name)) < math.inf:
             raise ConfigError(f"train.{name.replace('_', '-')} must be at least 0, got {value}")
     if train.schedule == "constant" and train.final_rate_fraction:
         raise ConfigError(
@@ -93,6 +96,16 @@ def _check_rates(train: TrainConfig) -> None:
     decay = train.ema_decay
     if decay is not None and not 0 <= decay < 1:
         raise ConfigError(f"train.ema-decay must lie in 0..1, below 1, or be None; got {decay}")
+
+
+def _check_numbers_of_start(config: PretrainConfig) -> None:
+    """What the first weights are drawn with."""
+    if config.seed < 0:
+        raise ConfigError(f"seed must be at least 0, got {config.seed}")
+    if (width := getattr(config.model, "width", None)) is not None and width < 1:
+        raise ConfigError(f"model.width must be at least 1, got {width}")
+    if not 0 <= (scale := getattr(config.model, "init_scale", 0.0)) < math.inf:
+        raise ConfigError(f"model.init-scale must be at least 0, got {scale}")
 
 
 def _check_workers(config: PretrainConfig) -> None:

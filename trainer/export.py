@@ -1,5 +1,6 @@
 """Taking a checkpoint out of grail: safetensors and Parquet files that other programs read."""
 
+import json
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cluster.errors import CheckpointError
@@ -19,6 +21,9 @@ from trainer.checkpoint_reader import CheckpointReader
 from trainer.weight_average import served_prefix
 
 TABLE = "table/"
+DENSE_NAME = "model.safetensors"
+_TABLES = "tables"
+"""Names of the tables beside the dense weights, in their file's metadata."""
 _CHUNK_BYTES = 16 << 20
 
 
@@ -33,23 +38,36 @@ def export_checkpoint(
 
     Where the run kept a moving average of the weights, that is what is written. A table has the columns `row`,
     `item_id` (where `row_ids` has the raw ids of its rows, by table name) and `vector`. The dense
-    weights must fit into memory; tables are written in parts.
+    weights must fit into memory; tables are written in parts. Tables of an export that was there before and that this
+    checkpoint does not have are removed.
 
     Raises: CheckpointError for a damaged checkpoint, or row ids of another number than the table's rows.
     """
     folder, row_ids = Path(out), row_ids or {}
     folder.mkdir(parents=True, exist_ok=True)
-    files = [_export_dense(reader, folder / "model.safetensors")]
-    for name in sorted(reader.tensors):
-        if name.startswith(TABLE):
-            table = name.removeprefix(TABLE)
-            files.append(
-                _export_table(reader, name, folder / f"{table}.parquet", row_ids.get(table), console)
-            )
+    dense = folder / DENSE_NAME
+    before = _tables_beside(dense)
+    names = sorted(name.removeprefix(TABLE) for name in reader.tensors if name.startswith(TABLE))
+    files = [_export_dense(reader, dense, names)]
+    for name in names:
+        path = folder / f"{name}.parquet"
+        files.append(_export_table(reader, TABLE + name, path, row_ids.get(name), console))
+    for name in before - {*names}:
+        (folder / f"{name}.parquet").unlink(missing_ok=True)
     return files
 
 
-def _export_dense(reader: CheckpointReader, path: Path) -> Path:
+def _tables_beside(dense: Path) -> set[str]:
+    """Tables of the export that a file of dense weights is of; none where there is none."""
+    try:
+        with safe_open(dense, framework="pt") as file:
+            names = json.loads((file.metadata() or {}).get(_TABLES, "[]"))
+    except (OSError, SafetensorError):
+        return set()
+    return {name for name in names if Path(name).name == name}
+
+
+def _export_dense(reader: CheckpointReader, path: Path, tables: Sequence[str]) -> Path:
     if "dense_shapes" not in reader.shared_state:
         raise CheckpointError(
             f"the checkpoint of step {reader.step} must name the shapes of its dense weights "
@@ -60,7 +78,8 @@ def _export_dense(reader: CheckpointReader, path: Path) -> Path:
         flat = reader.read_rows(prefix + name, 0, prod(shape))
         weights[name] = flat.reshape(shape)
     with renamed_at_end(path) as temporary:
-        save_file(weights, temporary, metadata={"step": str(reader.step), "format": "pt"})
+        metadata = {"step": str(reader.step), "format": "pt", _TABLES: json.dumps(tables)}
+        save_file(weights, temporary, metadata=metadata)
     return path
 
 

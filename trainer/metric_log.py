@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from cluster.errors import ConfigError
 from cluster.storage import Storage
 from trainer.configuration import LogConfig
 
@@ -86,17 +87,30 @@ def _whole_lines(storage: Storage) -> list[str]:
 
 
 def _start_wandb(storage: Storage, config: LogConfig, document: Mapping[str, Any]) -> Any:
-    import wandb  # only where it is asked for
-
-    run = wandb.init(
-        project=config.project,
-        id=_wandb_id(storage),
-        resume="allow",
-        mode=config.wandb,
-        dir=storage.path("") if storage.is_local else None,
-        config=dict(document),
-        settings=wandb.Settings(silent=True, console="off"),
-    )
+    """Raises: ConfigError where the package is missing, nobody is logged in, or its server does not answer."""
+    try:
+        import wandb  # only where it is asked for
+    except ImportError as error:
+        raise ConfigError(
+            f"--log.wandb {config.wandb} needs the package wandb, and it is not there ({error}); install it, or give "
+            "--log.wandb off"
+        ) from error
+    try:
+        run = wandb.init(
+            project=config.project,
+            id=_wandb_id(storage),
+            resume="allow",
+            mode=config.wandb,
+            dir=storage.path("") if storage.is_local else None,
+            config=dict(document),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+    except wandb.Error as error:
+        raise ConfigError(
+            f"--log.wandb {config.wandb} must be able to start a run of project {config.project}, and W&B says: "
+            f"{' '.join(str(error).split()).rstrip('.')}; mend that, or give --log.wandb offline and send it later by "
+            "`wandb sync`"
+        ) from error
     # W&B drops lines of steps it has seen; as an ordinary number a step may come again after a resume.
     run.define_metric("step")
     run.define_metric("*", step_metric="step")

@@ -209,6 +209,7 @@ def initialise_from(reader: CheckpointReader, saved_items: pl.Series, assembly: 
     """
     _require_conditions(reader, assembly.model)
     _load_dense(reader, assembly, may_lack=assembly.model.added_parameters)
+    _tell_other_codes(reader, assembly)
     new_rows = _new_rows_of_saved(saved_items, assembly.items.item_ids)
     logger.info(
         "Weights from step %d: %d of %d items were known to it.",
@@ -231,6 +232,20 @@ def initialise_from(reader: CheckpointReader, saved_items: pl.Series, assembly: 
             if not spec.rows_are_places:
                 _require_same_paths(reader, assembly, name)
             reader.read_into(piece.name, piece.start, piece.tensor)
+
+
+def _tell_other_codes(reader: CheckpointReader, assembly: Assembly) -> None:
+    """Rows of places (of a tree) go with the place, whatever item has it now; codes were learnt for their items."""
+    saved, own = reader.shared_state["fingerprint"]["model"].get("semantic_ids"), assembly.semantic_ids
+    if saved is None or own is None or any(spec.rows_are_places for spec in assembly.tables.specs.values()):
+        return
+    if saved not in (own.fingerprint, *own.extends):
+        logger.warning(
+            "The weights have learnt the semantic IDs %s, and this run's are %s, in which items have other codes: what "
+            "they know of codes is of other items; give --data.semantic-ids of the run they come from, or train long "
+            "enough",
+            *(saved, own.fingerprint),
+        )
 
 
 def _require_same_paths(reader: CheckpointReader, assembly: Assembly, name: str) -> None:

@@ -17,7 +17,7 @@ import polars as pl
 import tyro
 from matplotlib.figure import Figure
 
-from benchmarks.setting.commands import folder_name, grail, keep_words
+from benchmarks.setting.commands import folder_name, grail, keep_words, require_known, run_experiment
 from benchmarks.setting.paired import paired_change
 from benchmarks.setting.report import Table
 from cluster.errors import ConfigError
@@ -96,10 +96,8 @@ class Options:
     def __post_init__(self) -> None:
         if len({bool(name) for name in (self.data, self.ids, self.policy_run)}) > 1:
             raise ConfigError("--data, --ids and --policy-run are given together, or none of them")
-        if unknown := {*self.variants} - {*self.known}:
-            raise ConfigError(
-                f"--variants must be of {', '.join(self.known)}; got {', '.join(sorted(unknown))}"
-            )
+        require_known("--variants", self.variants, self.known)
+        require_known("--worlds", self.worlds, WORLDS)
 
     @property
     def known(self) -> dict[str, str]:
@@ -185,7 +183,7 @@ def _prepare(folder: Path, world: str, options: Options) -> None:
     }
     for name, command in steps.items():
         done = folder / f"{name}.done"
-        keep_words(folder / f"{name}.words.json", command, done)
+        keep_words(folder / f"{name}.words.json", command, folder / name)
         if not done.exists():
             grail(*command)
             done.touch()
@@ -212,7 +210,7 @@ def _aligned(folder: Path, policy: Path, variant: str, given: str, seed: int, op
     words = ["align", str(policy), "--run-dir", str(run_dir), *setting]
     words += [*options.align.split(), *given.split(), "--seed", str(seed)]
     aligned = run_dir / "alignment.json"
-    keep_words(folder / f"{run_dir.name}.words.json", words, aligned)
+    keep_words(folder / f"{run_dir.name}.words.json", words, run_dir)
     if not aligned.exists():
         grail(*words)
     return run_dir
@@ -322,4 +320,4 @@ def _draw(file: Path, found: Found) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run_experiment(main))

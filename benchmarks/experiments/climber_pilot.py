@@ -16,7 +16,7 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.setting.commands import evaluated_users, option_words, pretrain_once
+from benchmarks.setting.commands import evaluated_users, option_words, pretrain_once, run_experiment
 from benchmarks.setting.paired import CHANGE_HEAD, change_cells, paired_change
 from benchmarks.setting.report import Table, draw_points, mean_cells, write_tables
 
@@ -184,4 +184,4 @@ def _draw_curves(axes: Axes, found: Found) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run_experiment(main))

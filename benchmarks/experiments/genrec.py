@@ -12,7 +12,13 @@ import polars as pl
 import tyro
 from matplotlib.figure import Figure
 
-from benchmarks.setting.commands import evaluated_users, option_words, pretrain_once, words_of_steps
+from benchmarks.setting.commands import (
+    evaluated_users,
+    option_words,
+    pretrain_once,
+    run_experiment,
+    words_of_steps,
+)
 from benchmarks.setting.paired import CHANGE_HEAD, change_cells, paired_change
 from benchmarks.setting.report import Table, draw_points, mean_cells, write_tables
 from cluster.errors import ConfigError
@@ -210,4 +216,4 @@ def compared(
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run_experiment(main))

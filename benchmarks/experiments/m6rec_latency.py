@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 import tyro
 
+from benchmarks.setting.commands import run_experiment
 from benchmarks.setting.report import Table
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
@@ -103,4 +104,4 @@ def fastest_ms(repeats: int, call: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run_experiment(main))

@@ -11,11 +11,20 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks.setting.commands import evaluated, keep_words, option_words, pretrain_once, words_of_steps
+from benchmarks.setting.commands import (
+    evaluated,
+    keep_words,
+    option_words,
+    pretrain_once,
+    require_known,
+    run_experiment,
+    words_of_steps,
+)
 from benchmarks.setting.ranks import measure_on_ranks
 from benchmarks.setting.recipe import RunningRecipe, first_batches, start
 from benchmarks.setting.report import Table, write_tables
 from benchmarks.setting.timing import interleave
+from cluster.errors import ConfigError
 from cluster.plugins import load_plugin
 from cluster.process import Process
 from launch.commands.pretrain import parse_config
@@ -53,13 +62,25 @@ class Options:
     names: tuple[str, ...] = tuple(OBJECTIVES)
     """Objectives to compare."""
 
+    def __post_init__(self) -> None:
+        require_known("--names", self.names, OBJECTIVES)
+
     def words(self, name: str) -> list[str]:
         """Options of `grail pretrain` with this objective."""
         words = ["--data.path", self.data, "--seed", str(self.seed)]
         words += ["--cluster.workers", "1", "--cluster.cpus-per-worker", str(self.threads)]
-        temperature = load_plugin("launch.recipes", self.recipe).recipe().objective.temperature
-        words += ["--objective", name, "--objective.temperature", str(temperature)]
+        words += ["--objective", name, "--objective.temperature", str(self._temperature())]
         return [*words, *option_words(OBJECTIVES[name])]
+
+    def _temperature(self) -> float:
+        """That of the recipe's own objective."""
+        objective = load_plugin("launch.recipes", self.recipe).recipe().objective
+        if objective is None:
+            raise ConfigError(
+                f"--recipe must have an objective to replace, and {self.recipe} has a loss of its own; take one of "
+                "another model, such as sasrec"
+            )
+        return objective.temperature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,4 +151,4 @@ def _trained(options: Options, name: str, pace: Pace) -> dict:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run_experiment(main))

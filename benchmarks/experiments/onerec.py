@@ -18,13 +18,14 @@ from benchmarks.setting.commands import (
     folder_name,
     option_words,
     pretrain_once,
+    require_known,
+    run_experiment,
     words_of_steps,
 )
 from benchmarks.setting.flops import META, dense_of_active_size, training_flops
 from benchmarks.setting.paired import CHANGE_HEAD, change_cells, paired_change
 from benchmarks.setting.recipe import first_batches
 from benchmarks.setting.report import Table, draw_points, mean_cells, write_tables
-from cluster.errors import ConfigError
 from data_streams.item_table import ItemTable
 from data_streams.stream import TrainStream
 from launch.commands.pretrain import parse_config
@@ -128,8 +129,7 @@ class Options:
     """Further options of all training runs as NAME=VALUE or NAME, such as cluster.workers=1."""
 
     def __post_init__(self) -> None:
-        if unknown := {*self.variants} - {*VARIANTS[self.sizes]}:
-            raise ConfigError(f"variants must be of {list(VARIANTS[self.sizes])}; got {sorted(unknown)}")
+        require_known("--variants", self.variants, VARIANTS[self.sizes])
 
     def chosen(self) -> dict[str, Variant]:
         """The decoder-only model first."""
@@ -242,4 +242,4 @@ def compared(found: dict[str, list[pl.DataFrame]], options: Options) -> list[lis
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run_experiment(main))

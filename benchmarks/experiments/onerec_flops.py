@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import tyro
 
+from benchmarks.setting.commands import require_known, run_experiment
 from benchmarks.setting.flops import build_on_meta, dense_of_active_size, made_up_batch, training_flops
 from launch.recipes import onerec_v2
 from models.onerec import OneRec
@@ -28,6 +29,9 @@ class Options:
     """Events of the history."""
     sizes: tuple[str, ...] = tuple(PUBLISHED)
     """Published sizes of OneRec-V2."""
+
+    def __post_init__(self) -> None:
+        require_known("--sizes", self.sizes, PUBLISHED)
 
 
 def main(arguments: list[str]) -> None:
@@ -83,4 +87,4 @@ def _build(config: OneRecV2.Config | OneRec.Config, context: int = 512) -> OneRe
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run_experiment(main))

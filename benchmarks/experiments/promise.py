@@ -17,7 +17,14 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.setting.commands import evaluated_users, grail, keep_words, option_words, pretrain_once
+from benchmarks.setting.commands import (
+    evaluated_users,
+    grail,
+    keep_words,
+    option_words,
+    pretrain_once,
+    run_experiment,
+)
 from benchmarks.setting.paired import CHANGE_HEAD, change_cells, paired_change
 from benchmarks.setting.report import Table, draw_points, mean_cells, write_tables
 from cluster.errors import ConfigError
@@ -64,6 +71,10 @@ class Options:
     """Further options of all training runs as NAME=VALUE or NAME, such as train.epochs=4."""
 
     def __post_init__(self) -> None:
+        if self.width < int(CUTOFFS[-1]):
+            raise ConfigError(
+                f"--width must be at least {CUTOFFS[-1]}, the longest list that is measured, got {self.width}"
+            )
         if len(self.candidates) < 2 or self.candidates[0] != self.width or self.guided not in self.candidates:
             raise ConfigError(
                 f"candidates must be two numbers or more, begin with the width {self.width} and hold --guided "
@@ -242,4 +253,4 @@ def _draw_scaling(by_number: Axes, by_cost: Axes, own: Lines, larger: Lines, met
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run_experiment(main))

@@ -12,7 +12,15 @@ from pathlib import Path
 import tyro
 from matplotlib.figure import Figure
 
-from benchmarks.setting.commands import evaluated, grail, keep_words, option_words, pretrain_once
+from benchmarks.setting.commands import (
+    evaluated,
+    grail,
+    keep_words,
+    option_words,
+    pretrain_once,
+    require_known,
+    run_experiment,
+)
 from benchmarks.setting.report import Table, draw_intervals, write_tables
 
 METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
@@ -25,6 +33,7 @@ TOKENIZERS: dict[str, tuple[str, ...]] = {
     "finite-scalar": ("finite-scalar",),
     "random-codes": ("random-codes",),
 }
+INPUTS = ("text", "run", "both")
 BLIND = ("random-codes",)
 """Do not look at their input, so that one of them is enough."""
 
@@ -43,7 +52,7 @@ class Options:
     """Folder of tables and runs, of table.md and of picture.png."""
     tokenizers: tuple[str, ...] = tuple(TOKENIZERS)
     """Which to compare."""
-    inputs: tuple[str, ...] = ("text", "run", "both")
+    inputs: tuple[str, ...] = INPUTS
     """What is tokenized: text vectors, vectors of the run, or both fused."""
     recipe: str = "decoder-amazon"
     """Recipe of the decoder."""
@@ -51,6 +60,10 @@ class Options:
     """Seeds of the decoder; tables have one seed."""
     extra: tuple[str, ...] = ()
     """Further options of all training runs as NAME=VALUE, such as train.epochs=4."""
+
+    def __post_init__(self) -> None:
+        require_known("--tokenizers", self.tokenizers, TOKENIZERS)
+        require_known("--inputs", self.inputs, INPUTS)
 
     def input_words(self, name: str) -> tuple[str, ...]:
         text, run = ("--embeddings.file", self.text), ("--embeddings.from-run", self.run)
@@ -108,4 +121,4 @@ def _write(folder: Path, found: dict[tuple[str, str], tuple[dict, list[dict]]]) 
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run_experiment(main))

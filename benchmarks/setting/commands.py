@@ -3,16 +3,38 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import polars as pl
 
-from cluster.errors import ClusterError, ConfigError
+from cluster.errors import ClusterError, ConfigError, GrailError
 from cluster.storage import renamed_at_end
 
 NO_LIMIT = "100000"
 """Epochs."""
+
+
+def run_experiment(main: Callable[[list[str]], None]) -> int:
+    """Give an experiment the words of the command line; an error that a person meets is told in one line.
+
+    Returns its exit code: 0 done, 1 failed, 2 wrong options.
+    """
+    try:
+        main(sys.argv[1:])
+    except GrailError as error:
+        print(f"experiment: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        print("experiment: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def require_known(option: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises: ConfigError where an option was given names that there are not."""
+    if unknown := {*given} - {*(known := [*known])}:
+        raise ConfigError(f"{option} must be of {', '.join(known)}; got {', '.join(sorted(unknown))}")
 
 
 def grail(*arguments: str) -> None:
@@ -46,14 +68,17 @@ def folder_name(name: str) -> str:
 def keep_words(file: Path, words: Sequence[str], result: Path) -> None:
     """Write down beside a result what it was asked with, so that it is not taken for the answer to something else.
 
+    Until it is there, or what it begins with, it may be asked with others: the ones before were refused.
+
     Raises: ConfigError where it was asked with other words, or nobody knows with which.
     """
-    before = json.loads(file.read_text()) if file.exists() else None
-    if before is None and not result.exists():
+    if not result.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         with renamed_at_end(file) as written:
             written.write_text(json.dumps(list(words)))
-    elif before != list(words):
+        return
+    before = json.loads(file.read_text()) if file.exists() else None
+    if before != list(words):
         raise ConfigError(
             f"{result} must be of the options at hand, {' '.join(words)}, and is of "
             f"{'others that were not written down' if before is None else ' '.join(before)}; name another --out"

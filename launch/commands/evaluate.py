@@ -11,7 +11,14 @@ from cluster.errors import ConfigError
 from cluster.storage import Storage
 from launch.config_document import to_document
 from launch.progress import start_console
-from launch.run_directory import EVALUATION, SEARCH_SCALING, absolute, folder_and_name, load_config
+from launch.run_directory import (
+    EVALUATION,
+    SEARCH_SCALING,
+    absolute,
+    folder_and_name,
+    load_config,
+    require_ending,
+)
 from launch.served_run import DataOptions, asked_alike, checkpoint_name, find_step, parse_served
 from trainer.configuration import EvaluationConfig, PretrainConfig, SearchConfig
 
@@ -190,6 +197,7 @@ def _prepared(per_user: str) -> str:
     refused = f"--per-user must be a file that can be written, got {per_user}"
     if Path(path).is_dir():
         raise ConfigError(f"{refused}, which is a folder; name a file in it")
+    require_ending(path, ".parquet", "--per-user")
     try:
         Storage(folder_and_name(path)[0]).make_directory()
     except OSError as error:

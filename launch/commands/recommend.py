@@ -9,7 +9,7 @@ from cluster.configuration import ClusterConfig
 from cluster.errors import ConfigError, DataError
 from cluster.storage import renamed_at_end
 from launch.progress import start_console
-from launch.run_directory import local_file
+from launch.run_directory import local_file, require_ending
 from launch.served_run import DataOptions, ServingOptions, find_step, parse_served
 from trainer.configuration import PretrainConfig, SearchConfig
 
@@ -63,6 +63,8 @@ def _check_who(options: RecommendOptions) -> None:
         raise ConfigError(
             "--all needs --out FILE.parquet to write to, and --out is for --all or --user-ids; give both or none"
         )
+    if options.out:
+        require_ending(options.out, ".parquet", "--out")
 
 
 def _rows(config: PretrainConfig, names: tuple[str, ...]) -> list[int] | None:

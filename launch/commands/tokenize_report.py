@@ -6,7 +6,7 @@ from typing import Annotated
 from cluster.errors import ConfigError
 from cluster.storage import Storage
 from launch.options import parse
-from launch.run_directory import folder_and_name
+from launch.run_directory import folder_and_name, require_ending
 from launch.semantic_id_tables import show_reports
 
 
@@ -29,6 +29,8 @@ def run(arguments: list[str]) -> int:
         raise ConfigError(
             "grail tokenize report needs the folder of a table at least, and got none; name some"
         )
+    if options.out:
+        require_ending(options.out, ".png", "--out")
     reports = [SemanticIdReport.load(Storage(path)) for path in options.tables]
     folder, name = folder_and_name(options.out) if options.out else (None, "")
     show_reports(reports, Storage(folder) if folder else None, name)

@@ -1,10 +1,17 @@
 import json
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 
+from benchmarks import experiments
 from benchmarks.setting import commands
-from benchmarks.setting.commands import pretrain_once
-from cluster.errors import ConfigError
+from benchmarks.setting.commands import pretrain_once, run_experiment
+from cluster.errors import ClusterError, ConfigError
+
+EXPERIMENTS = sorted(
+    path for path in Path(experiments.__file__).parent.glob("*.py") if path.stem != "__init__"
+)
 
 
 def test_a_finished_run_is_not_repeated_and_not_taken_for_one_of_other_options(tmp_path, monkeypatch):
@@ -28,3 +35,52 @@ def test_a_finished_run_is_not_repeated_and_not_taken_for_one_of_other_options(t
         ConfigError, match=r"status.json must be of .* and is of others that were not written down"
     ):
         pretrain_once(tmp_path / "run", "sasrec", "--data.path", "beauty")
+
+
+def test_a_run_that_was_refused_may_be_asked_for_with_other_options(tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "grail", lambda *words: None)
+    pretrain_once(tmp_path / "run", "sasrec", "--cluster.workers", "0")
+    pretrain_once(tmp_path / "run", "sasrec", "--cluster.workers", "1")
+    assert json.loads((tmp_path / "run" / "command.json").read_text())[-1] == "1"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("alignment", ["--worlds", "flat"]),
+        ("objectives", ["--data", "x", "--recipe", "sasrec", "--names", "flat"]),
+        ("onerec_flops", ["--sizes", "flat"]),
+        ("tokenizers", ["--data", "x", "--text", "x.npy", "--run", "x", "--tokenizers", "flat"]),
+        ("tokenizers", ["--data", "x", "--text", "x.npy", "--run", "x", "--inputs", "flat"]),
+    ],
+)
+def test_an_experiment_refuses_unknown_names_before_anything_is_written(tmp_path, monkeypatch, name, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"^{words[-2]} must be of .*; got flat$"):
+        import_module(f"benchmarks.experiments.{name}").main(words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_tells_errors_in_one_line(path):
+    assert path.read_text().endswith('\n\nif __name__ == "__main__":\n    sys.exit(run_experiment(main))\n')
+
+
+def test_errors_that_a_person_meets_end_an_experiment_with_a_line_and_a_code(capsys):
+    def raising(error):
+        def main(_):
+            raise error
+
+        return main
+
+    assert run_experiment(raising(ConfigError("--sizes must be of 1b"))) == 2
+    assert run_experiment(raising(ClusterError("grail pretrain must succeed"))) == 1
+    assert run_experiment(raising(KeyboardInterrupt())) == 130
+    assert run_experiment(lambda _: None) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ["experiment: --sizes must be of 1b", "experiment: grail pretrain must succeed"]
+
+
+def test_objectives_are_not_compared_on_a_model_that_has_none_to_replace():
+    with pytest.raises(ConfigError, match=r"--recipe must have an objective .*tdm has a loss of its own"):
+        import_module("benchmarks.experiments.objectives").main(["--data", "x", "--recipe", "tdm"])

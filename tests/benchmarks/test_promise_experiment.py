@@ -72,6 +72,8 @@ def test_the_prm_is_compared_with_both_plain_beams_where_all_seeds_have_them():
 
 
 def test_candidates_must_begin_with_the_width_and_hold_the_number_compared():
+    with pytest.raises(ConfigError, match=r"--width must be at least 50, .* got 5"):
+        Options(data="x", ids="y", width=5, candidates=(5, 10), guided=10)
     with pytest.raises(ConfigError, match="begin with the width 50"):
         Options(data="x", ids="y", candidates=(100, 200))
     with pytest.raises(ConfigError, match="hold --guided 300"):

@@ -171,6 +171,8 @@ def test_impossible_worlds_are_refused():
         WorldConfig(num_items=8, num_clusters=9)
     with pytest.raises(ConfigError, match="--noise of the world must be above 0, given 0"):
         WorldConfig(noise=0)
+    with pytest.raises(ConfigError, match="--seed of the world must be at least 0, given -1"):
+        WorldConfig(seed=-1)
     with pytest.raises(ConfigError, match="from 3 to an eighth of the items, given 6000 users, 400 clicks"):
         WorldConfig(num_items=2_400, mean_clicks=400)
 

@@ -64,6 +64,35 @@ def test_a_missing_run_is_an_error_without_a_traceback(capsys, tmp_path):
     assert error.startswith("grail: ") and "there is none" in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize("num_words", [10, 100_000])
+def test_a_reader_that_has_enough_ends_a_command_in_silence(num_words):
+    program = (
+        "import sys, types; from launch import cli; "
+        f"cli.load_plugin = lambda *_: types.SimpleNamespace(run=lambda _: print('word ' * {num_words})); "
+        "sys.stdin.read(); sys.exit(cli.run(['status']))"
+    )
+    command = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=root(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    command.stdout.close()
+    command.stdin.close()
+    assert command.stderr.read() == b"" and command.wait(60) == 141
+
+
+def test_a_pipe_that_breaks_elsewhere_is_a_mistake(monkeypatch):
+    def fail(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli, "load_plugin", fail)
+    with open(os.devnull, "w") as stdout, pytest.raises(BrokenPipeError):
+        monkeypatch.setattr(sys, "stdout", stdout)
+        cli.run(["status"])
+
+
 def test_a_full_disk_is_an_error_without_a_traceback_and_other_errors_of_the_system_are_mistakes(
     capsys, monkeypatch
 ):

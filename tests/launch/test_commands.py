@@ -122,6 +122,7 @@ def test_unknown_users_and_contradictions_are_refused(command, capsys):
         ("--user-ids nobody --all --out x.parquet", "give one of them"),
         ("--all", "--all needs --out"),
         ("--out x.parquet", "--out is for --all or --user-ids"),
+        ("--all --out x.csv", "--out must end in .parquet, as that is what is written; got x.csv"),
     ):
         assert cli.run(["recommend", "run", *line.split()]) != 0
         assert told in " ".join(capsys.readouterr().err.split())

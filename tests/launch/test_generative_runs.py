@@ -111,6 +111,8 @@ def test_metrics_by_user_that_cannot_be_written_are_refused_before_any_user_is_r
     line = ["evaluate", str(run_dir), "--per-user"]
     assert grail([*line, str(tmp_path)]) == 2
     assert "which is a folder; name a file in it" in capsys.readouterr().err
+    assert grail([*line, str(tmp_path / "users.csv")]) == 2
+    assert "--per-user must end in .parquet" in capsys.readouterr().err
     assert grail([*line, str(tmp_path / "file" / "users.parquet")]) == 2
     assert "--per-user must be a file that can be written" in capsys.readouterr().err
 
@@ -129,6 +131,16 @@ def test_a_model_refuses_another_table_when_it_resumes_and_when_it_is_evaluated(
         assert "semantic_ids" in capsys.readouterr().err
     finally:
         shutil.copytree(kept, table, dirs_exist_ok=True)
+
+
+def test_weights_that_have_learnt_other_semantic_ids_are_told_of(data, trained, tmp_path, capsys):
+    run_dir, table = trained
+    other = save_semantic_ids(data, tmp_path / "other", seed=1)
+    for number, (ids, is_told) in enumerate(((table, False), (other, True))):
+        begun = ["--init-from", str(run_dir), "--train.max-steps", "1"]
+        assert grail(pretrain_line(data, ids, tmp_path / f"run-{number}", *begun)) == 0
+        said = " ".join(capsys.readouterr().err.split())
+        assert ("The weights have learnt the semantic IDs" in said) == is_told
 
 
 def test_a_run_serves_a_larger_catalogue_by_the_extended_table_unless_it_has_rows_of_items(

@@ -74,3 +74,9 @@ def test_the_command_writes_the_pages_of_all_runs_of_a_folder(run_dir, tmp_path,
     assert grail(["report"]) == 2
     assert grail(["report", str(tmp_path / "elsewhere")]) == 2
     assert "directories of runs are needed" in capsys.readouterr().err
+
+
+def test_a_damaged_file_of_a_run_is_named(run_dir, capsys):
+    Storage(run_dir).write(EVALUATION, b'{"split": "te')
+    assert grail(["report", run_dir]) == 1
+    assert f"grail: {run_dir}/{EVALUATION} must be JSON as grail wrote it" in capsys.readouterr().err

@@ -222,6 +222,11 @@ def test_a_checkpoint_is_named_by_word_or_step():
         (["--train.epochs", "0"], "train.epochs must be at least 1, got 0"),
         (["--train.max-steps", "0"], "train.max-steps must be at least 1, got 0"),
         (["--train.learning-rate", "-1"], r"train.learning-rate must be at least 0, got -1.0"),
+        (["--train.learning-rate", "nan"], r"train.learning-rate must be at least 0, got nan"),
+        (["--train.final-rate-fraction", "inf"], r"train.final-rate-fraction must be at least 0, got inf"),
+        (["--seed", "-1"], r"^seed must be at least 0, got -1"),
+        (["--model.width", "0"], r"model.width must be at least 1, got 0"),
+        (["--model.init-scale", "-0.1"], r"model.init-scale must be at least 0, got -0.1"),
         (["--train.warmup-steps", "-1"], r"train.warmup-steps must be at least 0, got -1"),
         (
             ["--train.schedule", "constant", "--train.final-rate-fraction", "0.1"],

@@ -80,6 +80,7 @@ def test_a_table_is_made_reported_and_extended_without_changing_ids(folder, comm
     assert len(report["purity"]) == 2 and (folder / "rk" / "report.png").read_bytes()[1:4] == b"PNG"
     message = command("tokenize add rk --data new/shards --out rk2 --embeddings.file new/vectors.npy", code=1)
     assert "rk was made from data embeddings, and file were given" in message
+    assert "by --embeddings (without any, it is those of the data set)" in message
     build_data(folder / "newer", 100)
     command("tokenize add rk --data newer/shards --out rk2")
     larger = load(folder, "rk2", "newer")
@@ -175,6 +176,9 @@ def test_published_ids_are_imported_and_shown_beside_others(folder, command):
     assert table.codes[0].tolist() == [79 % 7, 79 % 11]
     command(f"tokenize random-codes --data old/shards --out beside {SMALL}")
     assert "needs the folder of a table at least" in command("tokenize report", 2)
+    assert "--out must end in .png, as that is what is written; got both.csv" in command(
+        "tokenize report published beside --out both.csv", 2
+    )
     printed = command("tokenize report published beside --out both.png")
     assert table.fingerprint in printed and "beside" in printed and (folder / "both.png").exists()
     command("tokenize report published beside --out memory://pictures/both.png")

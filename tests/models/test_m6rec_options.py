@@ -19,6 +19,8 @@ def test_sizes_that_do_not_fit_are_refused():
         make_model("m6-rec-ranking", tuning="option", num_soft_prompts=3)
     with pytest.raises(ConfigError, match="joint-tokens all, got last"):
         make_model("m6-rec-ranking", scoring="likelihood", joint_tokens="last")
+    with pytest.raises(ConfigError, match=r"learns nothing but words; leave it out, got 0.5"):
+        make_model("m6-rec-ranking", scoring="likelihood", language_weight=0.5)
     with pytest.raises(ConfigError, match="even width"):
         make_model(FORWARD, width=6, num_heads=2)
     with pytest.raises(ConfigError, match=r"at least 1, got model\.width 0, model\.adapter-width -1"):

@@ -19,13 +19,13 @@ WEIGHT = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).bfloat16(
 TABLE = torch.randn(50, 4, generator=torch.Generator().manual_seed(2))
 
 
-def save(folder, **shared_state) -> CheckpointReader:
+def save(folder, *, tables=("item",), **shared_state) -> CheckpointReader:
     state = {
         "dense/encoder.weight": WEIGHT.flatten(),
         "dense/scale": torch.tensor([0.5]),
         "dense_exp_avg/scale": torch.zeros(1),
-        "table/item": TABLE,
-        "table_state/item": torch.zeros(50),
+        **{f"table/{name}": TABLE for name in tables},
+        **{f"table_state/{name}": torch.zeros(50) for name in tables},
     }
     Job(Storage(folder), 3).save(8, state, **shared_state)
     return CheckpointReader(Storage(folder))
@@ -57,6 +57,20 @@ def test_a_table_without_raw_ids_has_rows_and_vectors_only(tmp_path):
         save(tmp_path, dense_shapes=SHAPES), tmp_path / "out", console=Console(quiet=True)
     )
     assert pq.read_table(files[1]).column_names == ["row", "vector"]
+
+
+def test_an_export_leaves_no_table_of_another_run_s_export_and_every_other_file(tmp_path):
+    out, console = tmp_path / "out", Console(quiet=True)
+    out.mkdir()
+    (out / "items.parquet").touch()
+    (out / "model.safetensors").write_text("not one of ours")
+    export_checkpoint(
+        save(tmp_path / "a", tables=("item", "node"), dense_shapes=SHAPES), out, console=console
+    )
+    assert (out / "node.parquet").exists()
+    export_checkpoint(save(tmp_path / "b", dense_shapes=SHAPES), out, console=console)
+    names = sorted(file.name for file in out.iterdir())
+    assert names == ["item.parquet", "items.parquet", "model.safetensors"]
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path):

@@ -1,7 +1,9 @@
 import json
+import sys
 
 import pytest
 
+from cluster.errors import ConfigError
 from cluster.storage import Storage
 from trainer import metric_log
 from trainer.configuration import LogConfig
@@ -76,3 +78,22 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path):
     run_id = json.loads((tmp_path / "wandb.json").read_text())["id"]
     folders = list((tmp_path / "wandb").glob("offline-run-*"))
     assert folders and all(folder.name.endswith(run_id) for folder in folders)
+
+
+def test_wandb_that_nobody_is_logged_in_to_is_told_in_one_line(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**_):
+        raise wandb.errors.UsageError("No API key configured.\nUse `wandb login` to log in.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(
+        ConfigError, match=r"^--log.wandb online must .* configured. Use `wandb login` to log in; .*offline"
+    ):
+        MetricLog(str(tmp_path), LogConfig(wandb="online"), {})
+
+
+def test_wandb_that_is_not_installed_is_told_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"--log.wandb offline needs the package wandb.*--log.wandb off"):
+        MetricLog(str(tmp_path), LogConfig(wandb="offline"), {})
