@@ -14,7 +14,7 @@ import torch
 from cluster.errors import ConfigError, DataError
 from cluster.plugins import suggestion
 from cluster.storage import Storage
-from data_streams.item_table import read_item_column
+from data_streams.item_table import read_item_columns
 from data_streams.jagged import Jagged
 from data_streams.user_table import read_users
 
@@ -32,7 +32,7 @@ def item_attributes(path: str, columns: Sequence[str]) -> Jagged:
     Raises: ConfigError where there is no such column, or it holds what is neither text, numbers nor lists of them;
     DataError where all of them are empty, or as `ItemTable.load`.
     """
-    return attribute_ids([read_item_column(path, name).alias(name) for name in columns], f"items of {path}")
+    return attribute_ids(read_item_columns(path, columns), f"items of {path}")
 
 
 def user_attributes(path: str, columns: Sequence[str], num_users: int) -> Jagged:

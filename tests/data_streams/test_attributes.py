@@ -4,6 +4,7 @@ import polars as pl
 import pytest
 
 from cluster.errors import ConfigError, DataError
+from data_streams import item_table
 from data_streams.attributes import attribute_ids, item_attributes, user_attributes
 from tests.tiny_run import NUM_ITEMS, NUM_USERS, build_tiny_data
 
@@ -62,3 +63,11 @@ def test_attributes_are_read_from_the_tables_of_a_data_set(tmp_path):
         user_attributes(data, ["age"], NUM_USERS)
     with pytest.raises(ConfigError, match=f"one row for each of 7 users.*, and it has {NUM_USERS}"):
         user_attributes(data, ["user_id"], 7)
+
+
+def test_the_table_of_items_is_read_once_for_all_columns(tmp_path, monkeypatch):
+    data, read = build_tiny_data(tmp_path, categories=True), []
+    original = item_table._read_items
+    monkeypatch.setattr(item_table, "_read_items", lambda *given: read.append(given) or original(*given))
+    found = item_attributes(data, ["categories", "title"])
+    assert found.lengths.tolist() == [2] * NUM_ITEMS and len(read) == 1
