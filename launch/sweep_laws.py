@@ -53,14 +53,14 @@ def joint_law_of(rows: Sequence[Row], size: str) -> JointLaw | None:
 
 
 def _means(rows: Sequence[Row], size: str) -> list[Row]:
-    """A row for each setting, with means over its seeds."""
+    """A row for each setting, with means over its seeds; of what each has seen and spent too, where seeds differ."""
     of_setting = defaultdict(list)
     for row in rows:
-        of_setting[row[size], row["run"].rpartition("_seed-")[0]].append(row)
-    names = (TARGETS, LOSS, FLOPS, "step")
+        of_setting[row["run"].rpartition("_seed-")[0]].append(row)
+    names = dict.fromkeys((size, TARGETS, LOSS, FLOPS, "step"))
     return [
-        {size: value, **{name: float(np.mean([row.get(name) or 0 for row in seeds])) for name in names}}
-        for (value, _), seeds in of_setting.items()
+        {name: float(np.mean([row.get(name) or 0 for row in seeds])) for name in names}
+        for seeds in of_setting.values()
     ]
 
 

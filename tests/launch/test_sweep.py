@@ -152,6 +152,17 @@ def test_of_operations_only_what_nothing_cheaper_beats_counts():
     assert law_of([*rows, wasted], "flops").exponent == pytest.approx(1, rel=1e-2)
 
 
+def test_seeds_that_took_other_operations_are_one_setting():
+    """Operations are counted in a step of each, whose users differ."""
+    rows = [
+        {"run": f"a-{cost}_seed-{seed}", "flops": cost * (1 + 0.1 * seed), "loss": 1 + 10 / cost + seed}
+        for cost in (1.0, 10.0, 100.0, 1000.0)
+        for seed in (-1, 1)
+    ]
+    law = law_of(rows, "flops")
+    assert (law.floor, law.scale, law.exponent) == pytest.approx((1, 10, 1), rel=1e-2)
+
+
 def runs_of(model, data, *, seeds=(0, 1)) -> list[dict]:
     """Runs of a law with a floor of 1, each seed a little off."""
     return [
