@@ -65,7 +65,8 @@ def _means(rows: Sequence[Row], size: str) -> list[Row]:
 
 
 def best_splits(law: JointLaw, rows: Sequence[Row], size: str) -> list[Split]:
-    """How a law would spend what the dearest run took, and multiples of that."""
+    """How a law would spend what the dearest run took, and multiples of that, where it knows a best size."""
     dearest = max(row.get(FLOPS) or 0 for row in rows)
     smallest = min(row[size] for row in rows)
-    return [law.best_split(dearest * times, smallest) for times in _BUDGETS]
+    splits = [law.best_split(dearest * times, smallest) for times in _BUDGETS]
+    return [split for split in splits if split is not None]

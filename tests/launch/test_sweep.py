@@ -197,6 +197,18 @@ def test_runs_of_several_sizes_and_amounts_of_data_follow_a_joint_law():
     assert json.loads(files["law.json"])["splits"][1]["flops"] == rows[-1]["flops"] * 10
 
 
+def test_where_larger_models_are_worse_no_split_is_the_best():
+    """The smallest size that was tried stood there, a model of one parameter."""
+    rows = [
+        {**row, "loss": 2 + row["parameters"] / 1e4 + 1 / row["targets"] ** 0.3}
+        for row in runs_of((100, 400, 1600), (10, 100, 1000))
+    ]
+    view = View.of(rows, [], "parameters", "loss")
+    assert view.splits == [] and "D: supervised targets seen" in view.note
+    files = view.files()
+    assert files["joint.png"] and "splits" not in json.loads(files["law.json"])
+
+
 def test_where_data_is_of_few_amounts_the_law_is_of_the_size_and_leaves_nothing_of_another():
     rows = runs_of((100, 400, 1600, 6400), (10, 100))
     view = View.of(rows, [], "parameters", "loss")
