@@ -273,6 +273,9 @@ def test_a_sweep_trains_each_run_once_and_compares_them(data, tmp_path, capsys, 
         "--against must be one of parameters, blocks, targets, flops, model.width" in capsys.readouterr().err
     )
 
+    assert grail([*line, "--against", "flops", "--train.compile"]) == 2
+    assert "operations, which are not counted with train.compile" in capsys.readouterr().err
+
     drawn = []
     monkeypatch.setattr(sweep_report, "draw_sweep", lambda rows, *_: drawn.extend(rows) or b"")
     (out / "width-8_seed-0" / "status.json").write_text(json.dumps({"state": "stopped", "updated_at_s": 1.0}))
