@@ -14,7 +14,7 @@ import torch
 from cluster.errors import ConfigError, DataError
 from cluster.plugins import suggestion
 from cluster.storage import Storage
-from data_streams.item_table import read_item_column
+from data_streams.item_table import read_item_columns
 from data_streams.jagged import Jagged
 from data_streams.user_table import read_users
 
@@ -32,7 +32,7 @@ def item_attributes(path: str, columns: Sequence[str]) -> Jagged:
     Raises: ConfigError where there is no such column, or it holds what is neither text, numbers nor lists of them;
     DataError where all of them are empty, or as `ItemTable.load`.
     """
-    return attribute_ids([read_item_column(path, name).alias(name) for name in columns], f"items of {path}")
+    return attribute_ids(read_item_columns(path, columns), f"items of {path}")
 
 
 def user_attributes(path: str, columns: Sequence[str], num_users: int) -> Jagged:
@@ -73,7 +73,7 @@ def _column_ids(values: pl.Series) -> pl.DataFrame:
         lines = lines.explode("value")
     kind = lines.schema["value"]
     if kind.is_float():
-        lines = lines.with_columns(_bucket(pl.col("value").fill_nan(None)))
+        lines = lines.filter(pl.col("value").is_finite()).with_columns(_bucket(pl.col("value")))
     elif not (kind.is_integer() or kind in (pl.String, pl.Boolean, pl.Categorical, pl.Enum, pl.Null)):
         raise ConfigError(
             f"attributes must be text, numbers or lists of them, and the column {values.name} holds {values.dtype}; "

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -83,15 +84,22 @@ def catalogue_fingerprint(item_ids: pl.Series) -> str:
 
 
 def read_item_column(path: str, name: str) -> pl.Series:
-    """One column of the item table, by item row.
+    """One column of the item table, by item row. Raises: as `read_item_columns`."""
+    (column,) = read_item_columns(path, [name])
+    return column
 
-    Raises: ConfigError where there is none of this name; DataError as `ItemTable.load`.
+
+def read_item_columns(path: str, names: Sequence[str]) -> list[pl.Series]:
+    """Some columns of the item table, by item row, with one look at the file.
+
+    Raises: ConfigError where there is none of a name; DataError as `ItemTable.load`.
     """
     storage = Storage(path)
     frame = _read_items(storage, Manifest.load(storage))
-    if name not in frame.columns:
-        raise ConfigError(f"the items of {path} have no column '{name}'{suggestion(name, frame.columns)}")
-    return frame[name]
+    for name in names:
+        if name not in frame.columns:
+            raise ConfigError(f"the items of {path} have no column '{name}'{suggestion(name, frame.columns)}")
+    return [frame[name] for name in names]
 
 
 def item_columns(path: str) -> list[str]:

@@ -60,12 +60,15 @@ class JointLaw:
         """Floating-point operations of training per target."""
         return self.flops_per_target + self.flops_per_weight * size
 
-    def best_split(self, flops: float, smallest: float) -> Split:
-        """Of one budget, the size with the smallest loss, from a hundredth of `smallest` to a million times that."""
+    def best_split(self, flops: float, smallest: float) -> Split | None:
+        """Of one budget, the size with the smallest loss, from a hundredth of `smallest` to a million times that; None
+        where the loss still falls at either end, which is no best size."""
         sizes = smallest * np.logspace(-2, 6, _SPLITS)
         targets = flops / self.operations(sizes)
         losses = self.loss(sizes, targets)
         best = losses.argmin()
+        if best in (0, _SPLITS - 1):
+            return None
         return Split(
             flops=flops, size=float(sizes[best]), targets=float(targets[best]), loss=float(losses[best])
         )

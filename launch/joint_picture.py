@@ -23,13 +23,14 @@ def draw_joint_law(rows: Sequence[Row], size: str, law: JointLaw, splits: Sequen
         compute.plot([row[FLOPS] for row in own], losses, "o", color=colour)
         _draw_size(data, compute, law, value, [row[TARGETS] for row in own], colour)
     reached = sorted(splits, key=lambda split: split.flops)
-    compute.plot(
-        [split.flops for split in reached], [split.loss for split in reached], "k*--", label="best split"
-    )
+    if reached:
+        compute.plot(
+            [split.flops for split in reached], [split.loss for split in reached], "k*--", label="best split"
+        )
+        compute.legend(fontsize=8)
     data.set(xlabel="supervised targets seen", ylabel=LOSS, xscale="log")
     compute.set(xlabel="floating-point operations of the training", xscale="log")
     data.legend(fontsize=8, title=size)
-    compute.legend(fontsize=8)
     for axes in (data, compute):
         axes.grid(alpha=0.3)
     figure.suptitle(str(law))

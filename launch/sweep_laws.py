@@ -53,19 +53,20 @@ def joint_law_of(rows: Sequence[Row], size: str) -> JointLaw | None:
 
 
 def _means(rows: Sequence[Row], size: str) -> list[Row]:
-    """A row for each setting, with means over its seeds."""
+    """A row for each setting, with means over its seeds; of what each has seen and spent too, where seeds differ."""
     of_setting = defaultdict(list)
     for row in rows:
-        of_setting[row[size], row["run"].rpartition("_seed-")[0]].append(row)
-    names = (TARGETS, LOSS, FLOPS, "step")
+        of_setting[row["run"].rpartition("_seed-")[0]].append(row)
+    names = dict.fromkeys((size, TARGETS, LOSS, FLOPS, "step"))
     return [
-        {size: value, **{name: float(np.mean([row.get(name) or 0 for row in seeds])) for name in names}}
-        for (value, _), seeds in of_setting.items()
+        {name: float(np.mean([row.get(name) or 0 for row in seeds])) for name in names}
+        for seeds in of_setting.values()
     ]
 
 
 def best_splits(law: JointLaw, rows: Sequence[Row], size: str) -> list[Split]:
-    """How a law would spend what the dearest run took, and multiples of that."""
+    """How a law would spend what the dearest run took, and multiples of that, where it knows a best size."""
     dearest = max(row.get(FLOPS) or 0 for row in rows)
     smallest = min(row[size] for row in rows)
-    return [law.best_split(dearest * times, smallest) for times in _BUDGETS]
+    splits = [law.best_split(dearest * times, smallest) for times in _BUDGETS]
+    return [split for split in splits if split is not None]

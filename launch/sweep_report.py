@@ -86,7 +86,7 @@ class View:
     def note(self) -> str:
         if self.law is None:
             return ""
-        data = f", D: {SIZES[TARGETS]}" if self.splits else ""
+        data = f", D: {SIZES[TARGETS]}" if isinstance(self.law, JointLaw) else ""
         return f"{self.law}, N: {SIZES[self.against]}{data}"
 
     @cached_property

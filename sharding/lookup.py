@@ -63,13 +63,14 @@ def _merge_attributes(
     ]
     if not wanted:
         return
-    starts, lengths = spec.attributes.offsets.numpy(), spec.attributes.lengths.numpy()
+    values, offsets = spec.attributes.values.numpy(), spec.attributes.offsets.numpy()
     parts = []
     for i, name in wanted:
+        # Of the rows that are asked for alone: a catalogue has many times as many.
         rows = requests[i][name].numpy()
-        parts.append(spec.attributes.values.numpy()[gather_ranges(starts[rows], lengths[rows])])
-        ends = np.concatenate(([0], np.cumsum(lengths[rows])))
-        positions[i][_bags(name)] = torch.from_numpy(ends)
+        starts, lengths = offsets[rows], offsets[rows + 1] - offsets[rows]
+        parts.append(values[gather_ranges(starts, lengths)])
+        positions[i][_bags(name)] = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))))
     tables[spec.name], inverse = _unique(torch.from_numpy(np.concatenate(parts)))
     for (i, name), part in zip(wanted, inverse.split([len(part) for part in parts]), strict=True):
         positions[i][_attributes(name)] = part

@@ -1,8 +1,9 @@
 """The attributes of items and users that a run adds to their rows."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from cluster.errors import ConfigError
+from cluster.errors import CheckpointError, ConfigError
 from cluster.storage import Storage
 from data_streams.attributes import item_attributes, user_attributes
 from data_streams.configuration import DataConfig
@@ -41,3 +42,18 @@ def described_attributes(data: DataConfig) -> dict[str, Any]:
     chosen = {"item_attributes": list(data.item_attributes), "user_attributes": list(data.user_attributes)}
     chosen = {name: columns for name, columns in chosen.items() if columns}
     return {**chosen, "attribute_rows": data.attribute_rows} if chosen else {}
+
+
+def require_attributes(saved: Mapping[str, Any], data: DataConfig) -> None:
+    """For a run that starts from the rows of another, `saved` as of `described_attributes`; further columns may come.
+
+    Raises: CheckpointError where columns are left out: their rows were a part of those of items and users.
+    """
+    for name in ("item_attributes", "user_attributes"):
+        missing = [column for column in saved.get(name, ()) if column not in getattr(data, name)]
+        if missing:
+            option = f"data.{name.replace('_', '-')}"
+            raise CheckpointError(
+                f"{option} must name the columns of the run this one starts from, whose rows were learnt with those of "
+                f"their values, and lacks {', '.join(missing)}; give --{option} {' '.join(saved[name])}"
+            )

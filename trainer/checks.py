@@ -141,6 +141,7 @@ def _at_least_one(config: PretrainConfig) -> None:
             ("epochs", "max_steps", "patience", "micro_batches", "keep_last", "checkpoint_every_steps"),
         ),
         ("train", ("validate_every_steps", "validate_every_epochs")),
+        ("data", ("attribute_rows",)),
         ("cluster", ("workers",)),
         ("search", ("width", "validation_width")),
         ("sharding", ("expert_parallel",)),

@@ -16,6 +16,7 @@ from models.recommender import Recommender
 from sharding.state import Piece
 from sharding.tables import EmbeddingTables, kept_rows
 from trainer.assembly import Assembly, describe_model
+from trainer.attributes import require_attributes
 from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_reader import CheckpointReader
 from trainer.fingerprint import compare_fingerprint, model_fingerprint, option_defaults
@@ -205,9 +206,11 @@ def initialise_from(reader: CheckpointReader, saved_items: pl.Series, assembly: 
     Items are matched by their raw ids: rows of items the other run did not have keep their initial values. So do
     weights that the model adds to the other one's (`Recommender.added_parameters`).
 
-    Raises: CheckpointError if the dense part has another shape, or was learnt under other conditions.
+    Raises: CheckpointError if the dense part has another shape, was learnt under other conditions, or rows with
+    attributes that this run leaves out or hashes otherwise.
     """
     _require_conditions(reader, assembly.model)
+    require_attributes(reader.shared_state["fingerprint"]["model"], assembly.config.data)
     _load_dense(reader, assembly, may_lack=assembly.model.added_parameters)
     _tell_other_codes(reader, assembly)
     new_rows = _new_rows_of_saved(saved_items, assembly.items.item_ids)
@@ -225,6 +228,7 @@ def initialise_from(reader: CheckpointReader, saved_items: pl.Series, assembly: 
         if not spec.rows_are_items and piece.name not in reader.tensors:
             logger.info("The rows of table %s are new and keep their initial values.", name)
         elif spec.hash_rows:
+            _require_same_hashes(reader, piece)
             reader.read_into(piece.name, piece.start, piece.tensor)
         elif spec.rows_are_items:
             _copy_known_rows(reader, piece, new_rows)
@@ -245,6 +249,17 @@ def _tell_other_codes(reader: CheckpointReader, assembly: Assembly) -> None:
             "they know of codes is of other items; give --data.semantic-ids of the run they come from, or train long "
             "enough",
             *(saved, own.fingerprint),
+        )
+
+
+def _require_same_hashes(reader: CheckpointReader, piece: Piece) -> None:
+    """Hashed into more or fewer rows, ids would find those of others."""
+    (saved, *_), _ = reader.tensors[piece.name]
+    if saved != piece.global_shape[0]:
+        raise CheckpointError(
+            f"{piece.name} must have as many rows as in the run this one starts from, {saved}, since ids are hashed "
+            f"into them, and has {piece.global_shape[0]}; give the option of that run (data.attribute-rows, user-rows "
+            "or hash-rows)"
         )
 
 

@@ -108,7 +108,7 @@ def sweep(recipe: str, options: SweepOptions, common: Sequence[str]) -> int:
 def _check(recipe: str, runs: Mapping[str, SweptRun], against: str) -> None:
     """Raises: ConfigError for what would end a run at its start, or could not be drawn."""
     from data_streams.stream import open_data
-    from launch.sweep_picture import SIZES
+    from launch.sweep_picture import FLOPS, SIZES
 
     configs = [parse_config(recipe, run.words) for run in runs.values()]
     for config in configs:
@@ -118,6 +118,10 @@ def _check(recipe: str, runs: Mapping[str, SweptRun], against: str) -> None:
     names = dict.fromkeys([*SIZES, *(name for run in runs.values() for name in run.settings)])
     if against and against not in names:
         raise ConfigError(f"--against must be one of {', '.join(names)}, got {against}")
+    if against == FLOPS and any(config.train.compile for config in configs):
+        raise ConfigError(
+            "--against flops draws against operations, which are not counted with train.compile; leave either out"
+        )
 
 
 def _keep(out: str, recipe: str, runs: Mapping[str, SweptRun], options: SweepOptions) -> None:

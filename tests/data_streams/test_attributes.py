@@ -4,6 +4,7 @@ import polars as pl
 import pytest
 
 from cluster.errors import ConfigError, DataError
+from data_streams import item_table
 from data_streams.attributes import attribute_ids, item_attributes, user_attributes
 from tests.tiny_run import NUM_ITEMS, NUM_USERS, build_tiny_data
 
@@ -27,9 +28,9 @@ def test_equal_values_of_a_column_are_one_id_wherever_they_stand():
 
 def test_numbers_are_values_and_fractions_fall_into_buckets():
     assert rows_of(pl.Series("year", [1999, 2000, 1999]))[0] == rows_of(pl.Series("year", ["1999"]))[0]
-    prices = rows_of(pl.Series("price", [8.0, 10.0, 100.0, -8.0, float("nan"), None]))
+    prices = rows_of(pl.Series("price", [8.0, 10.0, 100.0, -8.0, float("nan"), None, float("inf")]))
     assert prices[0] == prices[1] and prices[0] != prices[2] and prices[0] != prices[3]
-    assert prices[4] == prices[5] == []
+    assert prices[4] == prices[5] == prices[6] == []
 
 
 def test_lists_of_lists_are_lists():
@@ -62,3 +63,11 @@ def test_attributes_are_read_from_the_tables_of_a_data_set(tmp_path):
         user_attributes(data, ["age"], NUM_USERS)
     with pytest.raises(ConfigError, match=f"one row for each of 7 users.*, and it has {NUM_USERS}"):
         user_attributes(data, ["user_id"], 7)
+
+
+def test_the_table_of_items_is_read_once_for_all_columns(tmp_path, monkeypatch):
+    data, read = build_tiny_data(tmp_path, categories=True), []
+    original = item_table._read_items
+    monkeypatch.setattr(item_table, "_read_items", lambda *given: read.append(given) or original(*given))
+    found = item_attributes(data, ["categories", "title"])
+    assert found.lengths.tolist() == [2] * NUM_ITEMS and len(read) == 1

@@ -239,6 +239,7 @@ def test_a_checkpoint_is_named_by_word_or_step():
             "evaluation.users-per-batch .* must be at least 1 .* got 0, 10",
         ),
         (["--train.ema-decay", "1"], "train.ema-decay must lie in 0..1, below 1, or be None; got 1.0"),
+        (["--data.attribute-rows", "0"], "data.attribute-rows must be at least 1, got 0"),
         (["--log.every-steps", "0"], "log.every-steps must be at least 1, got 0"),
         (["--train.selection-metric", "ndcg@7"], "train.selection-metric must be one of recall@5, .* ndcg@7"),
     ],

@@ -152,6 +152,17 @@ def test_of_operations_only_what_nothing_cheaper_beats_counts():
     assert law_of([*rows, wasted], "flops").exponent == pytest.approx(1, rel=1e-2)
 
 
+def test_seeds_that_took_other_operations_are_one_setting():
+    """Operations are counted in a step of each, whose users differ."""
+    rows = [
+        {"run": f"a-{cost}_seed-{seed}", "flops": cost * (1 + 0.1 * seed), "loss": 1 + 10 / cost + seed}
+        for cost in (1.0, 10.0, 100.0, 1000.0)
+        for seed in (-1, 1)
+    ]
+    law = law_of(rows, "flops")
+    assert (law.floor, law.scale, law.exponent) == pytest.approx((1, 10, 1), rel=1e-2)
+
+
 def runs_of(model, data, *, seeds=(0, 1)) -> list[dict]:
     """Runs of a law with a floor of 1, each seed a little off."""
     return [
@@ -184,6 +195,18 @@ def test_runs_of_several_sizes_and_amounts_of_data_follow_a_joint_law():
     files = view.files()
     assert set(files) == {"law.json", "picture.png", "joint.png"} and all(files.values())
     assert json.loads(files["law.json"])["splits"][1]["flops"] == rows[-1]["flops"] * 10
+
+
+def test_where_larger_models_are_worse_no_split_is_the_best():
+    """The smallest size that was tried stood there, a model of one parameter."""
+    rows = [
+        {**row, "loss": 2 + row["parameters"] / 1e4 + 1 / row["targets"] ** 0.3}
+        for row in runs_of((100, 400, 1600), (10, 100, 1000))
+    ]
+    view = View.of(rows, [], "parameters", "loss")
+    assert view.splits == [] and "D: supervised targets seen" in view.note
+    files = view.files()
+    assert files["joint.png"] and "splits" not in json.loads(files["law.json"])
 
 
 def test_where_data_is_of_few_amounts_the_law_is_of_the_size_and_leaves_nothing_of_another():
@@ -249,6 +272,9 @@ def test_a_sweep_trains_each_run_once_and_compares_them(data, tmp_path, capsys, 
     assert (
         "--against must be one of parameters, blocks, targets, flops, model.width" in capsys.readouterr().err
     )
+
+    assert grail([*line, "--against", "flops", "--train.compile"]) == 2
+    assert "operations, which are not counted with train.compile" in capsys.readouterr().err
 
     drawn = []
     monkeypatch.setattr(sweep_report, "draw_sweep", lambda rows, *_: drawn.extend(rows) or b"")

@@ -40,6 +40,24 @@ def test_a_run_with_attributes_is_trained_evaluated_exported_and_started_from(da
     assert "item_attributes" in capsys.readouterr().err
 
 
+def test_a_run_that_starts_from_another_keeps_the_attributes_of_its_rows(data, tmp_path, capsys):
+    line = ["pretrain", "sasrec", "--data.path", data, *QUICK]
+    attributes = ["--data.item-attributes", "categories", "--data.attribute-rows", "64"]
+    assert grail([*line, *attributes, "--run-dir", str(tmp_path / "start")]) == 0
+    line += ["--init-from", str(tmp_path / "start"), "--run-dir", str(tmp_path / "run")]
+    capsys.readouterr()
+    for options, message in (
+        ([], "lacks categories; give --data.item-attributes categories"),
+        (
+            [*attributes, "--data.attribute-rows", "32"],
+            "item_attributes must have as many rows as in the run",
+        ),
+    ):
+        assert grail([*line, *options]) == 1
+        assert message in " ".join(capsys.readouterr().err.split())
+    assert grail([*line, *attributes[:1], "title", *attributes[1:]]) == 0
+
+
 def test_attributes_without_rows_to_add_them_to_are_refused(data):
     text_model = make_text_model("m6-rec", 0, num_items=9, objective=make_model(Case()).objective, actions=())
     with pytest.raises(ConfigError, match="added to rows of items, and M6Rec has none"):
