@@ -294,8 +294,7 @@ def _check_schemas(schemas: frozenset[tuple[tuple[str, str], ...]]) -> None:
     tables = [dict(schema) for schema in schemas]
     for name in sorted({name for table in tables for name in table}):
         types = {table.get(name, "missing") for table in tables}
-        # Of the reviews of several releases some have a finer order than their seconds.
-        if len(types - {"missing"} if name == "order" else types) > 1:
+        if len(types) > 1:
             raise DataError(
                 f"{name} must be of one type in all files of events, and is {' and '.join(sorted(types))}; columns of "
                 ".csv and .tsv are text, those of .parquet may be numbers; write all files with the same columns, in "
