@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import fsspec
 import numpy as np
 import polars as pl
 
 from cluster.errors import DataError
+from cluster.storage import Storage
 from data_streams import schema
 from data_streams.sources import Part, Source
 
@@ -183,7 +183,8 @@ class EventsSource(Source):
 def _find_files(patterns: tuple[str, ...]) -> list[str]:
     files = []
     for pattern in patterns:
-        filesystem, path = fsspec.core.url_to_fs(pattern)
+        storage = Storage(pattern)
+        filesystem, path = storage.filesystem, storage.root
         found = sorted(filesystem.glob(path)) if any(mark in path for mark in "*?[") else [path]
         found = [name for name in found if filesystem.exists(name)]
         if not found:
@@ -248,8 +249,7 @@ def _num_parquet_rows(path: str) -> int:
 def _estimate_rows(path: str) -> int:
     if _extension(path) == ".parquet":
         return _num_parquet_rows(path)
-    filesystem, name = fsspec.core.url_to_fs(path)
-    return filesystem.size(name) // BYTES_PER_TEXT_ROW
+    return Storage(path).size("") // BYTES_PER_TEXT_ROW
 
 
 def _present(frame: pl.DataFrame, name: str) -> str | None:
