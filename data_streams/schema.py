@@ -121,6 +121,7 @@ def normalise_events(
         casts.append(_cast_order(order_column, frame.schema[order_column]))
     casts += [_cast_feature(name, frame.schema[name]) for name in feature_columns]
     normalised = frame.select(casts).with_columns(pl.col("action").fill_null(DEFAULT_ACTION))
+    _check_features(frame, normalised, feature_columns)
     if "timestamp_s" in columns:
         _check_seconds(normalised["timestamp_s"], columns["timestamp_s"])
     return normalised
@@ -144,10 +145,21 @@ def _cast(value: pl.Expr, dtype: pl.DataType, kind: Kind, time_unit: str) -> pl.
     if kind == "time":
         return _cast_time(value, dtype, time_unit)
     if kind == "integer":
-        return value.cast(pl.Int32, strict=False)
+        return _cast_whole(value, dtype, pl.Int32)
     if kind == "real":
         return value.cast(pl.Float32, strict=False)
     return value.cast(pl.String)
+
+
+def _cast_whole(value: pl.Expr, dtype: pl.DataType, to: type[pl.DataType]) -> pl.Expr:
+    """Text may have whole numbers as a table with gaps writes them: 3.0."""
+    if not isinstance(dtype, pl.String):
+        return value.cast(to, strict=False)
+    text = value.str.strip_chars()
+    real = text.cast(pl.Float64, strict=False)
+    return pl.coalesce(
+        text.cast(to, strict=False), pl.when(real == real.floor()).then(real).cast(to, strict=False)
+    )
 
 
 def _cast_id(value: pl.Expr, dtype: pl.DataType) -> pl.Expr:
@@ -205,7 +217,20 @@ def _cast_feature(name: str, dtype: pl.DataType) -> pl.Expr:
             f"the feature column {name!r} must hold whole numbers (categories already encoded), given "
             f"{dtype}; encode it first"
         )
-    return pl.col(name).cast(pl.Int64, strict=False)
+    return _cast_whole(pl.col(name), dtype, pl.Int64)
+
+
+def _check_features(given: pl.DataFrame, cast: pl.DataFrame, names: Collection[str]) -> None:
+    """Text that is no whole number would become a missing value, all of it alike."""
+    for name in names:
+        if isinstance(given.schema[name], pl.String):
+            text = given[name].filter(cast[name].is_null()).str.strip_chars()
+            unread = text.filter((text != "") & ~text.str.to_lowercase().is_in(["nan", "null"]))
+            if len(unread):
+                raise DataError(
+                    f"the feature column {name!r} must hold whole numbers (categories already encoded), given "
+                    f"{unread[0]!r}; encode it first, and leave empty what is missing"
+                )
 
 
 def _check_seconds(times: pl.Series, name: str) -> None:

@@ -245,6 +245,17 @@ def test_feature_columns_must_hold_whole_numbers(tmp_path):
     broken(tmp_path, "'price' must hold whole numbers", frame, feature_columns=("price",))
 
 
+def test_whole_numbers_of_text_may_have_a_point_and_others_are_refused(tmp_path):
+    """A table with gaps is written with 3.0 for 3; a name or 3.5 would all become one missing value."""
+    frame = {**EVENTS, "level": ["1.0", None, " 3"], "position": ["2.0", "nan", "0"]}
+    events = read(source_of(tmp_path, frame, "events.csv", feature_columns=("level",)))
+    assert events["level"].to_list() == [1, None, 3] and events["position"].to_list() == [2, None, 0]
+    for value in ("red", "3.5"):
+        named = {**EVENTS, "level": ["1", value, "2"]}
+        message = f"'level' must hold whole numbers .* given '{value}'; encode it first"
+        broken(tmp_path, message, named, "events.csv", feature_columns=("level",))
+
+
 def test_feature_columns_cannot_take_the_place_of_others(tmp_path):
     frame = {**EVENTS, "item": [0, 0, 0], "offsets": [1, 1, 1], "position": [0, 1, 0]}
     for names in (("item",), ("offsets",), ("position",), ("item", "item")):
