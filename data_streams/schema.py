@@ -147,7 +147,8 @@ def _cast(value: pl.Expr, dtype: pl.DataType, kind: Kind, time_unit: str) -> pl.
     if kind == "integer":
         return _cast_whole(value, dtype, pl.Int32)
     if kind == "real":
-        return value.cast(pl.Float32, strict=False)
+        real = value.cast(pl.Float32, strict=False)
+        return pl.when(real.is_finite()).then(real)
     return value.cast(pl.String)
 
 

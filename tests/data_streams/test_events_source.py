@@ -256,6 +256,13 @@ def test_whole_numbers_of_text_may_have_a_point_and_others_are_refused(tmp_path)
         broken(tmp_path, message, named, "events.csv", feature_columns=("level",))
 
 
+def test_seconds_that_are_no_numbers_are_missing(tmp_path):
+    """Of infinity a model's bucket would be one below all others, which ends the training."""
+    for values, name in (([float("nan"), float("inf"), 2.5], "a.parquet"), (["x", "1e60", "2.5"], "a.csv")):
+        events = read(source_of(tmp_path, {**EVENTS, "play_time_s": values}, name))
+        assert events["play_time_s"].to_list() == [None, None, 2.5]
+
+
 def test_feature_columns_cannot_take_the_place_of_others(tmp_path):
     frame = {**EVENTS, "item": [0, 0, 0], "offsets": [1, 1, 1], "position": [0, 1, 0]}
     for names in (("item",), ("offsets",), ("position",), ("item", "item")):
