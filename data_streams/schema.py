@@ -103,7 +103,7 @@ def normalise_events(
     frame: pl.DataFrame,
     columns: Mapping[str, str],
     *,
-    time_unit: Literal["s", "ms", "us"] = "s",
+    time_unit: Literal["s", "ms", "us", "ns"] = "s",
     order_column: str | None = None,
     feature_columns: Collection[str] = (),
 ) -> pl.DataFrame:
@@ -182,11 +182,14 @@ def _cast_time(value: pl.Expr, dtype: pl.DataType, time_unit: str) -> pl.Expr:
         )
     if dtype.is_temporal():
         return value.cast(pl.Datetime("us")).dt.epoch("s")
-    divisor = {"s": 1, "ms": 1_000, "us": 1_000_000}[time_unit]
+    divisor = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}[time_unit]
     if not isinstance(dtype, pl.String):
         return value.cast(pl.Int64, strict=False) // divisor
-    number = value.cast(pl.Float64, strict=False).cast(pl.Int64, strict=False) // divisor
-    return pl.coalesce(number, _written_time(value))
+    # Nanoseconds have more digits than a float.
+    number = pl.coalesce(
+        value.cast(kind, strict=False).cast(pl.Int64, strict=False) for kind in (pl.Int64, pl.Float64)
+    )
+    return pl.coalesce(number // divisor, _written_time(value))
 
 
 def _written_time(text: pl.Expr) -> pl.Expr:
@@ -239,7 +242,7 @@ def _check_seconds(times: pl.Series, name: str) -> None:
     if latest is not None and latest > LATEST_TIME_S:
         raise DataError(
             f"times must be in seconds since 1970, but column {name!r} holds {latest}; "
-            "say --time-unit ms or --time-unit us"
+            "say --time-unit ms, us or ns"
         )
 
 

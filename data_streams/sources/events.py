@@ -40,7 +40,7 @@ class EventsSource(Source):
         timestamp_column: str | None = None
         """Column of event times; left out, timestamp_s or timestamp where there is one. Numbers since 1970, dates, or
         text such as 2020-01-31 18:00:00, which is UTC unless an offset such as +02:00 stands behind it."""
-        time_unit: Literal["s", "ms", "us"] = "s"
+        time_unit: Literal["s", "ms", "us", "ns"] = "s"
         """Unit of event times that are plain numbers since 1970."""
         order_column: str | None = None
         """Column that orders the events of a user; left out, they are ordered by time."""

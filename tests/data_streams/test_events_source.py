@@ -187,6 +187,14 @@ def test_times_that_are_not_seconds_are_refused(tmp_path):
     broken(tmp_path, "times must be in seconds .* holds 1700000000000; say --time-unit ms", frame)
 
 
+def test_times_of_nanoseconds_are_read(tmp_path):
+    times = [1_700_000_000_999_999_999, 1_700_000_001_000_000_000, 5]
+    for name, written in (("a.parquet", times), ("a.csv", list(map(str, times)))):
+        source = source_of(tmp_path, {**EVENTS, "timestamp": written}, name, time_unit="ns")
+        assert read(source)["timestamp_s"].to_list() == [1_700_000_000, 1_700_000_001, 0]
+    broken(tmp_path, "say --time-unit ms, us or ns", {**EVENTS, "timestamp": times}, time_unit="us")
+
+
 def test_fractional_ids_are_refused(tmp_path):
     broken(tmp_path, "ids must be integers or text, given Float64", {**EVENTS, "item_id": [1.0, 2.0, 3.0]})
 
