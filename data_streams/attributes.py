@@ -73,7 +73,7 @@ def _column_ids(values: pl.Series) -> pl.DataFrame:
         lines = lines.explode("value")
     kind = lines.schema["value"]
     if kind.is_float():
-        lines = lines.with_columns(_bucket(pl.col("value").fill_nan(None)))
+        lines = lines.with_columns(_bucket(pl.when(pl.col("value").is_finite()).then("value")))
     elif not (kind.is_integer() or kind in (pl.String, pl.Boolean, pl.Categorical, pl.Enum, pl.Null)):
         raise ConfigError(
             f"attributes must be text, numbers or lists of them, and the column {values.name} holds {values.dtype}; "

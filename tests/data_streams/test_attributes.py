@@ -27,9 +27,9 @@ def test_equal_values_of_a_column_are_one_id_wherever_they_stand():
 
 def test_numbers_are_values_and_fractions_fall_into_buckets():
     assert rows_of(pl.Series("year", [1999, 2000, 1999]))[0] == rows_of(pl.Series("year", ["1999"]))[0]
-    prices = rows_of(pl.Series("price", [8.0, 10.0, 100.0, -8.0, float("nan"), None]))
+    prices = rows_of(pl.Series("price", [8.0, 10.0, 100.0, -8.0, float("nan"), None, float("inf")]))
     assert prices[0] == prices[1] and prices[0] != prices[2] and prices[0] != prices[3]
-    assert prices[4] == prices[5] == []
+    assert prices[4] == prices[5] == prices[6] == []
 
 
 def test_lists_of_lists_are_lists():
