@@ -309,6 +309,11 @@ def _check_unique_ids(ids: pl.Series, table: str) -> None:
 def _title(frame: pl.DataFrame, column: str | None) -> pl.Series:
     if column is None:
         return pl.Series([None] * frame.height, dtype=pl.String)
+    if frame.schema[column].is_nested():
+        raise DataError(
+            f"titles must be text, given {frame.schema[column]}; convert the column {column!r}, or name another one "
+            "with --title-column"
+        )
     titles = frame[column].cast(pl.String).str.strip_chars()
     titles = pl.select(pl.when(titles == "").then(None).otherwise(titles)).to_series()
     return _unescape(titles)

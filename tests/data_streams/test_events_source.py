@@ -222,6 +222,11 @@ def test_repeated_and_missing_item_ids_are_refused(tmp_path):
     broken(tmp_path, "must have a column 'item_id'; its columns are sku.*--item-column", items=unnamed)
 
 
+def test_titles_that_are_lists_are_refused(tmp_path):
+    lists = write(tmp_path, {"item_id": [1], "title": [["a", "b"]]}, "lists.parquet")
+    broken(tmp_path, r"titles must be text, given List\(String\).*--title-column", items=lists)
+
+
 def test_repeated_user_ids_are_refused(tmp_path):
     users = write(tmp_path, {"user_id": [1, 1], "age": [3, 4]}, "users.parquet")
     broken(tmp_path, "the user table .* must have one row per id", users=users)
