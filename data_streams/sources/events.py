@@ -185,7 +185,8 @@ def _find_files(patterns: tuple[str, ...]) -> list[str]:
     for pattern in patterns:
         storage = Storage(pattern)
         filesystem, path = storage.filesystem, storage.root
-        found = sorted(filesystem.glob(path)) if any(mark in path for mark in "*?[") else [path]
+        is_pattern = any(mark in path for mark in "*?[") and not filesystem.exists(path)
+        found = sorted(filesystem.glob(path)) if is_pattern else [path]
         found = [name for name in found if filesystem.exists(name)]
         if not found:
             raise DataError(f"events must be files, but nothing is at {pattern}; check --events")
@@ -209,10 +210,10 @@ def _extension(path: str) -> str:
 
 def _scan(path: str) -> pl.LazyFrame:
     """Text files are read as text: the schema decides about types, not the first rows of the file."""
-    extension = _extension(path)
+    extension, glob = _extension(path), not os.path.exists(path)
     if extension == ".parquet":
-        return pl.scan_parquet(path)
-    return pl.scan_csv(path, separator=SEPARATORS[extension], infer_schema=False)
+        return pl.scan_parquet(path, glob=glob)
+    return pl.scan_csv(path, separator=SEPARATORS[extension], infer_schema=False, glob=glob)
 
 
 def _batches(rows: pl.LazyFrame, path: str) -> Iterator[pl.DataFrame]:
@@ -241,7 +242,7 @@ def _read_table(path: str, role: str) -> pl.DataFrame:
 
 def _num_parquet_rows(path: str) -> int:
     try:
-        return pl.scan_parquet(path).select(pl.len()).collect().item()
+        return _scan(path).select(pl.len()).collect().item()
     except (pl.exceptions.PolarsError, OSError) as error:
         raise _unreadable(path, error) from error
 

@@ -131,6 +131,15 @@ def test_a_glob_names_several_files_in_order(tmp_path):
     assert read(source)["user_id"].to_list() == [1, 2]
 
 
+def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path):
+    write(tmp_path, {**EVENTS, "user_id": [7, 7, 7]}, "log1.csv")
+    for name in ("log[1].csv", "log[1].parquet"):
+        assert read(source_of(tmp_path, EVENTS, name))["item_id"].to_list() in (
+            ["10", "11", "10"],
+            [10, 11, 10],
+        )
+
+
 def test_titles_are_unescaped_and_categories_laid_flat(tmp_path):
     items = {
         "item_id": [1, 2, 3],
