@@ -15,7 +15,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from cluster.errors import DataError
+from cluster.errors import ConfigError, DataError
 from cluster.storage import Storage
 from data_streams.item_table import shown_title
 from data_streams.shards import Chunk, Manifest, read_chunk
@@ -96,8 +96,10 @@ class Report:
 def inspect(path: str, num_samples: int = 3) -> Report:
     """Read all of a data set, check every checksum, and plot it to DIR/inspect.png.
 
-    Raises: DataError for whatever is missing, damaged or does not fit together.
+    Raises: DataError for whatever is missing, damaged or does not fit together; ConfigError for less than no samples.
     """
+    if num_samples < 0:
+        raise ConfigError(f"--samples must be at least 0, given {num_samples}")
     storage = Storage(path)
     manifest = Manifest.load(storage)
     items = _checked_items(storage, manifest)
