@@ -5,7 +5,7 @@ import io
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
@@ -47,7 +47,7 @@ class Report:
     samples: list[tuple[str, list[str]]]
     """A few users: raw id and the titles of the latest events, oldest first, with the action of what was not chosen."""
     plot: str
-    """Where the picture lies."""
+    """Where the picture lies, or why there is none."""
 
     def render(self) -> Group:
         """Tables for the terminal; whatever comes from data is shown as it is, brackets and colons included."""
@@ -117,11 +117,19 @@ def inspect(path: str, num_samples: int = 3) -> Report:
         num_validation=tally.num_validation,
         num_test=tally.num_test,
         samples=[(users.get(row, str(row)), titles) for row, titles in tally.samples],
-        plot=storage.path(PLOT_NAME),
+        plot="",
     )
     _check_counts(report, storage.root)
-    storage.write(PLOT_NAME, _plot(report))
-    return report
+    return replace(report, plot=_write_plot(storage, _plot(report)))
+
+
+def _write_plot(storage: Storage, picture: bytes) -> str:
+    """A data set that others share may be one that nobody here may write to."""
+    try:
+        storage.write(PLOT_NAME, picture)
+    except OSError as error:
+        return f"none: {storage.root} cannot be written to ({error.strerror})"
+    return storage.path(PLOT_NAME)
 
 
 def print_report(report: Report) -> None:

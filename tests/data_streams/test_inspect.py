@@ -133,3 +133,13 @@ def test_fewer_than_no_samples_are_refused(data_set):
     assert inspect(str(data_set), num_samples=0).samples == []
     with pytest.raises(ConfigError, match="--samples must be at least 0, given -1"):
         inspect(str(data_set), num_samples=-1)
+
+
+def test_a_data_set_that_cannot_be_written_to_is_inspected(data_set, monkeypatch):
+    def refuse(storage, name, data):
+        raise PermissionError(13, "Permission denied", storage.path(name))
+
+    monkeypatch.setattr(Storage, "write", refuse)
+    report = inspect(str(data_set))
+    assert report.plot == f"none: {data_set} cannot be written to (Permission denied)"
+    assert not (data_set / "inspect.png").exists() and len(report.lengths) == 2
