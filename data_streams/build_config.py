@@ -85,6 +85,12 @@ def check_options(config: BuildConfig) -> None:
             f"--page-actions lie beside the sequence, yet {', '.join(sorted(both))} are also among "
             "--sequence-actions; leave them out of one of the two"
         )
+    held_out = set(config.split_actions) & {EXPOSURE, *config.page_actions}
+    if held_out:
+        raise ConfigError(
+            f"--split-actions are held out of the sequence, and {', '.join(sorted(held_out))} lie beside it "
+            "(exposures, and what --page-actions name); leave them out, or make them part of it with --sequence-actions"
+        )
     if config.filter_passes is not None and not config.min_item_events:
         raise ConfigError(
             f"--filter-passes {config.filter_passes} says how often users and items are counted, which only "

@@ -5,7 +5,7 @@ import io
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
@@ -15,7 +15,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from cluster.errors import DataError
+from cluster.errors import ConfigError, DataError
 from cluster.storage import Storage
 from data_streams.item_table import shown_title
 from data_streams.shards import Chunk, Manifest, read_chunk
@@ -47,7 +47,7 @@ class Report:
     samples: list[tuple[str, list[str]]]
     """A few users: raw id and the titles of the latest events, oldest first, with the action of what was not chosen."""
     plot: str
-    """Where the picture lies."""
+    """Where the picture lies, or why there is none."""
 
     def render(self) -> Group:
         """Tables for the terminal; whatever comes from data is shown as it is, brackets and colons included."""
@@ -96,8 +96,10 @@ class Report:
 def inspect(path: str, num_samples: int = 3) -> Report:
     """Read all of a data set, check every checksum, and plot it to DIR/inspect.png.
 
-    Raises: DataError for whatever is missing, damaged or does not fit together.
+    Raises: DataError for whatever is missing, damaged or does not fit together; ConfigError for less than no samples.
     """
+    if num_samples < 0:
+        raise ConfigError(f"--samples must be at least 0, given {num_samples}")
     storage = Storage(path)
     manifest = Manifest.load(storage)
     items = _checked_items(storage, manifest)
@@ -115,11 +117,19 @@ def inspect(path: str, num_samples: int = 3) -> Report:
         num_validation=tally.num_validation,
         num_test=tally.num_test,
         samples=[(users.get(row, str(row)), titles) for row, titles in tally.samples],
-        plot=storage.path(PLOT_NAME),
+        plot="",
     )
     _check_counts(report, storage.root)
-    storage.write(PLOT_NAME, _plot(report))
-    return report
+    return replace(report, plot=_write_plot(storage, _plot(report)))
+
+
+def _write_plot(storage: Storage, picture: bytes) -> str:
+    """A data set that others share may be one that nobody here may write to."""
+    try:
+        storage.write(PLOT_NAME, picture)
+    except OSError as error:
+        return f"none: {storage.root} cannot be written to ({error.strerror})"
+    return storage.path(PLOT_NAME)
 
 
 def print_report(report: Report) -> None:

@@ -58,19 +58,17 @@ def _only_list_column(frame: pl.DataFrame, path: str) -> str:
 
 def _numbers(frame: pl.DataFrame, column: str, path: str) -> pl.Series:
     dtype = frame.schema[column]
-    if isinstance(dtype, pl.List) and dtype.inner.is_integer():
-        return frame[column].cast(pl.List(pl.Int64))
-    if not isinstance(dtype, pl.List) or dtype.inner != pl.String:
+    inner = dtype.inner if isinstance(dtype, pl.List) else None
+    if inner is None or not (inner.is_integer() or inner == pl.String):
         raise DataError(
             f"{path} must hold lists of numbers or texts in {column}, and holds {dtype}; name another --column"
         )
-    numbers = frame.select(pl.col(column).list.eval(pl.element().str.extract(r"(\d+)\D*$").cast(pl.Int64)))[
-        column
-    ]
+    code = pl.element() if inner.is_integer() else pl.element().str.extract(r"(\d+)\D*$")
+    numbers = frame.select(pl.col(column).list.eval(code.cast(pl.Int32, strict=False)))[column]
     is_bad = numbers.list.eval(pl.element().is_null().any()).list.first().fill_null(True)
     if is_bad.any():
         raise DataError(
-            f"{path} must have a number in every code of {column}; {named(frame['item_id'].filter(is_bad))} "
-            "have codes without one; mend the file"
+            f"{path} must have a number below 2 ** 31 in every code of {column}; "
+            f"{named(frame['item_id'].filter(is_bad))} have codes without one; mend the file"
         )
     return numbers

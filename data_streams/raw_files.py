@@ -11,6 +11,7 @@ import fsspec
 import polars as pl
 
 from cluster.errors import DataError
+from cluster.storage import Storage
 from data_streams.origins import RECORD_NAME
 from data_streams.sources import Part
 
@@ -32,8 +33,9 @@ class RawFiles:
     """
 
     def __init__(self, path: str):
-        """Raises: DataError when nothing is there."""
-        filesystem, root = fsspec.core.url_to_fs(path.rstrip("/"))
+        """Raises: DataError when nothing is there, ConfigError for an address that nothing here reads."""
+        storage = Storage(path.rstrip("/"))
+        filesystem, root = storage.filesystem, storage.root
         # Tasks on other processes may run in another folder.
         self.path = path.rstrip("/") if "://" in path else root
         if not filesystem.exists(root):
@@ -104,8 +106,7 @@ class RawFiles:
         if self.is_zip:
             size = self._zip().getinfo(name).file_size
         else:
-            filesystem, path = fsspec.core.url_to_fs(self._address(name))
-            size = filesystem.size(path)
+            size = Storage(self._address(name)).size("")
         return size * GZIP_RATIO if self._base(name).endswith(".gz") else size
 
     def parts(self, name: str, start: int = 0) -> list[Part]:

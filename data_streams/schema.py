@@ -103,7 +103,7 @@ def normalise_events(
     frame: pl.DataFrame,
     columns: Mapping[str, str],
     *,
-    time_unit: Literal["s", "ms", "us"] = "s",
+    time_unit: Literal["s", "ms", "us", "ns"] = "s",
     order_column: str | None = None,
     feature_columns: Collection[str] = (),
 ) -> pl.DataFrame:
@@ -121,6 +121,7 @@ def normalise_events(
         casts.append(_cast_order(order_column, frame.schema[order_column]))
     casts += [_cast_feature(name, frame.schema[name]) for name in feature_columns]
     normalised = frame.select(casts).with_columns(pl.col("action").fill_null(DEFAULT_ACTION))
+    _check_features(frame, normalised, feature_columns)
     if "timestamp_s" in columns:
         _check_seconds(normalised["timestamp_s"], columns["timestamp_s"])
     return normalised
@@ -144,10 +145,22 @@ def _cast(value: pl.Expr, dtype: pl.DataType, kind: Kind, time_unit: str) -> pl.
     if kind == "time":
         return _cast_time(value, dtype, time_unit)
     if kind == "integer":
-        return value.cast(pl.Int32, strict=False)
+        return _cast_whole(value, dtype, pl.Int32)
     if kind == "real":
-        return value.cast(pl.Float32, strict=False)
+        real = value.cast(pl.Float32, strict=False)
+        return pl.when(real.is_finite()).then(real)
     return value.cast(pl.String)
+
+
+def _cast_whole(value: pl.Expr, dtype: pl.DataType, to: type[pl.DataType]) -> pl.Expr:
+    """Text may have whole numbers as a table with gaps writes them: 3.0."""
+    if not isinstance(dtype, pl.String):
+        return value.cast(to, strict=False)
+    text = value.str.strip_chars()
+    real = text.cast(pl.Float64, strict=False)
+    return pl.coalesce(
+        text.cast(to, strict=False), pl.when(real == real.floor()).then(real).cast(to, strict=False)
+    )
 
 
 def _cast_id(value: pl.Expr, dtype: pl.DataType) -> pl.Expr:
@@ -169,11 +182,14 @@ def _cast_time(value: pl.Expr, dtype: pl.DataType, time_unit: str) -> pl.Expr:
         )
     if dtype.is_temporal():
         return value.cast(pl.Datetime("us")).dt.epoch("s")
-    divisor = {"s": 1, "ms": 1_000, "us": 1_000_000}[time_unit]
+    divisor = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}[time_unit]
     if not isinstance(dtype, pl.String):
         return value.cast(pl.Int64, strict=False) // divisor
-    number = value.cast(pl.Float64, strict=False).cast(pl.Int64, strict=False) // divisor
-    return pl.coalesce(number, _written_time(value))
+    # Nanoseconds have more digits than a float.
+    number = pl.coalesce(
+        value.cast(kind, strict=False).cast(pl.Int64, strict=False) for kind in (pl.Int64, pl.Float64)
+    )
+    return pl.coalesce(number // divisor, _written_time(value))
 
 
 def _written_time(text: pl.Expr) -> pl.Expr:
@@ -205,7 +221,20 @@ def _cast_feature(name: str, dtype: pl.DataType) -> pl.Expr:
             f"the feature column {name!r} must hold whole numbers (categories already encoded), given "
             f"{dtype}; encode it first"
         )
-    return pl.col(name).cast(pl.Int64, strict=False)
+    return _cast_whole(pl.col(name), dtype, pl.Int64)
+
+
+def _check_features(given: pl.DataFrame, cast: pl.DataFrame, names: Collection[str]) -> None:
+    """Text that is no whole number would become a missing value, all of it alike."""
+    for name in names:
+        if isinstance(given.schema[name], pl.String):
+            text = given[name].filter(cast[name].is_null()).str.strip_chars()
+            unread = text.filter((text != "") & ~text.str.to_lowercase().is_in(["nan", "null"]))
+            if len(unread):
+                raise DataError(
+                    f"the feature column {name!r} must hold whole numbers (categories already encoded), given "
+                    f"{unread[0]!r}; encode it first, and leave empty what is missing"
+                )
 
 
 def _check_seconds(times: pl.Series, name: str) -> None:
@@ -213,7 +242,7 @@ def _check_seconds(times: pl.Series, name: str) -> None:
     if latest is not None and latest > LATEST_TIME_S:
         raise DataError(
             f"times must be in seconds since 1970, but column {name!r} holds {latest}; "
-            "say --time-unit ms or --time-unit us"
+            "say --time-unit ms, us or ns"
         )
 
 
@@ -280,6 +309,11 @@ def _check_unique_ids(ids: pl.Series, table: str) -> None:
 def _title(frame: pl.DataFrame, column: str | None) -> pl.Series:
     if column is None:
         return pl.Series([None] * frame.height, dtype=pl.String)
+    if frame.schema[column].is_nested():
+        raise DataError(
+            f"titles must be text, given {frame.schema[column]}; convert the column {column!r}, or name another one "
+            "with --title-column"
+        )
     titles = frame[column].cast(pl.String).str.strip_chars()
     titles = pl.select(pl.when(titles == "").then(None).otherwise(titles)).to_series()
     return _unescape(titles)

@@ -139,6 +139,7 @@ class AmazonReviewsSource(Source):
         self.reviews = [name for name in reviews if name not in self.metadata]
         self._check_reviews()
         self.releases = {name: self._release(name) for name in self.reviews}
+        self._has_milliseconds = any(release.time_unit == "ms" for release in self.releases.values())
         for name, release in self.releases.items():
             logger.info("%s holds reviews of the %s release", name or config.path, release.year)
 
@@ -186,10 +187,14 @@ class AmazonReviewsSource(Source):
 
     def _events(self, block: bytes, release: Release, name: str) -> pl.DataFrame:
         rows = self._parse(block, release.types, name)
-        stars = pl.col(release.stars)
+        stars, milliseconds = pl.col(release.stars), 1 if release.time_unit == "ms" else 1_000
         rows = rows.filter(stars.is_null() | (stars >= self.config.min_stars))
         return schema.normalise_events(
-            rows.with_columns(stars=stars.round().cast(pl.Int64), action=pl.lit("review")),
+            rows.with_columns(
+                stars=stars.round().cast(pl.Int64),
+                action=pl.lit("review"),
+                time_ms=pl.col(release.time) * milliseconds,
+            ),
             {
                 "user_id": release.user,
                 "item_id": release.item,
@@ -197,7 +202,7 @@ class AmazonReviewsSource(Source):
                 "action": "action",
             },
             time_unit=release.time_unit,
-            order_column=release.time if release.time_unit == "ms" else None,
+            order_column="time_ms" if self._has_milliseconds else None,
             feature_columns=("stars",),
         )
 

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import fsspec
 import numpy as np
 import polars as pl
 
 from cluster.errors import DataError
+from cluster.storage import Storage
 from data_streams import schema
 from data_streams.sources import Part, Source
 
@@ -40,7 +40,7 @@ class EventsSource(Source):
         timestamp_column: str | None = None
         """Column of event times; left out, timestamp_s or timestamp where there is one. Numbers since 1970, dates, or
         text such as 2020-01-31 18:00:00, which is UTC unless an offset such as +02:00 stands behind it."""
-        time_unit: Literal["s", "ms", "us"] = "s"
+        time_unit: Literal["s", "ms", "us", "ns"] = "s"
         """Unit of event times that are plain numbers since 1970."""
         order_column: str | None = None
         """Column that orders the events of a user; left out, they are ordered by time."""
@@ -183,8 +183,10 @@ class EventsSource(Source):
 def _find_files(patterns: tuple[str, ...]) -> list[str]:
     files = []
     for pattern in patterns:
-        filesystem, path = fsspec.core.url_to_fs(pattern)
-        found = sorted(filesystem.glob(path)) if any(mark in path for mark in "*?[") else [path]
+        storage = Storage(pattern)
+        filesystem, path = storage.filesystem, storage.root
+        is_pattern = any(mark in path for mark in "*?[") and not filesystem.exists(path)
+        found = sorted(filesystem.glob(path)) if is_pattern else [path]
         found = [name for name in found if filesystem.exists(name)]
         if not found:
             raise DataError(f"events must be files, but nothing is at {pattern}; check --events")
@@ -208,10 +210,10 @@ def _extension(path: str) -> str:
 
 def _scan(path: str) -> pl.LazyFrame:
     """Text files are read as text: the schema decides about types, not the first rows of the file."""
-    extension = _extension(path)
+    extension, glob = _extension(path), not os.path.exists(path)
     if extension == ".parquet":
-        return pl.scan_parquet(path)
-    return pl.scan_csv(path, separator=SEPARATORS[extension], infer_schema=False)
+        return pl.scan_parquet(path, glob=glob)
+    return pl.scan_csv(path, separator=SEPARATORS[extension], infer_schema=False, glob=glob)
 
 
 def _batches(rows: pl.LazyFrame, path: str) -> Iterator[pl.DataFrame]:
@@ -240,7 +242,7 @@ def _read_table(path: str, role: str) -> pl.DataFrame:
 
 def _num_parquet_rows(path: str) -> int:
     try:
-        return pl.scan_parquet(path).select(pl.len()).collect().item()
+        return _scan(path).select(pl.len()).collect().item()
     except (pl.exceptions.PolarsError, OSError) as error:
         raise _unreadable(path, error) from error
 
@@ -248,8 +250,7 @@ def _num_parquet_rows(path: str) -> int:
 def _estimate_rows(path: str) -> int:
     if _extension(path) == ".parquet":
         return _num_parquet_rows(path)
-    filesystem, name = fsspec.core.url_to_fs(path)
-    return filesystem.size(name) // BYTES_PER_TEXT_ROW
+    return Storage(path).size("") // BYTES_PER_TEXT_ROW
 
 
 def _present(frame: pl.DataFrame, name: str) -> str | None:

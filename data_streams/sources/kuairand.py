@@ -91,7 +91,9 @@ class KuaiRandSource(Source):
         return sum(self.files.num_bytes(name) for name in self.logs) * EVENTS_PER_ROW // BYTES_PER_ROW
 
     def read(self, part: Part) -> Iterator[pl.DataFrame]:
-        columns = self.files.first_line(part.name).decode().strip().split(",")
+        # Saved again by a spreadsheet, the header begins with a mark, or is no UTF-8 at all.
+        header = self.files.first_line(part.name).decode("utf-8-sig", errors="replace")
+        columns = header.strip().split(",")
         require_columns(columns, list(NEEDED), f"{self.config.path}/{part.name}")
         types = dict.fromkeys(columns, pl.Int64)
         rows = (parse_csv(block, types, where=part.name) for block in self.files.blocks(part))

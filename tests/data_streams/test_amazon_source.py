@@ -177,3 +177,24 @@ def test_prices_are_the_numbers_in_front_and_none_of_a_style_sheet(tmp_path):
     folder = write(tmp_path, {"Beauty.json.gz": reviews, "meta_Beauty.json.gz": gzipped(rows)})
     items = AmazonReviewsSource.Config(path=folder).build().items()
     assert items["price"].to_list() == [1234.5, 12.99, 3.5, 0.99, 7.0, None, None]
+
+
+def test_reviews_of_seconds_and_of_milliseconds_are_ordered_alike(tmp_path):
+    """Whatever partition they meet in: without a finer order of their own, those of seconds lay as in the file."""
+    times = (1500000002, 1500000001, 1500000003)
+    folder = write(
+        tmp_path / "raw",
+        {
+            "Books.json": "\n".join(review("A1", "B01", 5.0, time, verified=True) for time in times) + "\n",
+            "Toys.jsonl": "\n".join(
+                json.dumps({"user_id": "N1", "parent_asin": "B01", "rating": 5.0, "timestamp": 1000 * time})
+                for time in times
+            )
+            + "\n",
+        },
+    )
+    for partitions in (1, 2):
+        out = str(tmp_path / f"out-{partitions}")
+        config = BuildConfig(out=out, ray="never", partitions=partitions)
+        build(AmazonReviewsSource.Config(path=folder), config)
+        assert [user["timestamp_s"] for user in read_users(out).values()] == [sorted(times)] * 2

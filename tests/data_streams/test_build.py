@@ -275,6 +275,11 @@ def test_options_that_do_not_fit_are_refused(tmp_path):
         build_events(tmp_path, random_events(0), chunk_users=0)
     with pytest.raises(ConfigError, match="say --keep-exposures"):
         build_events(tmp_path, random_events(0), sequence_actions=("exposure",))
+    for beside in ({"keep_exposures": True}, {"page_actions": ("exposure",)}):
+        with pytest.raises(
+            ConfigError, match="--split-actions are held out of the sequence, and exposure lie beside"
+        ):
+            build_events(tmp_path, random_events(0), split_actions=("click", "exposure"), **beside)
 
 
 def test_a_data_set_is_replaced_only_when_asked(tmp_path):

@@ -131,6 +131,15 @@ def test_a_glob_names_several_files_in_order(tmp_path):
     assert read(source)["user_id"].to_list() == [1, 2]
 
 
+def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path):
+    write(tmp_path, {**EVENTS, "user_id": [7, 7, 7]}, "log1.csv")
+    for name in ("log[1].csv", "log[1].parquet"):
+        assert read(source_of(tmp_path, EVENTS, name))["item_id"].to_list() in (
+            ["10", "11", "10"],
+            [10, 11, 10],
+        )
+
+
 def test_titles_are_unescaped_and_categories_laid_flat(tmp_path):
     items = {
         "item_id": [1, 2, 3],
@@ -187,6 +196,14 @@ def test_times_that_are_not_seconds_are_refused(tmp_path):
     broken(tmp_path, "times must be in seconds .* holds 1700000000000; say --time-unit ms", frame)
 
 
+def test_times_of_nanoseconds_are_read(tmp_path):
+    times = [1_700_000_000_999_999_999, 1_700_000_001_000_000_000, 5]
+    for name, written in (("a.parquet", times), ("a.csv", list(map(str, times)))):
+        source = source_of(tmp_path, {**EVENTS, "timestamp": written}, name, time_unit="ns")
+        assert read(source)["timestamp_s"].to_list() == [1_700_000_000, 1_700_000_001, 0]
+    broken(tmp_path, "say --time-unit ms, us or ns", {**EVENTS, "timestamp": times}, time_unit="us")
+
+
 def test_fractional_ids_are_refused(tmp_path):
     broken(tmp_path, "ids must be integers or text, given Float64", {**EVENTS, "item_id": [1.0, 2.0, 3.0]})
 
@@ -212,6 +229,11 @@ def test_repeated_and_missing_item_ids_are_refused(tmp_path):
     broken(tmp_path, "must name every row by an id; 1 rows have none", items=null)
     unnamed = write(tmp_path, {"sku": [1]}, "unnamed.parquet")
     broken(tmp_path, "must have a column 'item_id'; its columns are sku.*--item-column", items=unnamed)
+
+
+def test_titles_that_are_lists_are_refused(tmp_path):
+    lists = write(tmp_path, {"item_id": [1], "title": [["a", "b"]]}, "lists.parquet")
+    broken(tmp_path, r"titles must be text, given List\(String\).*--title-column", items=lists)
 
 
 def test_repeated_user_ids_are_refused(tmp_path):
@@ -243,6 +265,24 @@ def test_feature_columns_must_hold_whole_numbers(tmp_path):
     frame = {**EVENTS, "level": [1, None, 3], "price": [0.5, 1.0, 2.0]}
     assert read(source_of(tmp_path, frame, feature_columns=("level",)))["level"].to_list() == [1, None, 3]
     broken(tmp_path, "'price' must hold whole numbers", frame, feature_columns=("price",))
+
+
+def test_whole_numbers_of_text_may_have_a_point_and_others_are_refused(tmp_path):
+    """A table with gaps is written with 3.0 for 3; a name or 3.5 would all become one missing value."""
+    frame = {**EVENTS, "level": ["1.0", None, " 3"], "position": ["2.0", "nan", "0"]}
+    events = read(source_of(tmp_path, frame, "events.csv", feature_columns=("level",)))
+    assert events["level"].to_list() == [1, None, 3] and events["position"].to_list() == [2, None, 0]
+    for value in ("red", "3.5"):
+        named = {**EVENTS, "level": ["1", value, "2"]}
+        message = f"'level' must hold whole numbers .* given '{value}'; encode it first"
+        broken(tmp_path, message, named, "events.csv", feature_columns=("level",))
+
+
+def test_seconds_that_are_no_numbers_are_missing(tmp_path):
+    """Of infinity a model's bucket would be one below all others, which ends the training."""
+    for values, name in (([float("nan"), float("inf"), 2.5], "a.parquet"), (["x", "1e60", "2.5"], "a.csv")):
+        events = read(source_of(tmp_path, {**EVENTS, "play_time_s": values}, name))
+        assert events["play_time_s"].to_list() == [None, None, 2.5]
 
 
 def test_feature_columns_cannot_take_the_place_of_others(tmp_path):

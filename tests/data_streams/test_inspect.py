@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 from rich.console import Console
 
-from cluster.errors import DataError
+from cluster.errors import ConfigError, DataError
 from cluster.storage import Storage
 from data_streams.build import BuildConfig, build
 from data_streams.inspect import inspect
@@ -127,3 +127,19 @@ def test_damaged_embeddings_are_noticed(tmp_path):
     np.save(tmp_path / "data" / "item_embeddings.npy", np.ones((3, 2), dtype=np.float32))
     with pytest.raises(DataError, match=r"must be a float32 matrix \(4, 2\), found float32 \(3, 2\)"):
         inspect(str(tmp_path / "data"))
+
+
+def test_fewer_than_no_samples_are_refused(data_set):
+    assert inspect(str(data_set), num_samples=0).samples == []
+    with pytest.raises(ConfigError, match="--samples must be at least 0, given -1"):
+        inspect(str(data_set), num_samples=-1)
+
+
+def test_a_data_set_that_cannot_be_written_to_is_inspected(data_set, monkeypatch):
+    def refuse(storage, name, data):
+        raise PermissionError(13, "Permission denied", storage.path(name))
+
+    monkeypatch.setattr(Storage, "write", refuse)
+    report = inspect(str(data_set))
+    assert report.plot == f"none: {data_set} cannot be written to (Permission denied)"
+    assert not (data_set / "inspect.png").exists() and len(report.lengths) == 2

@@ -82,3 +82,12 @@ def test_videos_without_tags_are_refused(tmp_path):
     write(tmp_path, {"data/video_features_basic_pure.csv": "video_id,author_id\n5,3\n"})
     with pytest.raises(DataError, match="must have the columns video_id, tag; it lacks tag"):
         KuaiRandSource.Config(path=folder).build().items()
+
+
+def test_a_log_that_was_saved_again_is_read_or_refused(tmp_path):
+    text = LOG + row(1, 5, 1649400000000, click=1)
+    folder = write(tmp_path, {"log_standard_x.csv": text.replace("\n", "\r\n").encode("utf-8-sig")})
+    assert read(KuaiRandSource.Config(path=folder).build())["user_id"].to_list() == [1, 1]
+    write(tmp_path, {"log_standard_x.csv": text.encode("utf-16")})
+    with pytest.raises(DataError, match="must have the columns user_id, video_id"):
+        read(KuaiRandSource.Config(path=folder).build())

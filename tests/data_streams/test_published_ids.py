@@ -58,3 +58,15 @@ def test_the_published_ids_of_beauty_have_the_known_collisions(shared_data):
         table = read_published(str(path), ids, column=column)
         assert table.code_sizes == (256,) * 4
         assert len(np.unique(table.codes, axis=0)) == distinct
+
+
+def test_codes_that_no_table_can_hold_are_named(tmp_path):
+    """Cut to 32 bits they would be codes of other items."""
+    for large in ([2**32 + 5, 70], ["<a_4294967301>", "<b_70>"], ["<a_99999999999999999999>", "<b_70>"]):
+        codes = [large, *([[1, 2], [3, 4]] if isinstance(large[0], int) else SIDS[1:])]
+        path = write(tmp_path, item_id=[1, 2, 3], sid=codes)
+        for code_sizes in ((), (256, 256)):
+            with pytest.raises(
+                DataError, match=r"number below 2 \*\* 31 in every code of sid; 1 items \(1\)"
+            ):
+                read_published(path, IDS, code_sizes=code_sizes)

@@ -2,8 +2,12 @@
 
 from itertools import pairwise
 
+import pytest
+
+from cluster.errors import ConfigError
 from data_streams import raw_files
 from data_streams.raw_files import RawFiles
+from data_streams.sources.events import EventsSource
 
 
 def test_every_line_is_read_once_however_a_file_is_cut(tmp_path, monkeypatch):
@@ -28,3 +32,10 @@ def test_a_relative_path_is_found_from_another_folder(tmp_path, monkeypatch):
     files = RawFiles("raw")
     monkeypatch.chdir("/")
     assert files.read("log.csv") == b"a,b\n"
+
+
+def test_addresses_that_nothing_here_reads_are_refused():
+    for address in ("nobodys://bucket/log.csv", "s4://bucket/log.csv"):
+        for open_source in (RawFiles, lambda path: EventsSource.Config(events=(path,)).build()):
+            with pytest.raises(ConfigError, match=f"files at {address} cannot be reached"):
+                open_source(address)
