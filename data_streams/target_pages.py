@@ -123,7 +123,7 @@ class EventReading:
         Shapes: held_out [U] place of the event, -1 or 0 for none -> [U] int64.
         """
         known = np.maximum(held_out, 0).astype(np.int64)
-        if not self.has_lag:
+        if not self.has_lag or not chunk.num_events:
             return known
         user, times = chunk.user_index, chunk.columns["timestamp_s"]
         # Where none is held out, nothing is known anyway.
