@@ -301,7 +301,7 @@ def _strength(action: str, config: DataConfig) -> int:
 
 def _pages_from(manifest: Manifest, config: DataConfig) -> str:
     """How pages come about, once it is known what the data set holds."""
-    for name, least in (("page_gap_s", 0), ("page_events", 1), ("page_items", 1)):
+    for name, least in (("feedback_lag_s", 0), ("page_gap_s", 0), ("page_events", 1), ("page_items", 1)):
         if getattr(config, name) < least:
             raise ConfigError(f"data.{name} must be at least {least}, is {getattr(config, name)}")
     needed = {"recorded": "page_id", "gap": "timestamp_s"}
