@@ -19,6 +19,7 @@ from data_streams.target_pages import EventReading
 from data_streams.user_block import ITEM, UserBlock, collate
 
 ACTION = "action"
+NO_ACTION = -1
 
 
 class EvaluationStream:
@@ -118,8 +119,8 @@ class EvaluationStream:
         if self._user_share < 1:
             known = np.where(drawn_users(chunk.users, self._user_share), known, -1)
         if self._action is not None and self._split != "serve":
-            # Without a held-out event (-1) any action is read, and the user is left out as it is.
-            actions = chunk.columns[ACTION][chunk.offsets[:-1] + held_out]
+            # Without a held-out event (-1) any action is read, or none; the user is left out as it is.
+            actions = np.append(chunk.columns[ACTION], NO_ACTION)[chunk.offsets[:-1] + held_out]
             known = np.where(actions == self._action, known, -1)
         self._without_history += int(((known == 0) & (held_out >= 0)).sum())
         places = np.flatnonzero(known > 0)

@@ -53,6 +53,8 @@ class TrainStream:
                 f"data.num_streams must be at least the number of workers: {config.num_streams} streams "
                 f"cannot feed {world_size} workers; raise data.num_streams to {world_size} or more"
             )
+        if seed < 0:
+            raise ConfigError(f"seed must be at least 0, is {seed}")
         storage, self.manifest = open_data(config)
         self._config, self._seed = config, seed
         self._streams = range(rank, config.num_streams, world_size)

@@ -123,7 +123,7 @@ class EventReading:
         Shapes: held_out [U] place of the event, -1 or 0 for none -> [U] int64.
         """
         known = np.maximum(held_out, 0).astype(np.int64)
-        if not self.has_lag:
+        if not self.has_lag or not chunk.num_events:
             return known
         user, times = chunk.user_index, chunk.columns["timestamp_s"]
         # Where none is held out, nothing is known anyway.
@@ -301,7 +301,7 @@ def _strength(action: str, config: DataConfig) -> int:
 
 def _pages_from(manifest: Manifest, config: DataConfig) -> str:
     """How pages come about, once it is known what the data set holds."""
-    for name, least in (("page_gap_s", 0), ("page_events", 1), ("page_items", 1)):
+    for name, least in (("feedback_lag_s", 0), ("page_gap_s", 0), ("page_events", 1), ("page_items", 1)):
         if getattr(config, name) < least:
             raise ConfigError(f"data.{name} must be at least {least}, is {getattr(config, name)}")
     needed = {"recorded": "page_id", "gap": "timestamp_s"}

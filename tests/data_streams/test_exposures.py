@@ -229,3 +229,14 @@ def test_shards_without_exposures_are_refused(tmp_path):
     path = build_pages(tmp_path / "data", keep_exposures=False)
     with pytest.raises(DataError, match="lacks exposure"):
         stream_of(path, actions=("click",))
+
+
+def test_users_of_a_chunk_may_all_be_without_a_history(tmp_path):
+    """What they chose was cut off behind what they were shown later."""
+    rows = [("u", "a", 0, "click", 0), *(("u", "b", time, "exposure", time) for time in range(1, 5))]
+    path = build_rows(tmp_path, rows, max_events_per_user=3)
+    for options in ({"held_out_action": "click"}, {"lag_s": 1.0}):
+        config = DataConfig(path=path, feedback_lag_s=options.pop("lag_s", 0.0))
+        for split in ("valid", "test", "serve"):
+            stream = EvaluationStream(config, split=split, rank=0, world_size=1, users_per_batch=4, **options)
+            assert list(stream.batches()) == []

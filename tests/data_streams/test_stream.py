@@ -216,6 +216,13 @@ def test_options_below_one_are_refused(path, option):
         TrainStream(make_config(path, **{option: 0}), seed=0, rank=0, world_size=0)
 
 
+def test_a_lag_and_a_seed_below_zero_are_refused(path):
+    with pytest.raises(ConfigError, match=r"data.feedback_lag_s must be at least 0, is -5.0"):
+        TrainStream(make_config(path, feedback_lag_s=-5.0), seed=0, rank=0, world_size=1)
+    with pytest.raises(ConfigError, match="seed must be at least 0, is -1"):
+        TrainStream(make_config(path), seed=-1, rank=0, world_size=1)
+
+
 def test_columns_the_shards_lack_are_refused_with_what_they_hold(path):
     with pytest.raises(ConfigError, match=r"needs the event columns price .* holds action, timestamp_s"):
         TrainStream(make_config(path, columns=("action", "price")), seed=0, rank=0, world_size=1)
