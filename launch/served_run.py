@@ -107,8 +107,13 @@ def asked_alike(config: PretrainConfig, other: PretrainConfig) -> PretrainConfig
 
 
 def _check_search(config: PretrainConfig, trained: PretrainConfig) -> None:
-    """Raises: ConfigError for options of semantic IDs and their search where the model has none."""
+    """Raises: ConfigError for options of semantic IDs and their search where the model has none, and the reverse."""
     if getattr(config.model, "needs_semantic_ids", False):
+        if (index := config.evaluation.index) != trained.evaluation.index:
+            raise ConfigError(
+                f"evaluation.index {index} is for models that rank their items one by one, and a "
+                f"{type(config.model).__qualname__.split('.')[0]} walks to them; leave it out"
+            )
         return
     names = (entry.name for entry in dataclasses.fields(config.search) if entry.name not in FOR_ANY_MODEL)
     given = [

@@ -28,7 +28,7 @@ def allowed_rows(config: SearchConfig, items: ItemTable) -> Tensor | None:
     if not allowed.any():
         raise ConfigError(
             f"search.allow and search.deny must leave at least one of the {items.num_items} items, and they leave "
-            "none; shorten the deny list"
+            "none; shorten the deny list, or lengthen the allow list"
         )
     return torch.from_numpy(np.flatnonzero(allowed))
 

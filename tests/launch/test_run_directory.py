@@ -109,6 +109,13 @@ def test_options_of_a_beam_are_refused_where_there_is_none(tmp_path):
         assert served.search.deny == absolute("d.txt")
 
 
+def test_an_index_of_items_is_refused_where_none_is_searched(tmp_path):
+    prepare(parse_config("decoder-amazon", ["--run-dir", str(tmp_path)]))
+    for command, form in (("evaluate", EvaluateOptions), ("recommend", RecommendOptions)):
+        with pytest.raises(ConfigError, match=r"evaluation.index hnsw is for models .* a DecoderOnly walks"):
+            parse_served(command, [str(tmp_path), "--evaluation.index", "hnsw"], form)
+
+
 def test_another_objective_takes_the_place_of_the_recipe_s_with_options_of_its_own():
     config = parse_config("sasrec", ["--objective", "full-softmax", "--objective.temperature", "0.5"])
     assert config.objective == FullSoftmax.Config(temperature=0.5)
