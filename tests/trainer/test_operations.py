@@ -6,7 +6,7 @@ from torch.utils.flop_counter import sdpa_backward_flop_count
 from cluster.process import Process
 from tests.process_group import ALONE, run_on_processes
 from trainer.learner import StepResult
-from trainer.operations import counted_step
+from trainer.operations import _grouped_product, _recurrence, _recurrence_backward, counted_step
 
 TARGETS = 5
 
@@ -47,3 +47,23 @@ def on_ranks(process: Process) -> float | None:
 
 def test_operations_of_all_ranks_are_added_up():
     assert run_on_processes(on_ranks, 2) == [3 * 2 * 4**3 / TARGETS] * 2
+
+
+def test_products_of_experts_are_counted_as_an_accelerator_does_them():
+    rows, expand, ends = torch.randn(6, 16), torch.randn(2, 16, 8), torch.tensor([2, 6], dtype=torch.int32)
+
+    def take() -> StepResult:
+        F.grouped_mm(rows.bfloat16(), expand.bfloat16(), offs=ends)
+        return StepResult(loss_sum=torch.zeros(()), metrics={}, global_count=1)
+
+    assert counted_step(take, ALONE)[1] == 2 * 6 * 16 * 8
+    # Backward: the gradients of the weights are summed within groups.
+    assert _grouped_product((16, 6), (6, 8)) == 2 * 6 * 16 * 8
+    assert _grouped_product((2, 3, 16), (2, 16, 8)) == 2 * 2 * 3 * 16 * 8
+
+
+def test_recurrent_layers_of_an_accelerator_take_their_matrices_once_for_each_cell():
+    weights = [(24, 8), (24, 8), (24,), (24,)]
+    forward = 2 * 3 * 5 * 2 * 24 * 8
+    assert _recurrence((3, 5, 8), weights, 4, None) == forward
+    assert _recurrence_backward((3, 5, 8), weights, 4, None) == 2 * forward
