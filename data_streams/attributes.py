@@ -21,6 +21,8 @@ from data_streams.user_table import read_users
 MOST_VALUES = 16
 """Values of a column that count for one item or user; further ones are left out."""
 _BUCKETS_PER_DOUBLING = 2
+_SMALLEST = 2.0**-20
+"""Smaller sizes count as this."""
 _ID_BITS = 62
 
 logger = logging.getLogger(__name__)
@@ -93,8 +95,9 @@ def _column_ids(values: pl.Series) -> pl.DataFrame:
 
 
 def _bucket(value: pl.Expr) -> pl.Expr:
-    """Half powers of two, which need no look at the other values. Example: 9.5 and 10.9 share a bucket with 8.0."""
-    size = (value.abs() + 1).log(2) * _BUCKETS_PER_DOUBLING
+    """Half powers of two, which need no look at the other values. Example: 9.5 and 10.9 share a bucket with 8.0, and
+    0.2 and 0.24 with each other."""
+    size = value.abs().clip(_SMALLEST).log(2) * _BUCKETS_PER_DOUBLING
     return value.sign().cast(pl.Int64).cast(pl.String) + "~" + size.floor().cast(pl.Int64).cast(pl.String)
 
 

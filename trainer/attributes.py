@@ -24,7 +24,7 @@ def add_attributes(model: Recommender, data: DataConfig) -> None:
                 f"data.item-attributes are added to rows of items, and {type(model).__name__} has none as it is "
                 "configured; leave them out"
             )
-        ids = item_attributes(data.path, data.item_attributes)
+        ids = item_attributes(data.path, sorted({*data.item_attributes}))
         model.item_attributes = Attributes(ids=ids, hash_rows=data.attribute_rows)
     if data.user_attributes:
         if not any(spec.rows_are_users for spec in tables):
@@ -33,13 +33,13 @@ def add_attributes(model: Recommender, data: DataConfig) -> None:
                 "configured; give it some with its option user-rows where it has one, or leave them out"
             )
         num_users = Manifest.load(Storage(data.path)).num_users
-        ids = user_attributes(data.path, data.user_attributes, num_users)
+        ids = user_attributes(data.path, sorted({*data.user_attributes}), num_users)
         model.user_attributes = Attributes(ids=ids, hash_rows=data.attribute_rows)
 
 
 def described_attributes(data: DataConfig) -> dict[str, Any]:
     """What must stay the same for the rows of a checkpoint to mean the same."""
-    chosen = {"item_attributes": list(data.item_attributes), "user_attributes": list(data.user_attributes)}
+    chosen = {name: sorted({*getattr(data, name)}) for name in ("item_attributes", "user_attributes")}
     chosen = {name: columns for name, columns in chosen.items() if columns}
     return {**chosen, "attribute_rows": data.attribute_rows} if chosen else {}
 

@@ -30,6 +30,8 @@ def test_numbers_are_values_and_fractions_fall_into_buckets():
     assert rows_of(pl.Series("year", [1999, 2000, 1999]))[0] == rows_of(pl.Series("year", ["1999"]))[0]
     prices = rows_of(pl.Series("price", [8.0, 10.0, 100.0, -8.0, float("nan"), None, float("inf")]))
     assert prices[0] == prices[1] and prices[0] != prices[2] and prices[0] != prices[3]
+    shares = rows_of(pl.Series("share", [0.2, 0.24, 0.4, 0.0, 1e-30]))
+    assert shares[0] == shares[1] != shares[2] and len({*map(tuple, shares)}) == 4
     assert prices[4] == prices[5] == prices[6] == []
 
 

@@ -6,7 +6,7 @@ from launch.cli import run as grail
 from tests.text_cases import make_text_model
 from tests.tiny_run import build_tiny_data
 from tests.training_cases import Case, make_model
-from trainer.attributes import add_attributes
+from trainer.attributes import add_attributes, described_attributes
 from trainer.metric_log import read_metrics
 
 QUICK = (
@@ -73,3 +73,14 @@ def test_rows_of_users_have_attributes_of_users_and_none_of_items(data):
     )
     described = {spec.name: spec.describes for spec in model.all_tables()}
     assert described == {"item": None, "user": None, "item_attributes": "item", "user_attributes": "user"}
+
+
+def test_the_order_of_columns_and_their_number_mean_nothing(data):
+    columns = ("title", "categories")
+    (first, second), described = (make_model(Case()), make_model(Case())), []
+    for model, chosen in ((first, columns), (second, (*reversed(columns), "title"))):
+        config = DataConfig(path=data, item_attributes=chosen)
+        add_attributes(model, config)
+        described.append(described_attributes(config))
+    assert described[0] == described[1]
+    assert first.item_attributes.ids.values.equal(second.item_attributes.ids.values)
