@@ -52,8 +52,9 @@ class M6RecRanking(Ranker):
         makes them. Not in the paper: from a few thousand users, attention alone learns little of what users and
         candidates have in common. A likelihood stands alone, without it."""
         exits: tuple[int, ...] = ()
-        """Layers after which a classifier of their own answers too (early exit), trained beside the last one; each more
-        than model.separate-blocks. What an answer must have to be the last word is --evaluation.exit-confidence."""
+        """Layers after which a classifier of their own answers too (early exit); each more than model.separate-blocks.
+        It reads them as they are and teaches them nothing, so the last layer answers as it would without. How sure an
+        answer must be to be the last word is --evaluation.exit-confidence."""
         language_weight: float = 0.0
         """Weight of the loss of the words of clicked candidates beside that of the answers."""
         actions: tuple[str, ...] = ()
@@ -114,16 +115,16 @@ class M6RecRanking(Ranker):
             self.encoder.require_tied("leave model.scoring likelihood and model.language-weight out")
         self.exit_confidence, self.stops = exit_confidence, self._checked_stops()
         # So a ranker can start from a retriever.
-        own = ("classifier.", "likeness.", *["exit_classifiers."] * bool(config.exits))
+        own = ("classifier.", "likeness.", *["exits."] * bool(config.exits))
         self.added_parameters = (*self.encoder.added_parameters("encoder."), *own)
         if self.num_options and not config.has_frozen_base:
             self.classifier = Linear(self.encoder.width, len(self.actions))
-            self.exit_classifiers = nn.ModuleList(
-                Linear(self.encoder.width, len(self.actions)) for _ in config.exits
-            )
         if config.has_likeness:
-            self.likeness = Linear(1, len(self.actions), bias=False)
-            nn.init.constant_(self.likeness.weight, LIKENESS)
+            self.likeness = _multiples(len(self.actions))
+        self.exits = nn.ModuleList(
+            ExitHead(self.encoder.width, len(self.actions), has_likeness=config.has_likeness)
+            for _ in config.exits
+        )
         log_trained_share(self, self.encoder)
 
     def _checked_stops(self) -> tuple[int, ...]:
@@ -191,7 +192,7 @@ class M6RecRanking(Ranker):
             losses = [
                 F.binary_cross_entropy_with_logits(logits, answers, reduction="none") for logits in found
             ]
-            total = torch.stack([loss.sum() for loss in losses]).mean()
+            total = torch.stack([loss.sum() for loss in losses]).sum()
             metrics = dict(zip(self.actions, losses[-1].detach().sum(0), strict=True))
         if self.config.reads_words:
             weight = self.config.language_weight if self.config.scoring == "classifier" else 1.0
@@ -253,16 +254,48 @@ class M6RecRanking(Ranker):
 
         Shapes: item [P], which of those alone it is -> [P, A] fp32.
         """
+        if 0 <= number < len(self.exits):
+            return self.exits[number](states, item)
         if self.config.has_frozen_base:
             no, yes = self.encoder.options(self.num_options).unflatten(0, (-1, 2)).unbind(1)
             found = F.linear(states.prompts.float(), (yes - no).float())
         else:
-            found = [*self.exit_classifiers, self.classifier][number](states.prompts).float()
+            found = self.classifier(states.prompts).float()
         if not self.config.has_likeness:
             return found
-        items = states.alone.index_select(0, item).float()
-        cosine = F.cosine_similarity(states.begins.float(), items, dim=-1)
-        return found + self.likeness(cosine[:, None]).float()
+        return found + self.likeness(_cosine(states, item)).float()
+
+
+class ExitHead(nn.Module):
+    """The answers behind an exit. No gradient goes through it into the states.
+
+    Source of that: DeeBERT (Xin et al., 2020), which trains its exits behind a finished model.
+    """
+
+    def __init__(self, width: int, num_actions: int, *, has_likeness: bool):
+        super().__init__()
+        self.classifier = Linear(width, num_actions)
+        self.likeness = _multiples(num_actions) if has_likeness else None
+
+    def forward(self, states: States, item: Tensor) -> Tensor:
+        """Log-odds of each action for each prompt. Shapes: item [P] -> [P, A] fp32."""
+        found = self.classifier(states.prompts.detach()).float()
+        if self.likeness is None:
+            return found
+        return found + self.likeness(_cosine(states, item).detach()).float()
+
+
+def _multiples(num_actions: int) -> Linear:
+    """Of the cosine of user and item, one for each action."""
+    multiples = Linear(1, num_actions, bias=False)
+    nn.init.constant_(multiples.weight, LIKENESS)
+    return multiples
+
+
+def _cosine(states: States, item: Tensor) -> Tensor:
+    """Of each prompt's user and its item. Shapes: item [P] -> [P, 1] fp32."""
+    items = states.alone.index_select(0, item).float()
+    return F.cosine_similarity(states.begins.float(), items, dim=-1)[:, None]
 
 
 def _first_request(batch: SequenceBatch) -> SequenceBatch:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cluster.errors import ConfigError
 from tests.models.test_m6rec import CONTEXT, looked_up, make_model, make_users
@@ -17,16 +18,21 @@ def make_exiting(name: str, exits: tuple[int, ...] = (2, 3), **options):
 
 
 def ended_at(model, name: str, number: int):
-    """The same model without the layers behind a stop."""
-    stop = model.stops[number]
-    shorter = make_model(name, num_blocks=stop)
-    weights = {
-        key.replace(f"exit_classifiers.{number}.", "classifier."): value
-        for key, value in model.state_dict().items()
-        if not (number < len(model.config.exits) and key.startswith("classifier."))
-    }
-    shorter.load_state_dict({key: value for key, value in weights.items() if key in shorter.state_dict()})
+    """The same model without the layers behind a stop, which answers as that stop does."""
+    shorter = make_model(name, num_blocks=model.stops[number])
+    weights = model.state_dict()
+    shorter.load_state_dict({key: weights[key] for key in shorter.state_dict()})
+    if number < len(model.exits):
+        shorter.classify = lambda states, item, *_: by_hand(model.exits[number], states, item)
     return shorter
+
+
+def by_hand(head, states, item) -> torch.Tensor:
+    found = states.prompts @ head.classifier.weight.T + head.classifier.bias
+    if head.likeness is None:
+        return found
+    users, items = (F.normalize(part, dim=-1) for part in (states.begins, states.alone[item]))
+    return found + (users * items).sum(-1, keepdim=True) * head.likeness.weight[:, 0]
 
 
 def scores(model) -> torch.Tensor:
@@ -54,16 +60,24 @@ def test_a_candidate_is_answered_where_it_is_first_sure(name, share):
     assert (len(answered.unique()) > 1) == (share == 0.5)
 
 
-def test_the_loss_is_the_mean_over_the_stops():
-    name = "m6-rec-ranking"
+@pytest.mark.parametrize("name", ["m6-rec-ranking", "m6-rec-ranking of adapters"])
+def test_exits_add_their_losses_and_teach_the_layers_nothing(name):
     model = make_exiting(name)
     batch = model.training_batch(random_log(num_users=3), CONTEXT)
 
-    def loss_of(some) -> float:
-        return float(some(looked_up(some, some.ids(batch, CONTEXT)), batch, CONTEXT).sum)
+    def loss_of(some) -> torch.Tensor:
+        return some(looked_up(some, some.ids(batch, CONTEXT)), batch, CONTEXT).sum
 
     parts = [loss_of(ended_at(model, name, number)) for number in range(3)]
-    assert loss_of(model) == pytest.approx(sum(parts) / 3, rel=1e-5)
+    loss = loss_of(model)
+    assert loss.item() == pytest.approx(sum(map(float, parts)), rel=1e-5)
+    loss.backward()
+    without = ended_at(model, name, 2)
+    loss_of(without).backward()
+    gradients = {key: weights.grad for key, weights in model.named_parameters()}
+    for key, weights in without.named_parameters():
+        torch.testing.assert_close(gradients[key], weights.grad, atol=1e-6, rtol=1e-5)
+    assert all(gradients[key].any() for key in gradients if key.startswith("exits."))
 
 
 def test_prompts_that_are_answered_take_their_regions_with_them():
