@@ -6,11 +6,13 @@ c + k N, fitted to those that were counted, in place of 6 N; what reads the cata
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
 from scipy.optimize import least_squares, nnls
+
+from launch.scaling_law import largest_miss
 
 LEAST_POINTS = 6
 """Points that a law of five numbers is fitted to, so that it can miss one."""
@@ -48,6 +50,8 @@ class JointLaw:
     """Operations per target that every model needs (c)."""
     flops_per_weight: float
     """Operations per target that each parameter adds (k)."""
+    largest_miss: float = 0.0
+    """Share by which the worst of the fitted losses is off."""
 
     def loss(self, sizes: np.ndarray, targets: np.ndarray) -> np.ndarray:
         return (
@@ -99,7 +103,7 @@ def fit_joint_law(
     fitted = _search(size / size_unit, seen / data_unit, loss)
     floor, size_exponent, data_exponent = fitted[0], fitted[3], fitted[4]
     base, slope = nnls(np.stack((1 / flops, size / flops), axis=1), np.ones_like(flops))[0]
-    return JointLaw(
+    law = JointLaw(
         floor=float(floor),
         size_scale=float(np.exp(fitted[1]) * size_unit**size_exponent),
         size_exponent=float(size_exponent),
@@ -108,6 +112,7 @@ def fit_joint_law(
         flops_per_target=float(base),
         flops_per_weight=float(slope),
     )
+    return replace(law, largest_miss=largest_miss(law.loss(size, seen), loss))
 
 
 def num_amounts(values: Sequence[float]) -> int:

@@ -4,7 +4,7 @@ Source of the form: OneRec-V2 Technical Report (2025), arXiv 2508.20900; with a 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import curve_fit
@@ -18,6 +18,8 @@ class ScalingLaw:
     floor: float
     scale: float
     exponent: float
+    largest_miss: float = 0.0
+    """Share by which the worst of the fitted losses is off."""
 
     def loss(self, sizes: np.ndarray) -> np.ndarray:
         return self.floor + self.scale / sizes**self.exponent
@@ -41,4 +43,10 @@ def fit_law(sizes: Sequence[float], losses: Sequence[float]) -> ScalingLaw | Non
         max_nfev=20_000,
     )
     floor, drop, exponent = map(float, fitted)
-    return ScalingLaw(floor=floor, scale=drop * unit**exponent, exponent=exponent)
+    law = ScalingLaw(floor=floor, scale=drop * unit**exponent, exponent=exponent)
+    return replace(law, largest_miss=largest_miss(law.loss(sizes), losses))
+
+
+def largest_miss(told: np.ndarray, losses: np.ndarray) -> float:
+    """Share by which the worst of some losses is off. Shapes: twice [n]."""
+    return float(np.abs(told / losses - 1).max())

@@ -87,7 +87,8 @@ class View:
         if self.law is None:
             return ""
         data = f", D: {SIZES[TARGETS]}" if isinstance(self.law, JointLaw) else ""
-        return f"{self.law}, N: {SIZES[self.against]}{data}"
+        missed = f"off by at most {100 * self.law.largest_miss:.1f} %"
+        return f"{self.law}, {missed}, N: {SIZES[self.against]}{data}"
 
     @cached_property
     def pictures(self) -> Mapping[str, bytes]:

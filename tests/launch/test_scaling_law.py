@@ -12,6 +12,7 @@ def test_the_law_of_a_report_is_found_in_points_that_follow_it():
     assert (law.floor, law.exponent) == (pytest.approx(3.13, abs=1e-3), pytest.approx(0.489, abs=1e-3))
     assert law.scale == pytest.approx(3660, rel=0.02)
     assert law.loss(sizes) == pytest.approx(3.13 + 3660 / sizes**0.489, rel=1e-4)
+    assert law.largest_miss < 1e-4
     assert str(law).startswith("L(N) = 3.130 + ") and str(law).endswith("/ N^0.489")
 
 
@@ -26,7 +27,7 @@ def test_the_joint_law_of_a_paper_is_found_in_points_that_follow_it():
     sizes, targets = (values.ravel() for values in np.meshgrid([1e7, 4e7, 1.6e8, 6.4e8], [2e8, 8e8, 3.2e9]))
     losses = 1.69 + 406.4 / sizes**0.34 + 410.7 / targets**0.28
     law = fit_joint_law(sizes, targets, losses, 6 * sizes)
-    assert law.floor == pytest.approx(1.69, rel=1e-3)
+    assert law.floor == pytest.approx(1.69, rel=1e-3) and law.largest_miss < 1e-3
     assert (law.size_scale, law.size_exponent) == pytest.approx((406.4, 0.34), rel=1e-2)
     assert (law.data_scale, law.data_exponent) == pytest.approx((410.7, 0.28), rel=1e-2)
     # Their equation 4: the best size is G (C / 6)^(beta / (alpha + beta)).
@@ -47,3 +48,14 @@ def test_a_joint_law_needs_three_sizes_three_amounts_and_six_runs():
     assert fit_joint_law(sizes, np.tile([1.0, 1.04, 1.08], 3), losses, sizes) is None, "one amount"
     assert fit_joint_law(sizes, targets, losses * 0, sizes) is None
     assert num_amounts([200, 100, 104]) == 2
+
+
+def test_a_law_tells_how_far_it_is_off():
+    sizes, targets = (values.ravel() for values in np.meshgrid([1.0, 2.0, 4.0, 8.0], [1.0, 10.0, 100.0]))
+    losses = 2 + 1 / sizes + 1 / targets
+    losses[5] *= 1.5
+    assert fit_joint_law(sizes, targets, losses, sizes).largest_miss == pytest.approx(1 / 3, rel=0.05)
+    line = fit_law([1, 2, 4, 8], [3, 2.5, 2.25, 2.5])
+    assert line.largest_miss == pytest.approx(
+        max(abs(line.loss(8.0) / 2.5 - 1), abs(line.loss(4.0) / 2.25 - 1))
+    )

@@ -189,7 +189,9 @@ def test_runs_of_several_sizes_and_amounts_of_data_follow_a_joint_law():
     assert (law.flops_per_target, law.flops_per_weight) == pytest.approx((1000, 6))
     view = View.of(rows, [], "parameters", "loss")
     assert (
-        str(view.law) == str(joint_law_of(rows, "parameters")) and "D: supervised targets seen" in view.note
+        str(view.law) == str(joint_law_of(rows, "parameters"))
+        and "D: supervised targets seen" in view.note
+        and "off by at most 0." in view.note
     )
     assert [split.flops for split in view.splits] == [rows[-1]["flops"] * times for times in (1, 10, 100)]
     files = view.files()
