@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from typing import Any
 
 from cluster.errors import CheckpointError
@@ -48,14 +48,20 @@ def option_defaults(part: Any) -> dict[str, Any]:
     """What the options of a configuration are where nothing is said of them, by name; those of its parts too."""
     found = {}
     for option in fields(part) if is_dataclass(part) else ():
-        value = getattr(part, option.name)
+        value, default = getattr(part, option.name), option.default
+        if default is MISSING and option.default_factory is not MISSING:
+            default = option.default_factory()
         if is_dataclass(value):
             found[option.name] = option_defaults(value)
-        elif option.default is not MISSING:
-            found[option.name] = option.default
-        elif option.default_factory is not MISSING:
-            found[option.name] = option.default_factory()
+        elif default is not MISSING:
+            found[option.name] = _plain(default)
     return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(part) for part in value]
+    return asdict(value) if is_dataclass(value) else value
 
 
 def _filled_up(saved: Any, defaults: Any) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import tyro
 
+from benchmarks.setting.commands import run_experiment
 from benchmarks.setting.report import Table
 from cluster.errors import ConfigError
 from data_streams.exposures import NO_ITEM, ExposureBatch, ExposureStream
@@ -97,4 +98,4 @@ def ranked(frozen: FrozenRun, batches: list[ExposureBatch], confidence: float) -
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run_experiment(main))

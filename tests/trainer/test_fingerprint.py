@@ -57,7 +57,8 @@ class Part:
 class Options:
     width: int
     depth: int = 2
-    part: Part = field(default_factory=Part)
+    part: Part | None = field(default_factory=Part)
+    parts: tuple[Part, ...] = (Part(size=1),)
 
 
 def test_an_option_that_a_checkpoint_is_too_old_to_know_had_its_default():
@@ -65,7 +66,9 @@ def test_an_option_that_a_checkpoint_is_too_old_to_know_had_its_default():
         return model_fingerprint(SHAPES, {"model": asdict(Options(width=8, **options))})
 
     defaults = {"model": option_defaults(Options(width=8, depth=5, part=Part(size=4)))}
-    assert defaults == {"model": {"depth": 2, "part": {"size": 3, "names": ()}}}
+    assert defaults == {
+        "model": {"depth": 2, "part": {"size": 3, "names": []}, "parts": [{"size": 1, "names": []}]}
+    }
     old = model_fingerprint(SHAPES, {"model": {"width": 8, "part": {"size": 3}}})
     compare_fingerprint(old, now(), defaults)
     with pytest.raises(CheckpointError, match=r"model.model.depth: 2 saved, 5 now"):
@@ -73,3 +76,7 @@ def test_an_option_that_a_checkpoint_is_too_old_to_know_had_its_default():
     with pytest.raises(CheckpointError, match=r"model.model.part.names: \[\] saved, \['a'\] now"):
         compare_fingerprint(old, now(part=Part(names=("a",))), defaults)
     compare_fingerprint(model_fingerprint(SHAPES, {"model": {"width": 8}}), now(), defaults)
+    # A part that may be left out had all of its defaults.
+    assert option_defaults(Options(width=8, part=None)) == defaults["model"] | {
+        "part": {"size": 3, "names": []}
+    }
