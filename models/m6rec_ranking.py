@@ -53,8 +53,10 @@ class M6RecRanking(Ranker):
         candidates have in common. A likelihood stands alone, without it."""
         exits: tuple[int, ...] = ()
         """Layers after which a classifier of their own answers too (early exit); each more than model.separate-blocks.
-        It reads them as they are and teaches them nothing, so the last layer answers as it would without. How sure an
-        answer must be to be the last word is --evaluation.exit-confidence."""
+        How sure an answer must be to be the last word is --evaluation.exit-confidence."""
+        exit_weight: float = 0.0
+        """How much of what exits learn the layers below learn too: with 0 the last layer answers as it would without
+        exits, with 1 all answers count the same."""
         language_weight: float = 0.0
         """Weight of the loss of the words of clicked candidates beside that of the answers."""
         actions: tuple[str, ...] = ()
@@ -75,6 +77,8 @@ class M6RecRanking(Ranker):
 
         def __post_init__(self) -> None:
             super().__post_init__()
+            if not 0 <= self.exit_weight <= 1:
+                raise ConfigError(f"model.exit-weight must lie in 0..1, got {self.exit_weight}")
             if self.exits and self.scoring != "classifier":
                 raise ConfigError("model.exits are of --model.scoring classifier; leave either out")
             if self.reads_words and self.joint_tokens != "all":
@@ -122,7 +126,12 @@ class M6RecRanking(Ranker):
         if config.has_likeness:
             self.likeness = _multiples(len(self.actions))
         self.exits = nn.ModuleList(
-            ExitHead(self.encoder.width, len(self.actions), has_likeness=config.has_likeness)
+            ExitHead(
+                self.encoder.width,
+                len(self.actions),
+                has_likeness=config.has_likeness,
+                weight=config.exit_weight,
+            )
             for _ in config.exits
         )
         log_trained_share(self, self.encoder)
@@ -267,22 +276,27 @@ class M6RecRanking(Ranker):
 
 
 class ExitHead(nn.Module):
-    """The answers behind an exit. No gradient goes through it into the states.
+    """The answers behind an exit; a share `weight` of their gradient goes on into the states.
 
-    Source of that: DeeBERT (Xin et al., 2020), which trains its exits behind a finished model.
+    Source of a share of 0: DeeBERT (Xin et al., 2020), which trains its exits behind a finished model.
     """
 
-    def __init__(self, width: int, num_actions: int, *, has_likeness: bool):
+    def __init__(self, width: int, num_actions: int, *, has_likeness: bool, weight: float):
         super().__init__()
+        self.weight = weight
         self.classifier = Linear(width, num_actions)
         self.likeness = _multiples(num_actions) if has_likeness else None
 
     def forward(self, states: States, item: Tensor) -> Tensor:
         """Log-odds of each action for each prompt. Shapes: item [P] -> [P, A] fp32."""
-        found = self.classifier(states.prompts.detach()).float()
+        found = self.classifier(self._taught(states.prompts)).float()
         if self.likeness is None:
             return found
-        return found + self.likeness(_cosine(states, item).detach()).float()
+        return found + self.likeness(self._taught(_cosine(states, item))).float()
+
+    def _taught(self, values: Tensor) -> Tensor:
+        """The same values, which get a share of the gradient alone."""
+        return values.detach() if self.weight == 0 else values.detach().lerp(values, self.weight)
 
 
 def _multiples(num_actions: int) -> Linear:

@@ -80,6 +80,23 @@ def test_exits_add_their_losses_and_teach_the_layers_nothing(name):
     assert all(gradients[key].any() for key in gradients if key.startswith("exits."))
 
 
+def test_a_share_of_what_exits_learn_is_learnt_by_the_layers_below():
+    gradients = {}
+    for weight in (0.0, 0.25, 1.0):
+        model = make_exiting("m6-rec-ranking", exit_weight=weight)
+        batch = model.training_batch(random_log(num_users=3), CONTEXT)
+        model(looked_up(model, model.ids(batch, CONTEXT)), batch, CONTEXT).sum.backward()
+        gradients[weight] = {key: weights.grad for key, weights in model.named_parameters()}
+    for key, alone in gradients[0.0].items():
+        expected = alone + 0.25 * (gradients[1.0][key] - alone)
+        if not key.startswith("exits."):
+            torch.testing.assert_close(gradients[0.25][key], expected, atol=1e-4, rtol=1e-3)
+    marks = "encoder.marks.weight"
+    assert not torch.allclose(gradients[0.0][marks], gradients[1.0][marks])
+    with pytest.raises(ConfigError, match="exit-weight must lie in"):
+        make_exiting("m6-rec-ranking", exit_weight=1.5)
+
+
 def test_prompts_that_are_answered_take_their_regions_with_them():
     model = make_exiting("m6-rec-ranking", separate_blocks=1, joint_tokens="last")
     users, shown = make_users(), torch.arange(12)

@@ -66,7 +66,7 @@ def test_an_option_that_a_checkpoint_is_too_old_to_know_had_its_default():
         return model_fingerprint(SHAPES, {"model": asdict(Options(width=8, **options))})
 
     defaults = {"model": option_defaults(Options(width=8, depth=5, part=Part(size=4)))}
-    assert defaults == {
+    assert json.loads(json.dumps(defaults)) == {
         "model": {"depth": 2, "part": {"size": 3, "names": []}, "parts": [{"size": 1, "names": []}]}
     }
     old = model_fingerprint(SHAPES, {"model": {"width": 8, "part": {"size": 3}}})
@@ -77,6 +77,5 @@ def test_an_option_that_a_checkpoint_is_too_old_to_know_had_its_default():
         compare_fingerprint(old, now(part=Part(names=("a",))), defaults)
     compare_fingerprint(model_fingerprint(SHAPES, {"model": {"width": 8}}), now(), defaults)
     # A part that may be left out had all of its defaults.
-    assert option_defaults(Options(width=8, part=None)) == defaults["model"] | {
-        "part": {"size": 3, "names": []}
-    }
+    without = {"model": option_defaults(Options(width=8, part=None))}
+    assert json.dumps(without) == json.dumps(defaults)
