@@ -30,6 +30,9 @@ SPOKEN = "spoken"
 class M6RecInfilling(M6Rec):
     @dataclass(frozen=True, kw_only=True)
     class Config(TextEncoderConfig):
+        selection_metrics = ("step",)
+        """What validation finds rises and falls with other things than what is learnt, so the last step is the best."""
+
         joint_tokens: Literal["all", "last"] = "all"
         """What of behaviours the upper layers see; words are predicted one after the other, which needs all."""
 

@@ -33,6 +33,8 @@ from trainer.weight_average import averaged
 logger = logging.getLogger(__name__)
 
 FeedKind = TypeVar("FeedKind", bound=Feed)
+LAST_STEP = "step"
+"""A selection metric by which every step is better than those before."""
 
 
 @dataclass(kw_only=True)
@@ -166,6 +168,8 @@ def validate(job: Job) -> bool:
     job.reporter.pause_steps()
     with averaged(job.engine):
         metrics = _validation_metrics(job)
+    # Where the loss of a model says nothing of how well it finds items, the last step is the best one.
+    metrics = {**metrics, LAST_STEP: progress.step}
     value = metrics[config.selection_metric]
     improved = progress.best is None or value > progress.best
     if improved:
@@ -185,7 +189,8 @@ def validate(job: Job) -> bool:
     )
     if job.metric_log:
         job.metric_log.write(
-            progress.step, {f"validation/{name}": number for name, number in metrics.items()}
+            progress.step,
+            {f"validation/{name}": number for name, number in metrics.items() if name != LAST_STEP},
         )
     job.after_validation(metrics)
     return improved
