@@ -18,6 +18,6 @@ def recipe() -> PretrainConfig:
         ),
         # What validation compares users and items by; nothing is trained with it.
         objective=SampledSoftmax.Config(),
-        train=TrainConfig(epochs=6, learning_rate=2e-3, warmup_steps=30, selection_metric="step"),
+        train=TrainConfig(epochs=6, learning_rate=3e-4, warmup_steps=30, selection_metric="step"),
         evaluation=EvaluationConfig(users_per_batch=256),
     )
