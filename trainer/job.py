@@ -169,8 +169,8 @@ def validate(job: Job) -> bool:
     with averaged(job.engine):
         metrics = _validation_metrics(job)
     # Where the loss of a model says nothing of how well it finds items, the last step is the best one.
-    metrics = {**metrics, LAST_STEP: progress.step}
-    value = metrics[config.selection_metric]
+    by_step = config.selection_metric == LAST_STEP
+    value = progress.step if by_step else metrics[config.selection_metric]
     improved = progress.best is None or value > progress.best
     if improved:
         progress.best, progress.best_step, progress.validations_without_gain = value, progress.step, 0
@@ -189,8 +189,7 @@ def validate(job: Job) -> bool:
     )
     if job.metric_log:
         job.metric_log.write(
-            progress.step,
-            {f"validation/{name}": number for name, number in metrics.items() if name != LAST_STEP},
+            progress.step, {f"validation/{name}": number for name, number in metrics.items()}
         )
     job.after_validation(metrics)
     return improved
