@@ -35,6 +35,12 @@ class Jagged:
         torch.cumsum(lengths, 0, out=offsets[1:])
         return Jagged(values=values, offsets=offsets, max_length=int(lengths.max()) if len(lengths) else 0)
 
+    @staticmethod
+    def on_device(values: Tensor, lengths: Tensor, max_length: int) -> "Jagged":
+        """Build from row lengths [B] wherever they lie, without waiting; `max_length` may be more than the longest."""
+        offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        return Jagged(values=values, offsets=offsets, max_length=max_length)
+
     @property
     def num_rows(self) -> int:
         return self.offsets.shape[0] - 1

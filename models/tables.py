@@ -121,8 +121,5 @@ def carried(name: str, rows: Jagged) -> Ids:
 
 def carried_back(name: str, rows: Rows) -> Jagged:
     """The way back from `carried`, wherever the rows lie."""
-    return Jagged(
-        values=rows[name].ids,
-        offsets=torch.nn.functional.pad(rows[f"{name} lengths"].ids.cumsum(0), (1, 0)),
-        max_length=rows[f"{name} longest"].ids.shape[0],
-    )
+    longest = rows[f"{name} longest"].ids.shape[0]
+    return Jagged.on_device(rows[name].ids, rows[f"{name} lengths"].ids, longest)

@@ -76,7 +76,7 @@ class Reading:
             regions=_rows_of(regions, asked),
             region_limits=self.region_limits[asked[regions.row_index()]],
             prompts=_rows_of(prompts, stays),
-            visible=_jagged_on_device(visible.values[stays], left[asked], visible.max_length),
+            visible=Jagged.on_device(visible.values[stays], left[asked], visible.max_length),
             slots=number[self.slots[stays]],
             new=self.new,
             remembered_from=self.remembered_from,
@@ -244,13 +244,7 @@ def sums_within(values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np
 
 def _rows_of(rows: Jagged, kept: Tensor) -> Jagged:
     """Shapes: kept [B] bool."""
-    return _jagged_on_device(rows.values[kept[rows.row_index()]], rows.lengths[kept], rows.max_length)
-
-
-def _jagged_on_device(values: Tensor, lengths: Tensor, max_length: int) -> Jagged:
-    """`max_length` may be more than the longest row has."""
-    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    return Jagged(values=values, offsets=offsets, max_length=max_length)
+    return Jagged.on_device(rows.values[kept[rows.row_index()]], rows.lengths[kept], rows.max_length)
 
 
 def _jagged(values: np.ndarray, lengths: np.ndarray) -> Jagged:
