@@ -77,12 +77,16 @@ class SemanticIdTable:
         codes = np.ascontiguousarray(self.codes, dtype="<i4").tobytes()
         return hashlib.sha256(head.encode() + codes).hexdigest()[:16]
 
+    def extends_or_is(self, fingerprint: str) -> bool:
+        """Whether the items of the table of this fingerprint have the same codes here."""
+        return fingerprint in (self.fingerprint, *self.extends)
+
     def require(self, fingerprint: str) -> None:
         """Check that a model trained with the table of this fingerprint may use this one: it, or an extension.
 
         Raises: CheckpointError where the IDs have changed.
         """
-        if fingerprint not in (self.fingerprint, *self.extends):
+        if not self.extends_or_is(fingerprint):
             raise CheckpointError(
                 f"the model was trained with the semantic IDs {fingerprint}, and this table is "
                 f"{self.fingerprint}, in which items have other codes; give the table of the model"

@@ -243,7 +243,7 @@ def _tell_other_codes(reader: CheckpointReader, assembly: Assembly) -> None:
     saved, own = reader.shared_state["fingerprint"]["model"].get("semantic_ids"), assembly.semantic_ids
     if saved is None or own is None or any(spec.rows_are_places for spec in assembly.tables.specs.values()):
         return
-    if saved not in (own.fingerprint, *own.extends):
+    if not own.extends_or_is(saved):
         logger.warning(
             "The weights have learnt the semantic IDs %s, and this run's are %s, in which items have other codes: what "
             "they know of codes is of other items; give --data.semantic-ids of the run they come from, or train long "
