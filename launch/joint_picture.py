@@ -1,6 +1,5 @@
 """Losses of a sweep over model and data with the joint law of both, as a PNG."""
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from launch.joint_law import JointLaw, Split
+from launch.plots import as_png
 from launch.sweep_picture import FLOPS, LOSS, TARGETS, Row
 
 
@@ -22,11 +22,9 @@ def draw_joint_law(rows: Sequence[Row], size: str, law: JointLaw, splits: Sequen
         data.plot([row[TARGETS] for row in own], losses, "o", color=colour, label=f"{value:,}")
         compute.plot([row[FLOPS] for row in own], losses, "o", color=colour)
         _draw_size(data, compute, law, value, [row[TARGETS] for row in own], colour)
-    reached = sorted(splits, key=lambda split: split.flops)
-    if reached:
-        compute.plot(
-            [split.flops for split in reached], [split.loss for split in reached], "k*--", label="best split"
-        )
+    if splits:
+        budgets, reached = [split.flops for split in splits], [split.loss for split in splits]
+        compute.plot(budgets, reached, "k*--", label="best split")
         compute.legend(fontsize=8)
     data.set(xlabel="supervised targets seen", ylabel=LOSS, xscale="log")
     compute.set(xlabel="floating-point operations of the training", xscale="log")
@@ -34,9 +32,7 @@ def draw_joint_law(rows: Sequence[Row], size: str, law: JointLaw, splits: Sequen
     for axes in (data, compute):
         axes.grid(alpha=0.3)
     figure.suptitle(str(law))
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    return picture.getvalue()
+    return as_png(figure)
 
 
 def _draw_size(

@@ -146,11 +146,15 @@ def expert_loads(lines: Sequence[dict]) -> list[list[float]]:
 
 
 def _write(run_dir: str, name: str, figure: Figure) -> str:
+    storage = Storage(run_dir)
+    storage.write(name, as_png(figure))
+    return storage.path(name)
+
+
+def as_png(figure: Figure) -> bytes:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
-    storage = Storage(run_dir)
-    storage.write(name, picture.getvalue())
-    return storage.path(name)
+    return picture.getvalue()
 
 
 def points(lines: Sequence[dict], name: str) -> tuple[list[float], list[float]]:

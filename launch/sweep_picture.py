@@ -1,6 +1,5 @@
 """A number of the runs of a sweep against their size or one of their options, as a PNG."""
 
-import io
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from launch.plots import as_png
 from launch.scaling_law import ScalingLaw
 
 LOSS, TARGETS, FLOPS = "loss", "targets", "flops"
@@ -46,9 +46,7 @@ def draw_sweep(
     axes.grid(alpha=0.3)
     if beside and len(series) <= _MOST_SERIES:
         axes.legend(fontsize=8)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    return picture.getvalue()
+    return as_png(figure)
 
 
 def options_beside(rows: Sequence[Row], options: Sequence[str], against: str) -> list[str]:
