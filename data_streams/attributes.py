@@ -14,6 +14,7 @@ import torch
 from cluster.errors import ConfigError, DataError
 from cluster.plugins import suggestion
 from cluster.storage import Storage
+from data_streams.column_values import ROW, VALUE, distinct_texts, unnested
 from data_streams.item_table import read_item_columns
 from data_streams.jagged import Jagged
 from data_streams.user_table import read_users
@@ -57,7 +58,7 @@ def user_attributes(path: str, columns: Sequence[str], num_users: int) -> Jagged
 def attribute_ids(columns: Sequence[pl.Series], whose: str) -> Jagged:
     """Ids of the values of each row. Shapes: columns [N] each -> [M] int64 in N rows."""
     parts = [_column_ids(values) for values in columns]
-    rows = np.concatenate([part["row"].to_numpy() for part in parts]).astype(np.int64)
+    rows = np.concatenate([part[ROW].to_numpy() for part in parts]).astype(np.int64)
     ids = np.concatenate([part["id"].to_numpy() for part in parts])
     if not len(ids):
         raise DataError(
@@ -70,28 +71,26 @@ def attribute_ids(columns: Sequence[pl.Series], whose: str) -> Jagged:
 
 def _column_ids(values: pl.Series) -> pl.DataFrame:
     """A line for each row and distinct value: row, id."""
-    lines = pl.DataFrame({"value": values}).with_row_index("row")
-    while isinstance(lines.schema["value"], pl.List | pl.Array):
-        lines = lines.explode("value")
-    kind = lines.schema["value"]
+    lines = unnested(values)
+    kind = lines.schema[VALUE]
     if kind.is_float():
-        lines = lines.filter(pl.col("value").is_finite()).with_columns(_bucket(pl.col("value")))
+        lines = lines.filter(pl.col(VALUE).is_finite()).with_columns(_bucket(pl.col(VALUE)))
     elif not (kind.is_integer() or kind in (pl.String, pl.Boolean, pl.Categorical, pl.Enum, pl.Null)):
         raise ConfigError(
             f"attributes must be text, numbers or lists of them, and the column {values.name} holds {values.dtype}; "
             "name another column, or cut it into buckets first"
         )
-    lines = lines.with_columns(pl.col("value").cast(pl.String)).drop_nulls().unique(maintain_order=True)
-    kept = lines.filter(pl.int_range(pl.len()).over("row") < MOST_VALUES)
+    lines = distinct_texts(lines)
+    kept = lines.filter(pl.int_range(pl.len()).over(ROW) < MOST_VALUES)
     if len(kept) < len(lines):
         logger.warning(
             "The column %s has more than %d values in some rows; %d further ones are left out.",
             *(values.name, MOST_VALUES, len(lines) - len(kept)),
         )
-    distinct = kept["value"].unique()
+    distinct = kept[VALUE].unique()
     ids = pl.Series([_id_of(values.name, value) for value in distinct], dtype=pl.Int64)
-    known = pl.DataFrame({"value": distinct, "id": ids})
-    return kept.join(known, on="value", maintain_order="left").select("row", "id")
+    known = pl.DataFrame({VALUE: distinct, "id": ids})
+    return kept.join(known, on=VALUE, maintain_order="left").select(ROW, "id")
 
 
 def _bucket(value: pl.Expr) -> pl.Expr:

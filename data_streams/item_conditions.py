@@ -7,6 +7,7 @@ import polars as pl
 
 from cluster.errors import ConfigError, DataError
 from cluster.plugins import suggestion
+from data_streams.column_values import ROW, VALUE, distinct_texts, unnested
 from data_streams.item_table import read_item_column
 
 NO_CONDITION = -1
@@ -32,22 +33,18 @@ class ItemConditions:
     @staticmethod
     def of(column: str, values: pl.Series) -> "ItemConditions":
         """Shapes: values [N] text, whole numbers or lists of them."""
-        rows = pl.DataFrame({"name": values}).with_row_index("item")
-        while isinstance(rows.schema["name"], pl.List | pl.Array):
-            rows = rows.explode("name")
-        if rows.schema["name"].is_float():
+        rows = unnested(values)
+        if rows.schema[VALUE].is_float():
             raise ConfigError(
                 f"conditions must be text, whole numbers or lists of them, and the item column {column} holds "
                 f"{values.dtype}; name another column, or cut it into buckets first"
             )
-        rows = rows.with_columns(pl.col("name").cast(pl.String)).drop_nulls().unique(maintain_order=True)
+        rows = distinct_texts(rows)
         if not rows.height:
             raise DataError(f"the item column {column} holds no values, so there is no condition to meet")
-        names = rows["name"].unique().sort()
-        code = rows.join(
-            pl.DataFrame({"name": names}).with_row_index("code"), on="name", maintain_order="left"
-        )
-        item, condition = (code[name].to_numpy().astype(np.int64) for name in ("item", "code"))
+        names = rows[VALUE].unique().sort()
+        code = rows.join(pl.DataFrame({VALUE: names}).with_row_index("code"), on=VALUE, maintain_order="left")
+        item, condition = (code[name].to_numpy().astype(np.int64) for name in (ROW, "code"))
         sizes = np.bincount(item, minlength=len(values))
         table = np.full((len(values), sizes.max()), NO_CONDITION, dtype=np.int32)
         order = np.argsort(item, kind="stable")

@@ -12,6 +12,7 @@ from typing import Literal
 import polars as pl
 
 from cluster.errors import DataError
+from data_streams.column_values import ROW, VALUE, unnested
 
 MISSING = -1
 """Stands for an absent page, position or duration in the shards."""
@@ -326,14 +327,12 @@ def _categories(frame: pl.DataFrame, column: str | None) -> pl.Series:
     categories = frame[column]
     if isinstance(categories.dtype, pl.String):
         categories = categories.str.split("|")
-    rows = pl.DataFrame({"row": range(frame.height), "name": categories}, schema_overrides={"row": pl.Int64})
-    while isinstance(rows.schema["name"], pl.List | pl.Array):
-        rows = rows.explode("name")
-    rows = rows.with_columns(_unescape(rows["name"].cast(pl.String).str.strip_chars()).alias("name"))
-    named = rows.filter(pl.col("name").is_not_null() & (pl.col("name") != ""))
-    grouped = named.group_by("row", maintain_order=True).agg(pl.col("name").unique(maintain_order=True))
-    every = pl.DataFrame({"row": range(frame.height)}, schema={"row": pl.Int64})
-    return every.join(grouped, on="row", how="left", maintain_order="left")["name"].fill_null([])
+    rows = unnested(categories)
+    rows = rows.with_columns(_unescape(rows[VALUE].cast(pl.String).str.strip_chars()).alias(VALUE))
+    named = rows.filter(pl.col(VALUE).is_not_null() & (pl.col(VALUE) != ""))
+    grouped = named.group_by(ROW, maintain_order=True).agg(pl.col(VALUE).unique(maintain_order=True))
+    every = pl.DataFrame({ROW: range(frame.height)}, schema={ROW: rows.schema[ROW]})
+    return every.join(grouped, on=ROW, how="left", maintain_order="left")[VALUE].rename("name").fill_null([])
 
 
 def _unescape(texts: pl.Series) -> pl.Series:
