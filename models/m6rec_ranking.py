@@ -30,7 +30,7 @@ from models.layers.linear import Linear
 from models.recommender import LossSum, Ranker, StepContext
 from models.remembered_states import RememberedStates
 from models.tables import Ids, Rows, TableSpec
-from models.text_encoder import States, TextEncoder, TextEncoderConfig, log_trained_share
+from models.text_encoder import Joint, States, TextEncoder, TextEncoderConfig, log_trained_share
 from models.text_reading import Reading
 from models.texts import Texts
 
@@ -211,9 +211,9 @@ class M6RecRanking(Ranker):
 
     def _answers_of_all_stops(self, reading: Reading, item: Tensor) -> tuple[list[Tensor], States]:
         """Log-odds [P, A] behind each exit and the last layer, none for likelihoods; and what the last layer says."""
-        hidden, found = self.encoder.joint_input(reading), []
+        hidden, plan, found = self.encoder.joint_input(reading), Joint.build(reading), []
         for number, (first, stop) in enumerate(self._ranges()):
-            hidden = self.encoder.join(hidden, reading, first, stop)
+            hidden = self.encoder.join(hidden, plan, first, stop)
             states = self.encoder.states(hidden, reading)
             if self.config.scoring == "classifier":
                 found.append(self.classify(states, item, number))
@@ -244,18 +244,21 @@ class M6RecRanking(Ranker):
 
         Shapes: item [P] -> [P, A] fp32, [P] int64.
         """
-        hidden, open_ = self.encoder.joint_input(reading), torch.arange(len(item), device=item.device)
+        hidden, plan = self.encoder.joint_input(reading), Joint.build(reading)
+        open_ = torch.arange(len(item), device=item.device)
         answers = hidden.new_zeros(len(item), len(self.actions), dtype=torch.float32)
         layers = torch.zeros_like(item)
         for number, (first, stop) in enumerate(self._ranges()):
-            hidden = self.encoder.join(hidden, reading, first, stop)
+            hidden = self.encoder.join(hidden, plan, first, stop)
+            if stop < self.stops[-1] and self.exit_confidence == 1:
+                continue
             logits = self.classify(self.encoder.states(hidden, reading), item[open_], number)
             answers, layers[open_] = answers.index_copy(0, open_, logits), stop
-            if stop == self.stops[-1] or self.exit_confidence == 1:
-                continue
+            if stop == self.stops[-1]:
+                break
             unsure = logits.abs().min(dim=1).values.sigmoid() < self.exit_confidence
             reading, tokens = reading.narrowed(unsure)
-            hidden, open_ = hidden.index_select(0, tokens), open_[unsure]
+            hidden, plan, open_ = hidden.index_select(0, tokens), Joint.build(reading), open_[unsure]
         return answers, layers
 
     def classify(self, states: States, item: Tensor, number: int = -1) -> Tensor:

@@ -173,7 +173,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, reading: Reading) -> States:
         hidden = self.joint_input(reading)
-        hidden = self.join(hidden, reading, self.num_separate, self.decoder.num_layers)
+        hidden = self.join(hidden, Joint.build(reading), self.num_separate, self.decoder.num_layers)
         return self.states(hidden, reading)
 
     def joint_input(self, reading: Reading) -> Tensor:
@@ -206,17 +206,9 @@ class TextEncoder(nn.Module):
         hidden = self.embed(reading.segments.values)
         return self.decoder.run_layers(hidden, reading.segments.places(), plan, 0, self.num_separate)
 
-    def join(self, hidden: Tensor, reading: Reading, first: int, stop: int) -> Tensor:
+    def join(self, hidden: Tensor, plan: "Joint", first: int, stop: int) -> Tensor:
         """Joint layers first..stop (exclusive) over regions and prompts. Shapes: [A + H + G, D] -> the same."""
-        alone, regions, prompts, visible = reading.alone, reading.regions, reading.prompts, reading.visible
-        behind = visible.values[prompts.row_index()] + prompts.places()
-        places = torch.cat((alone.places(), regions.places(), behind))
-        plan = Joint(
-            num_alone=len(alone.values),
-            alone=Separate.build(alone, alone.lengths[alone.row_index()]),
-            layout=RegionLayout.build(regions, reading.region_limits, prompts, visible),
-        )
-        return self.decoder.run_layers(hidden, places, plan, first, stop)
+        return self.decoder.run_layers(hidden, plan.places, plan, first, stop)
 
     def states(self, hidden: Tensor, reading: Reading) -> States:
         """What a layer says, as if it were the last one. Shapes: hidden [A + H + G, D]."""
@@ -305,6 +297,20 @@ class Joint(Plan):
     """Tokens of the segments alone."""
     alone: Separate
     layout: RegionLayout
+    places: Tensor
+    """[A + H + G] int64, through each region and on in the prompts behind it."""
+
+    @staticmethod
+    def build(reading: Reading) -> "Joint":
+        """Made once for all layers."""
+        alone, regions, prompts, visible = reading.alone, reading.regions, reading.prompts, reading.visible
+        behind = visible.values[prompts.row_index()] + prompts.places()
+        return Joint(
+            num_alone=len(alone.values),
+            alone=Separate.build(alone, alone.lengths[alone.row_index()]),
+            layout=RegionLayout.build(regions, reading.region_limits, prompts, visible),
+            places=torch.cat((alone.places(), regions.places(), behind)),
+        )
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         alone, others = zip(

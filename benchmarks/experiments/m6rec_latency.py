@@ -19,6 +19,7 @@ from benchmarks.setting.report import Table
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
 from models.m6rec_ranking import M6RecRanking
+from models.text_encoder import Joint
 from models.texts import Texts
 
 NUM_ITEMS, WORDS = 1_000, 2_048
@@ -72,7 +73,7 @@ def measured(options: Options, separate: int, joint: Literal["all", "last"]) -> 
             fastest_ms(options.repeats, call)
             for call in (
                 lambda: model.encoder.separate(reading),
-                lambda: model.encoder.join(states, reading, separate, options.layers),
+                lambda: model.encoder.join(states, Joint.build(reading), separate, options.layers),
             )
         ]
     return joint, str(separate), *(f"{milliseconds:.0f}" for milliseconds in times)
