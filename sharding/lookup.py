@@ -34,46 +34,37 @@ def merge_ids(specs: Sequence[TableSpec], requests: Sequence[Ids]) -> MergedIds:
     positions: list[dict[str, Tensor]] = [{} for _ in requests]
     tables = {}
     for spec in specs:
-        if spec.describes is not None:
-            _merge_attributes(spec, specs, requests, tables, positions)
-            continue
         wanted = [
-            (i, name) for i, request in enumerate(requests) for name in spec.features if name in request
+            (i, name, ids)
+            for i, request in enumerate(requests)
+            for name, ids in _asked(spec, specs, request, positions[i]).items()
         ]
         if not wanted:
             continue
-        parts = [requests[i][name] for i, name in wanted]
-        distinct, inverse = _unique(torch.cat(parts))
+        distinct, inverse = _unique(torch.cat([ids for _, _, ids in wanted]))
         tables[spec.name] = distinct
-        for (i, name), part in zip(wanted, inverse.split([len(part) for part in parts]), strict=True):
+        for (i, name, _), part in zip(wanted, inverse.split([len(ids) for _, _, ids in wanted]), strict=True):
             positions[i][name] = part
     return MergedIds(tables=tables, positions=tuple(positions))
 
 
-def _merge_attributes(
-    spec: TableSpec,
-    specs: Sequence[TableSpec],
-    requests: Sequence[Ids],
-    tables: dict[str, Tensor],
-    positions: list[dict[str, Tensor]],
-) -> None:
-    """What a table of attributes is asked for: a bag of its rows for each row of the table it describes."""
-    wanted = [
-        (i, name) for i, request in enumerate(requests) for name in _described(spec, specs) if name in request
-    ]
-    if not wanted:
-        return
+def _asked(
+    spec: TableSpec, specs: Sequence[TableSpec], request: Ids, bags: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What a request asks a table for, by feature; of a table of attributes a bag of ids for each row it describes,
+    whose borders are put into `bags`."""
+    if spec.describes is None:
+        return {name: request[name] for name in spec.features if name in request}
     values, offsets = spec.attributes.values.numpy(), spec.attributes.offsets.numpy()
-    parts = []
-    for i, name in wanted:
-        # Of the rows that are asked for alone: a catalogue has many times as many.
-        rows = requests[i][name].numpy()
-        starts, lengths = offsets[rows], offsets[rows + 1] - offsets[rows]
-        parts.append(values[gather_ranges(starts, lengths)])
-        positions[i][_bags(name)] = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))))
-    tables[spec.name], inverse = _unique(torch.from_numpy(np.concatenate(parts)))
-    for (i, name), part in zip(wanted, inverse.split([len(part) for part in parts]), strict=True):
-        positions[i][_attributes(name)] = part
+    found = {}
+    for name in _described(spec, specs):
+        if name in request:
+            # Of the rows that are asked for alone: a catalogue has many times as many.
+            rows = request[name].numpy()
+            starts, lengths = offsets[rows], offsets[rows + 1] - offsets[rows]
+            found[_attributes(name)] = torch.from_numpy(values[gather_ranges(starts, lengths)])
+            bags[_bags(name)] = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))))
+    return found
 
 
 def _described(spec: TableSpec, specs: Sequence[TableSpec]) -> tuple[str, ...]:
