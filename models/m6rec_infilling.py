@@ -22,9 +22,7 @@ from models.recommender import LossSum, StepContext
 from models.tables import Ids, Rows
 from models.text_encoder import TextEncoderConfig
 from models.text_reader import BLANK
-from models.text_reading import Reading
-
-SPOKEN = "spoken"
+from models.text_reading import SPOKEN, Reading
 
 
 class M6RecInfilling(M6Rec):

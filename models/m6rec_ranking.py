@@ -31,10 +31,10 @@ from models.recommender import LossSum, Ranker, StepContext
 from models.remembered_states import RememberedStates
 from models.tables import Ids, Rows, TableSpec
 from models.text_encoder import Joint, States, TextEncoder, TextEncoderConfig, log_trained_share
-from models.text_reading import Reading
+from models.text_reading import SPOKEN, Reading
 from models.texts import Texts
 
-SPOKEN, PLACED, ITEM = "spoken", "placed", "item"
+PLACED, ITEM = "placed", "item"
 LIKENESS = 5.0
 """What the cosine is multiplied by at first."""
 

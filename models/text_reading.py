@@ -15,6 +15,8 @@ from data_streams.jagged import Jagged, gather_ranges
 from models.remembered_states import UNKNOWN, RememberedStates
 from models.tables import Ids, Rows, carried, carried_back
 
+SPOKEN = "spoken"
+"""Name under which what `Reading.words` finds travels with a reading."""
 JAGGED = ("segments", "alone", "regions", "prompts", "visible")
 PLAIN = ("segment_limits", "region_limits", "slots", "new", "remembered_from")
 
