@@ -26,6 +26,9 @@ class AlignOptions:
     """Completions of each prompt."""
     temperature: float = 1.0
     """Divides the scores of every level, where completions are drawn and where their probabilities are computed."""
+    draws: Literal["independent", "distinct", "beam"] = "independent"
+    """Each completion by itself, so that likely ones come several times; all of a prompt different, drawn without
+    putting back; or the likeliest ones, by a beam as wide as the group."""
     space: Literal["free", "catalogue"] = "free"
     """Draw among all paths of codes, so that illegal ones can be unlearnt, or among those of existing items only."""
     max_staleness: int = 0
@@ -199,9 +202,9 @@ def check_alignment(config: AlignConfig, start: PretrainConfig) -> None:
     of_codes = any(term.reward.rewards_codes for term in config.rewards if not term.direct)
     config.advantage.build().check_rewards(of_codes=of_codes)
     objective = config.objective.build()
-    if config.align.max_staleness and not objective.has_ratio:
+    if config.align.max_staleness and not objective.learns_from_older:
         raise ConfigError(
-            f"align.max-staleness 1 needs an objective that compares the policy with the one that drew, and "
+            f"align.max-staleness 1 needs an objective that learns from completions of an older policy, and "
             f"{type(objective).__name__} does not: its ratio is 1 whatever drew; use ecpo, gbpo or grpo, or leave "
             "--align.max-staleness at 0"
         )

@@ -10,8 +10,11 @@ from torch import Tensor
 
 from cluster.seeds import purpose_seed
 from data_streams.batch import SequenceBatch
+from models.decoding.beam_search import BeamSearch
 from models.decoding.distribution import CodeDistribution, path_log_probabilities
+from models.decoding.gumbel import GumbelSampling
 from models.decoding.sampling import Sampling
+from models.decoding.search import PathSearch, check_width
 from models.decoding.space import CatalogueSpace, FreeSpace, PathSpace
 from models.decoding.trie import PrefixTrie
 from models.generator import Generator
@@ -22,7 +25,7 @@ from sharding.item_index import evaluating
 
 
 class Drawing:
-    """Independent draws of whole paths; free, or only of what the catalogue has."""
+    """Draws of whole paths; free, or only of what the catalogue has."""
 
     def __init__(
         self,
@@ -33,17 +36,22 @@ class Drawing:
         seed: int,
         precision: torch.dtype,
     ):
-        """Shapes: codes [N, L] of the catalogue."""
+        """Shapes: codes [N, L] of the catalogue.
+
+        Raises: ConfigError where completions are to be different and there are not that many.
+        """
         self.options, self.group_size, self.precision = options, options.group_size, precision
         self.is_free = options.space == "free"
         self.seed = purpose_seed(seed, "rollout")
-        self.sampling = Sampling.Config(temperature=options.temperature).build()
+        self.search = _search(options)
         trie = PrefixTrie.build(codes.long(), code_sizes)
         self.space: PathSpace = FreeSpace(trie.code_sizes, trie) if self.is_free else CatalogueSpace(trie)
+        if options.draws != "independent":
+            check_width("align.group-size", self.group_size, self.space)
 
     @property
     def distribution(self) -> CodeDistribution:
-        return self.sampling.distribution()
+        return self.search.distribution()
 
     def draw(
         self, model: Generator, rows: Rows, batch: SequenceBatch, prompts: Prompts, policy_version: int
@@ -52,7 +60,7 @@ class Drawing:
         device = batch.user_ids.device
         seeds = torch.from_numpy(prompts.serials).to(device) + (self.seed >> 8)
         with evaluating(model), self.autocast(device):
-            drawn = self.sampling.search(model, rows, batch, self.space, k=self.group_size, seeds=seeds)
+            drawn = self.search.search(model, rows, batch, self.space, k=self.group_size, seeds=seeds)
         assert self.is_free or bool(drawn.legal.all()), "a constrained completion is illegal"
         return Completions(
             prompts=prompts,
@@ -72,6 +80,16 @@ class Drawing:
 
     def autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32)
+
+
+def _search(options: AlignOptions) -> PathSearch:
+    """All of them give the log-probabilities of one distribution: a path's own, whichever others are drawn."""
+    if options.draws == "independent":
+        return Sampling.Config(temperature=options.temperature).build()
+    if options.draws == "distinct":
+        return GumbelSampling.Config(temperature=options.temperature).build()
+    beam = BeamSearch.Config(width=options.group_size, over="allowed", temperature=options.temperature)
+    return beam.build()
 
 
 def likelihood(logits: Sequence[Tensor], paths: Tensor) -> Tensor:

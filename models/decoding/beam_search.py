@@ -90,16 +90,10 @@ class BeamSearch(PathSearch):
     def _extend(self, beam: Step, level: int, logits: Tensor, space: PathSpace) -> Step:
         """The best prefixes that are one code longer, best first."""
         candidates = space.candidates(level, beam.nodes)
-        totals = self.distribution().log_probabilities(logits, candidates) + beam.log_probs[..., None]
-        totals = totals.flatten(1)
+        of_codes = self.distribution().log_probabilities(logits, candidates)
+        totals = (of_codes + beam.log_probs[..., None]).flatten(1)
         num_kept = min(_of_level(self._candidates, level), space.num_nodes(level + 1), totals.shape[1])
-        log_probs, cells = best_cells(totals, num_kept)
-        longer = Step(
-            nodes=candidates.nodes.flatten(1).gather(1, cells),
-            parents=cells // candidates.nodes.shape[-1],
-            log_probs=log_probs,
-            scores=log_probs,
-        )
+        longer = beam.longer(candidates, of_codes, best_cells(totals, num_kept)[1])
         return longer if self.guide is None else self._guided(longer, level, space)
 
     def _guided(self, candidates: Step, level: int, space: PathSpace) -> Step:
@@ -107,8 +101,7 @@ class BeamSearch(PathSearch):
         scores = self.guide(depth, space.codes(depth, candidates.nodes)).float()
         scores = scores.masked_fill(candidates.log_probs == NOTHING, NOTHING)
         scores, cells = best_cells(scores, min(_of_level(self._widths, level), scores.shape[1]))
-        chosen = candidates.take(cells)
-        return Step(nodes=chosen.nodes, parents=chosen.parents, log_probs=chosen.log_probs, scores=scores)
+        return replace(candidates.take(cells), scores=scores)
 
 
 def _of_level(numbers: tuple[int, ...], level: int) -> int:

@@ -3,7 +3,7 @@
 Source: Kool, van Hoof and Welling, Stochastic Beams and Where to Find Them (2019), algorithm 1.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,13 +60,7 @@ class GumbelSampling(PathSearch):
         for level in range(len(space.code_sizes)):
             logits, state = next_logits(model, state, level, kept, space)
             if kept is None:
-                kept = Step.root(state)
-                kept = Step(
-                    nodes=kept.nodes,
-                    parents=kept.parents,
-                    log_probs=kept.log_probs,
-                    scores=gumbel(seeds[:, None], ROOT),
-                )
+                kept = replace(Step.root(state), scores=gumbel(seeds[:, None], ROOT))
             kept = self._extend(kept, level, logits, space, k, seeds)
         return kept.decoded(space, k)
 
@@ -74,16 +68,11 @@ class GumbelSampling(PathSearch):
         self, kept: Step, level: int, logits: Tensor, space: PathSpace, k: int, seeds: Tensor
     ) -> Step:
         candidates = space.candidates(level, kept.nodes)
-        log_probs = self._distribution.log_probabilities(logits, candidates) + kept.log_probs[..., None]
+        of_codes = self._distribution.log_probabilities(logits, candidates)
         noise = gumbel(seeds[:, None, None], level, candidates.nodes)
-        perturbed = condition_on_maximum(log_probs + noise, kept.scores[..., None])
+        perturbed = condition_on_maximum(of_codes + kept.log_probs[..., None] + noise, kept.scores[..., None])
         scores, cells = best_cells(perturbed.flatten(1), min(k, space.num_nodes(level + 1)))
-        return Step(
-            nodes=candidates.nodes.flatten(1).gather(1, cells),
-            parents=cells // log_probs.shape[-1],
-            log_probs=log_probs.flatten(1).gather(1, cells),
-            scores=scores,
-        )
+        return kept.longer(candidates, of_codes, cells, scores)
 
 
 def condition_on_maximum(perturbed: Tensor, maximum: Tensor) -> Tensor:

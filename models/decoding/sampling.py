@@ -49,13 +49,11 @@ class Sampling(PathSearch):
     ) -> Decoded:
         check_seeds(seeds, state.num_users)
         numbers = torch.arange(k, device=state.device)
-        drawn, of_codes = None, []
+        drawn = None
         for level in range(len(space.code_sizes)):
             logits, state = next_logits(model, state, level, drawn, space)
-            drawn, log_probs = self._extend(
-                drawn or Step.root(state), level, logits, space, uniform(seeds[:, None], level, numbers)
-            )
-            of_codes.append(log_probs)
+            numbers_of_level = uniform(seeds[:, None], level, numbers)
+            drawn = self._extend(drawn or Step.root(state), level, logits, space, numbers_of_level)
         items = space.draw_items(drawn.nodes, uniform(seeds[:, None], ITEM_DRAW, numbers))
         paths = space.codes(len(space.code_sizes), drawn.nodes)
         # Where no code may follow, the first one was taken with a probability of zero.
@@ -65,31 +63,21 @@ class Sampling(PathSearch):
             log_probs=drawn.log_probs,
             scores=drawn.scores,
             paths=paths.masked_fill(is_empty[..., None], -1),
-            code_log_probs=torch.stack(of_codes, dim=-1),
+            code_log_probs=drawn.code_log_probs.masked_fill(is_empty[..., None], NOTHING),
         )
 
-    def _extend(
-        self, drawn: Step, level: int, logits: Tensor, space: PathSpace, numbers: Tensor
-    ) -> tuple[Step, Tensor]:
-        """One code for each number [B, k] and its log-probability; the first ones all continue the empty prefix."""
+    def _extend(self, drawn: Step, level: int, logits: Tensor, space: PathSpace, numbers: Tensor) -> Step:
+        """One code for each number [B, k] in (0, 1); the first ones all continue the empty prefix."""
         candidates = space.candidates(level, drawn.nodes)
         log_probs = self._distribution.log_probabilities(logits, candidates)
-        shape = (*numbers.shape, log_probs.shape[-1])
-        cumulative = log_probs.double().exp().cumsum(-1).expand(shape).contiguous()
+        size = log_probs.shape[-1]
+        cumulative = log_probs.double().exp().cumsum(-1).expand(*numbers.shape, size).contiguous()
         goal = numbers[..., None] * cumulative[..., -1:]
         # The first cell whose sum exceeds the goal has a probability above zero; rounding can only exceed the last.
         last = torch.searchsorted(cumulative, cumulative[..., -1:].contiguous())
-        cells = torch.minimum(torch.searchsorted(cumulative, goal, right=True), last)
-        parents = torch.arange(numbers.shape[1], device=numbers.device).expand_as(numbers)
-        of_codes = log_probs.expand(shape).gather(-1, cells)[..., 0]
-        total = drawn.log_probs + of_codes
-        step = Step(
-            nodes=candidates.nodes.expand(shape).gather(-1, cells)[..., 0],
-            parents=parents if level else torch.zeros_like(parents),
-            log_probs=total,
-            scores=total,
-        )
-        return step, of_codes
+        cells = torch.minimum(torch.searchsorted(cumulative, goal, right=True), last)[..., 0]
+        parents = torch.arange(numbers.shape[1], device=numbers.device) if level else 0
+        return drawn.longer(candidates, log_probs, parents * size + cells)
 
 
 def check_seeds(seeds: Tensor | None, num_users: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from cluster.errors import ConfigError
 from data_streams.batch import SequenceBatch
 from models.decoding.distribution import NOTHING, CodeDistribution
-from models.decoding.space import PathSpace
+from models.decoding.space import Candidates, PathSpace
 from models.generator import DecodeState, Generator
 from models.tables import Rows
 
@@ -26,10 +26,10 @@ class Decoded:
     """[B, k] fp32: what the slots are ordered by; -inf in empty slots only."""
     paths: Tensor
     """[B, k, L] int64; -1 in empty slots."""
+    code_log_probs: Tensor
+    """[B, k, L] fp32: of each code in that distribution; -inf in empty slots only."""
     kept: tuple[Tensor, ...] = ()
     """By depth 1..L: [B, W] int64 nodes of the prefixes a beam kept, -1 where it had fewer; of beam search only."""
-    code_log_probs: Tensor | None = None
-    """[B, k, L] fp32: log-probability of each code in that distribution; of sampling with replacement only."""
 
     @property
     def filled(self) -> Tensor:
@@ -104,7 +104,7 @@ def check_width(what: str, width: int, space: PathSpace) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """The prefixes a search has kept at one depth. Shapes: W prefixes per user."""
+    """The prefixes a search has kept at depth d. Shapes: W prefixes per user."""
 
     nodes: Tensor
     """[B, W] int64."""
@@ -112,13 +112,17 @@ class Step:
     """[B, W] int64: which prefix of the previous depth each one continues."""
     log_probs: Tensor
     """[B, W] fp32; -inf for a prefix that is only there to fill the row."""
+    code_log_probs: Tensor
+    """[B, W, d] fp32: what they are the sums of."""
     scores: Tensor
     """[B, W] fp32: what the search orders by."""
 
     @staticmethod
     def root(state: DecodeState) -> "Step":
         zeros = torch.zeros(state.num_users, 1, dtype=torch.int64, device=state.device)
-        return Step(nodes=zeros, parents=zeros, log_probs=zeros.float(), scores=zeros.float())
+        none = zeros.float()
+        no_codes = none[..., None][..., :0]
+        return Step(nodes=zeros, parents=zeros, log_probs=none, code_log_probs=no_codes, scores=none)
 
     def take(self, cells: Tensor) -> "Step":
         """Some of the prefixes, in another order. Shapes: [B, W']."""
@@ -126,7 +130,26 @@ class Step:
             nodes=self.nodes.gather(1, cells),
             parents=self.parents.gather(1, cells),
             log_probs=self.log_probs.gather(1, cells),
+            code_log_probs=_take_rows(self.code_log_probs, cells),
             scores=self.scores.gather(1, cells),
+        )
+
+    def longer(
+        self, candidates: Candidates, of_codes: Tensor, cells: Tensor, scores: Tensor | None = None
+    ) -> "Step":
+        """Prefixes with one more code each; ordered by their log-probabilities where no other scores are given.
+
+        Shapes: W prefixes, M candidates of each: of_codes [B, W, M] log-probabilities, cells [B, W'] in 0..W M - 1.
+        """
+        parents = cells // of_codes.shape[-1]
+        own = of_codes.flatten(1).gather(1, cells)
+        log_probs = self.log_probs.gather(1, parents) + own
+        return Step(
+            nodes=candidates.nodes.flatten(1).gather(1, cells),
+            parents=parents,
+            log_probs=log_probs,
+            code_log_probs=torch.cat((_take_rows(self.code_log_probs, parents), own[..., None]), dim=-1),
+            scores=log_probs if scores is None else scores,
         )
 
     def in_node_order(self) -> "Step":
@@ -145,9 +168,15 @@ class Step:
         return Decoded(
             items=items,
             log_probs=found.log_probs.masked_fill(is_empty, NOTHING),
+            code_log_probs=found.code_log_probs.masked_fill(is_empty[..., None], NOTHING),
             scores=found.scores.masked_fill(is_empty, NOTHING),
             paths=paths.masked_fill(is_empty[..., None], -1),
         )
+
+
+def _take_rows(values: Tensor, cells: Tensor) -> Tensor:
+    """Shapes: [B, W, d], [B, W'] -> [B, W', d]."""
+    return values.gather(1, cells[..., None].expand(*cells.shape, values.shape[-1]))
 
 
 def next_logits(

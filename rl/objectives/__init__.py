@@ -52,8 +52,9 @@ class PolicyInputs:
 class PolicyObjective(ABC):
     """The loss of completions; pure, without parameters and without state."""
 
-    has_ratio: bool
-    """Whether it compares the policy with the one that drew; only then may completions be older than the weights."""
+    learns_from_older: bool
+    """Whether completions may be older than the weights: it compares the policy with the one that drew, or does not
+    care who drew."""
     needs_reference: bool = False
     """Whether it needs the log-probabilities of a frozen reference."""
     needs_positives: bool = False

@@ -22,7 +22,7 @@ from rl.objectives import (
 class DrGrpo(PolicyObjective):
     """L = -1/(G Lmax) sum_i sum_t min(rho A, clip(rho, 1 - low, 1 + high) A)."""
 
-    has_ratio = True
+    learns_from_older = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

@@ -28,7 +28,7 @@ from rl.objectives import (
 class Ecpo(PolicyObjective):
     """L = -1/G sum_i min(rho A, clip(rho, 1 - eps, 1 + eps) A), rho = pi / pi'_old, + alpha NLL of positives."""
 
-    has_ratio = True
+    learns_from_older = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

@@ -30,7 +30,7 @@ _SMALLEST = 1e-12
 class Gbpo(PolicyObjective):
     """L = -1/G sum_i pi / pi'_old A + alpha NLL of positives."""
 
-    has_ratio = True
+    learns_from_older = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

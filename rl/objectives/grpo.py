@@ -23,7 +23,7 @@ from rl.objectives import (
 class Grpo(PolicyObjective):
     """L = -1/G sum_i 1/L sum_t [min(rho A, clip(rho, 1 - low, 1 + high) A) - beta k3]."""
 
-    has_ratio = True
+    learns_from_older = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

@@ -14,7 +14,7 @@ from rl.objectives import PolicyInputs, PolicyObjective, anchored, counted, sum_
 class GrpoSr(PolicyObjective):
     """L = -1/G sum_i 1/L sum_t pi / sg(pi) A - alpha E_{v in D+} sum_t ln pi(v_t)."""
 
-    has_ratio = False
+    learns_from_older = False
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

@@ -21,6 +21,7 @@ from launch.run_status import report_run
 from rl.advantages.binary import Binary
 from rl.advantages.step_wise import StepWise
 from rl.configuration import AlignOptions, RolloutConfig
+from rl.objectives.dpo import Dpo
 from rl.objectives.ecpo import Ecpo
 from rl.objectives.gbpo import Gbpo
 from rl.objectives.grpo import Grpo
@@ -190,6 +191,22 @@ def test_gbpo_learns_from_binary_advantages(start, tmp_path):
     # No advantage is below 0, so no ratio is above 1; groups without a difference have none.
     ratios = list(numbers(tmp_path, "train/ratio").values())
     assert len(ratios) == 4 and 0 < min(ratios) <= max(ratios) <= 1 + 1e-4
+
+
+def test_dpo_moves_the_best_of_different_completions_away_from_the_reference(start, tmp_path):
+    config = alignment(
+        start,
+        tmp_path,
+        objective=Dpo.Config(alpha=0.0),
+        align=AlignOptions(users_per_step=20, group_size=4, draws="distinct"),
+    )
+    (result,) = run_on_processes(run_alignment, 1, with_train(config, epochs=1), start)
+    margins, last = numbers(tmp_path, "train/margin"), result["step"]
+    assert margins[1] == pytest.approx(0.0, abs=1e-5) and margins[last] > 1e-3
+    assert numbers(tmp_path, "train/policy")[1] == pytest.approx(
+        math.log(2) * numbers(tmp_path, "train/paired_share")[1], rel=1e-4
+    )
+    assert max(numbers(tmp_path, "train/log_prob_difference").values()) < 1e-4
 
 
 @pytest.mark.parametrize(

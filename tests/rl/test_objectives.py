@@ -10,13 +10,18 @@ from cluster.errors import ConfigError
 from cluster.plugins import plugin_config, plugin_files
 from rl.advantages.group import GroupRelative
 from rl.objectives import PolicyInputs
+from rl.objectives.dpo import Dpo
 from rl.objectives.dr_grpo import DrGrpo
 from rl.objectives.ecpo import Ecpo
 from rl.objectives.gbpo import Gbpo
 from rl.objectives.grpo import Grpo
 from rl.objectives.grpo_sr import GrpoSr
+from rl.objectives.gspo import Gspo
 
 OBJECTIVES = list(plugin_files("rl.objectives"))
+OF_PAIRS = "dpo"
+"""Moves the best and the worst completion of a group, and only these."""
+WITHOUT_RATIO = ("dpo", "grpo-sr")
 
 
 def inputs(new, old, advantages, *, mask=None, reference=None, positives=None, positive_mask=None):
@@ -186,6 +191,71 @@ def test_the_gradient_of_gbpo_is_bounded_by_that_of_binary_cross_entropy(seed, r
     assert (slope.abs() <= bound + 1e-9).all()
 
 
+def test_gspo_clips_the_geometric_mean_of_the_ratios_of_a_path():
+    # sqrt(2 * 1/2) = 1 although both codes moved; sqrt(1.1 * 1.1) = 1.1 is clipped to 1.0004, and .81 to .9997.
+    given, leaf = inputs(
+        [[[0.4, 0.2], [0.22, 0.22], [0.162, 0.162]]],
+        [[[0.2, 0.4], [0.2, 0.2], [0.2, 0.2]]],
+        [[1.0, 2.0, -3.0]],
+    )
+    loss = Gspo.Config().build()(given)
+    assert loss.sum.item() == pytest.approx(-(1.0 + 2 * 1.0004 - 3 * 0.9997) / 3) and loss.count == 1
+    assert loss.metrics["clipped_share"].item() == pytest.approx(2 / 3)
+    assert loss.metrics["ratio"].item() == pytest.approx((1 + 1.1 + 0.81) / 3)
+    loss.sum.backward()
+    expected = torch.tensor([[[-0.5, -0.5], [0, 0], [0, 0]]], dtype=torch.float64) / 3
+    torch.testing.assert_close(leaf.grad, expected)
+
+
+def dpo_inputs(**options):
+    """Gains ln(.2/.1) = ln 2, ln(.1/.2) = -ln 2, ln(.4/.1) = ln 4 of the reference; the last does not count."""
+    return inputs(
+        [[[0.2], [0.1], [0.4], [0.9]]],
+        [[[0.5]] * 4],
+        [[0.3, 2.0, -1.0, 9.0]],
+        mask=[[True, True, True, False]],
+        reference=[[[0.1], [0.2], [0.1], [0.1]]],
+        **options,
+    )
+
+
+def test_dpo_by_hand():
+    # The second has the largest advantage, the third the smallest: beta (ln .5 - ln 4) = -.5 ln 8.
+    given, leaf = dpo_inputs()
+    loss = Dpo.Config(beta=0.5, alpha=0.0).build()(given)
+    margin = -0.5 * math.log(8)
+    assert loss.sum.item() == pytest.approx(math.log1p(math.exp(-margin))) and loss.count == 1
+    assert loss.metrics["margin"].item() == pytest.approx(margin)
+    assert loss.metrics["gain_of_best"].item() == pytest.approx(-math.log(2))
+    loss.sum.backward()
+    slope = 0.5 / (1 + math.exp(margin))
+    torch.testing.assert_close(leaf.grad, torch.tensor([[[0], [-slope], [slope], [0]]], dtype=torch.float64))
+
+
+def test_softmax_dpo_compares_the_best_with_all_that_are_worse():
+    given, leaf = dpo_inputs(positives=[[[0.5]]], positive_mask=[[True]])
+    loss = Dpo.Config(beta=1.0, rejected="all", alpha=2.0).build()(given)
+    # exp(D_l - D_w) is 2 / .5 = 4 and 4 / .5 = 8.
+    assert loss.sum.item() == pytest.approx(math.log1p(4 + 8) + 2 * math.log(2))
+    loss.sum.backward()
+    expected = torch.tensor([[[4], [-12], [8], [0]]], dtype=torch.float64) / 13
+    torch.testing.assert_close(leaf.grad, expected)
+
+
+def test_dpo_has_no_pair_in_a_group_without_a_difference():
+    given, leaf = inputs(
+        [[[0.5], [0.5]]] * 2,
+        [[[0.5], [0.5]]] * 2,
+        [[1.0, 1.0], [1.0, 0.0]],
+        reference=[[[0.5], [0.5]]] * 2,
+    )
+    loss = Dpo.Config(alpha=0.0).build()(given)
+    assert loss.metrics["paired_share"].item() == 1 and loss.count == 2
+    assert loss.sum.item() == pytest.approx(math.log(2))
+    loss.sum.backward()
+    assert (leaf.grad[0] == 0).all() and leaf.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_masked_completions_leave_no_trace_even_if_they_are_impossible(name):
     objective = plugin_config("rl.objectives", name)().build()
@@ -206,6 +276,10 @@ def test_on_policy_all_objectives_push_in_the_direction_of_the_advantage(name):
     )
     slope = gradient(objective, on_policy, leaf)
     wanted = -given.advantages[..., None].sign() * given.mask[..., None]
+    if name == OF_PAIRS:
+        counting = given.advantages.masked_fill(~given.mask, 0.0)
+        extreme = [counting == counting.amax(1, keepdim=True), counting == counting.amin(1, keepdim=True)]
+        wanted = wanted * (extreme[0] | extreme[1])[..., None]
     assert (slope.sign() == wanted).all()
 
 
@@ -218,7 +292,7 @@ def test_advantages_of_codes_equal_those_of_items_where_all_codes_have_the_same(
     torch.testing.assert_close(objective(given).sum, objective(by_code).sum)
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "grpo-sr"])
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in WITHOUT_RATIO])
 def test_on_policy_the_reported_ratio_is_1_whatever_completions_are_left_out(name):
     objective = plugin_config("rl.objectives", name)().build()
     given, leaf = random_inputs(4)
@@ -229,9 +303,10 @@ def test_on_policy_the_reported_ratio_is_1_whatever_completions_are_left_out(nam
 
 
 def test_which_objectives_allow_stale_completions():
-    assert [name for name in OBJECTIVES if not plugin_config("rl.objectives", name)().build().has_ratio] == [
-        "grpo-sr"
+    strict = [
+        name for name in OBJECTIVES if not plugin_config("rl.objectives", name)().build().learns_from_older
     ]
+    assert strict == ["grpo-sr"]
 
 
 @pytest.mark.parametrize(
@@ -242,6 +317,8 @@ def test_which_objectives_allow_stale_completions():
         lambda: GrpoSr.Config(alpha=-1),
         lambda: Ecpo.Config(early_clip=-1),
         lambda: Gbpo.Config(alpha=-1),
+        lambda: Gspo.Config(clip_high=0.0),
+        lambda: Dpo.Config(beta=0.0),
     ],
 )
 def test_impossible_options_are_refused(build):

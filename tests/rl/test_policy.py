@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cluster.errors import ConfigError
 from data_streams.jagged import Jagged
 from models.recommender import StepContext
 from models.tables import LookedUp
@@ -58,6 +59,32 @@ def test_the_learner_finds_the_stamped_log_probabilities(name, space):
     assert (other.detach() - torch.from_numpy(drawn.log_probs)).abs().max() > 1e-2
     if space == "catalogue":
         assert drawn.legal.all()
+
+
+@pytest.mark.parametrize("draws", ["distinct", "beam"])
+@pytest.mark.parametrize("space", SPACES)
+def test_different_completions_carry_the_probability_of_each_by_itself(space, draws):
+    model, prompts = make_generator("decoder-only"), make_prompts()
+    drawing = make_drawing(space=space, draws=draws, temperature=1.7)
+    drawn = drawn_by(model, drawing, prompts)
+    # Where items share a path, it comes once for each of them.
+    different = drawn.items[..., None] if space == "catalogue" else drawn.paths
+    assert all(len({tuple(one) for one in group}) == GROUP for group in different.tolist())
+    found = drawing.log_probabilities(
+        model, prompt_rows(model, prompts), prompts, torch.from_numpy(drawn.paths)
+    )
+    torch.testing.assert_close(found.detach(), torch.from_numpy(drawn.log_probs), atol=1e-4, rtol=0)
+    again = drawn_by(model, drawing, prompts, serials=(5, 6, 7, 8))
+    assert (again.paths == drawn.paths).all() == (draws == "beam")
+    if draws == "beam":
+        everything = drawn_by(model, make_drawing(space=space, temperature=1.7), prompts)
+        assert (drawn.log_probs.sum(-1).max(1) >= everything.log_probs.sum(-1).max(1) - 1e-4).all()
+
+
+def test_more_different_completions_than_there_are_items_are_refused():
+    options = AlignOptions(group_size=98, draws="distinct", space="catalogue")
+    with pytest.raises(ConfigError, match=r"align.group-size must not exceed the 97 items"):
+        Drawing(options, CODES, CODE_SIZES, seed=4, precision=torch.float32)
 
 
 def test_draws_depend_on_the_prompt_and_not_on_its_neighbours():

@@ -46,6 +46,7 @@ def test_a_search_gives_allowed_items_with_the_probability_of_their_paths(world,
         rows, batch, found.paths, space=space, distribution=search.distribution()
     )
     torch.testing.assert_close(forced.sum(-1), found.log_probs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(forced, found.code_log_probs, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", SEARCHES)
