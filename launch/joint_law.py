@@ -8,11 +8,12 @@ c + k N, fitted to those that were counted, in place of 6 N; what reads the cata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import ClassVar
 
 import numpy as np
 from scipy.optimize import least_squares, nnls
 
-from launch.scaling_law import largest_miss
+from launch.law_trust import largest_miss
 
 LEAST_POINTS = 6
 """Points that a law of five numbers is fitted to, so that it can miss one."""
@@ -27,6 +28,8 @@ _STARTS = ((0.3, 0.8), (0.1, 0.5, 1.0), (0.1, 0.5, 1.0))
 _SPLITS = 20_001
 """Sizes that a budget is tried with."""
 _LARGEST_LOG = 50.0
+_REFIT_EVALUATIONS = 30
+"""Of a search that begins near its end; where the points tell nothing of a number, it would wander on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,9 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class JointLaw:
+    uncertain: ClassVar[tuple[str, ...]] = ("floor", "size_exponent", "data_exponent")
+    num_fitted: ClassVar[int] = 5
+
     floor: float
     size_scale: float
     size_exponent: float
@@ -59,6 +65,10 @@ class JointLaw:
             + self.size_scale / sizes**self.size_exponent
             + self.data_scale / targets**self.data_exponent
         )
+
+    def told(self, points: np.ndarray) -> np.ndarray:
+        """Shapes: [n, 4] as of `fit_joint_law` -> [n]."""
+        return self.loss(points[:, 0], points[:, 1])
 
     def operations(self, size: np.ndarray | float) -> np.ndarray | float:
         """Floating-point operations of training per target."""
@@ -84,35 +94,35 @@ class JointLaw:
         )
 
 
-def fit_joint_law(
-    sizes: Sequence[float],
-    targets: Sequence[float],
-    losses: Sequence[float],
-    flops_per_target: Sequence[float],
-) -> JointLaw | None:
+def fit_joint_law(points: np.ndarray, near: JointLaw | None = None) -> JointLaw | None:
     """The law of at least six runs of at least three sizes and three amounts of data; None where there are fewer, or
-    where a number is not above 0."""
-    numbers = np.array([sizes, targets, losses, flops_per_target], dtype=float)
-    if numbers.shape[1] < LEAST_POINTS or not (np.isfinite(numbers).all() and numbers.min() > 0):
+    where a number is not above 0. With `near` it is only sought from there.
+
+    Shapes: [n, 4] sizes, targets, operations per target, losses.
+    """
+    points = np.asarray(points, dtype=float)
+    if len(points) < LEAST_POINTS or not (np.isfinite(points).all() and points.min() > 0):
         return None
-    size, seen, loss, flops = numbers
+    size, seen, flops, loss = points.T
     if min(num_amounts(size), num_amounts(seen)) < LEAST_AMOUNTS:
         return None
     # Around their middle, so that scales and exponents can be sought apart.
-    size_unit, data_unit = (np.exp(np.log(values).mean()) for values in (size, seen))
-    fitted = _search(size / size_unit, seen / data_unit, loss)
+    units = np.exp(np.log(points[:, :2]).mean(0))
+    starts = _starts(loss) if near is None else [_start_at(near, units)]
+    evaluations = None if near is None else _REFIT_EVALUATIONS
+    fitted = _search(size / units[0], seen / units[1], loss, starts, evaluations)
     floor, size_exponent, data_exponent = fitted[0], fitted[3], fitted[4]
     base, slope = nnls(np.stack((1 / flops, size / flops), axis=1), np.ones_like(flops))[0]
     law = JointLaw(
         floor=float(floor),
-        size_scale=float(np.exp(fitted[1]) * size_unit**size_exponent),
+        size_scale=float(np.exp(fitted[1]) * units[0] ** size_exponent),
         size_exponent=float(size_exponent),
-        data_scale=float(np.exp(fitted[2]) * data_unit**data_exponent),
+        data_scale=float(np.exp(fitted[2]) * units[1] ** data_exponent),
         data_exponent=float(data_exponent),
         flops_per_target=float(base),
         flops_per_weight=float(slope),
     )
-    return replace(law, largest_miss=largest_miss(law.loss(size, seen), loss))
+    return replace(law, largest_miss=largest_miss(law.told(points), loss))
 
 
 def num_amounts(values: Sequence[float]) -> int:
@@ -120,7 +130,28 @@ def num_amounts(values: Sequence[float]) -> int:
     return 1 + int((np.diff(np.log(np.sort(values))) > np.log1p(_ALIKE)).sum())
 
 
-def _search(size: np.ndarray, seen: np.ndarray, loss: np.ndarray) -> np.ndarray:
+def _starts(loss: np.ndarray) -> list[np.ndarray]:
+    """Floor, logarithms of both scales, both exponents."""
+    starts = []
+    for share, size_exponent, data_exponent in product(*_STARTS):
+        rest = np.log((np.median(loss) - share * loss.min()) / 2)
+        starts.append(np.array((share * loss.min(), rest, rest, size_exponent, data_exponent)))
+    return starts
+
+
+def _start_at(law: JointLaw, units: np.ndarray) -> np.ndarray:
+    exponents = np.array((law.size_exponent, law.data_exponent))
+    scales = np.maximum((law.size_scale, law.data_scale) / units**exponents, np.exp(-_LARGEST_LOG))
+    return np.array((law.floor, *np.log(scales), *exponents))
+
+
+def _search(
+    size: np.ndarray,
+    seen: np.ndarray,
+    loss: np.ndarray,
+    starts: Sequence[np.ndarray],
+    evaluations: int | None,
+) -> np.ndarray:
     """The best of several searches: floor, logarithms of both scales, both exponents."""
 
     def residuals(law: np.ndarray) -> np.ndarray:
@@ -128,15 +159,18 @@ def _search(size: np.ndarray, seen: np.ndarray, loss: np.ndarray) -> np.ndarray:
         told = floor + np.exp(size_scale) * size**-size_exponent + np.exp(data_scale) * seen**-data_exponent
         return np.log(told) - np.log(loss)
 
-    low = (0, -_LARGEST_LOG, -_LARGEST_LOG, 0, 0)
-    high = (loss.min(), _LARGEST_LOG, _LARGEST_LOG, _MOST_EXPONENT, _MOST_EXPONENT)
-    found = []
-    for share, size_exponent, data_exponent in product(*_STARTS):
-        rest = np.log((np.median(loss) - share * loss.min()) / 2)
-        start = (share * loss.min(), rest, rest, size_exponent, data_exponent)
-        found.append(
-            least_squares(
-                residuals, start, bounds=(low, high), loss="huber", f_scale=_HUBER_DELTA, x_scale="jac"
-            )
+    low = np.array((0, -_LARGEST_LOG, -_LARGEST_LOG, 0, 0))
+    high = np.array((loss.min(), _LARGEST_LOG, _LARGEST_LOG, _MOST_EXPONENT, _MOST_EXPONENT))
+    found = [
+        least_squares(
+            residuals,
+            np.clip(start, low, high),
+            bounds=(low, high),
+            loss="huber",
+            f_scale=_HUBER_DELTA,
+            x_scale="jac",
+            max_nfev=evaluations,
         )
+        for start in starts
+    ]
     return min(found, key=lambda result: result.cost).x

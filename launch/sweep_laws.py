@@ -2,33 +2,49 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from launch.joint_law import JointLaw, Split, fit_joint_law
-from launch.scaling_law import LEAST_SIZES, ScalingLaw, fit_law
+from launch.law_trust import Trust, trust_in
+from launch.scaling_law import ScalingLaw, fit_law
 from launch.sweep_picture import FLOPS, LOSS, MODEL_SIZES, SIZES, TARGETS, Row
 
 _BUDGETS = (1, 10, 100)
 """Multiples of the dearest run's operations that the joint law is asked to split."""
 
 
-def law_of(rows: Sequence[Row], against: str) -> ScalingLaw | JointLaw | None:
+@dataclass(frozen=True, kw_only=True)
+class FittedLaw:
+    law: ScalingLaw | JointLaw
+    trust: Trust
+
+
+def law_of(rows: Sequence[Row], against: str) -> FittedLaw | None:
     """A joint law of model and data where the runs tell one, or a law of the size alone, or none."""
     if against not in SIZES:
         return None
-    return (against in MODEL_SIZES and joint_law_of(rows, against)) or _law_of_size(rows, against)
+    if against in MODEL_SIZES:
+        points = _points_of_both(rows, against)
+        if (joint := fit_joint_law(points)) is not None:
+            refit = partial(fit_joint_law, near=joint)
+            return FittedLaw(law=joint, trust=trust_in(joint, points, fit=fit_joint_law, refit=refit))
+    points = _points_of_size(rows, against)
+    law = fit_law(points)
+    return law and FittedLaw(law=law, trust=trust_in(law, points, fit=fit_law, refit=fit_law))
 
 
-def _law_of_size(rows: Sequence[Row], against: str) -> ScalingLaw | None:
+def _points_of_size(rows: Sequence[Row], against: str) -> np.ndarray:
     """Of the settings with equal size the best one counts, each as the mean over its seeds; of operations, those that
-    nothing cheaper is better than."""
+    nothing cheaper is better than. Shapes: [n, 2] sizes and losses."""
     best: dict[float, float] = {}
     for row in _means(rows, against):
         best[row[against]] = min(best.get(row[against], np.inf), row[LOSS])
     if against == FLOPS:
         best = _frontier(best)
-    return fit_law([*best], [*best.values()]) if len(best) >= LEAST_SIZES else None
+    return np.array([*best.items()], dtype=float).reshape(-1, 2)
 
 
 def _frontier(losses: Mapping[float, float]) -> dict[float, float]:
@@ -39,17 +55,20 @@ def _frontier(losses: Mapping[float, float]) -> dict[float, float]:
     return found
 
 
-def joint_law_of(rows: Sequence[Row], size: str) -> JointLaw | None:
-    """Of the settings with equal size and equal steps the best one counts, each as the mean over its seeds."""
+def _points_of_both(rows: Sequence[Row], size: str) -> np.ndarray:
+    """Of the settings with equal size and equal steps the best one counts, each as the mean over its seeds.
+
+    Shapes: [n, 4] sizes, targets, operations per target, losses.
+    """
     best: dict[tuple[float, int], Row] = {}
     for row in _means([row for row in rows if row.get(FLOPS)], size):
         place = row[size], row["step"]
         if place not in best or row[LOSS] < best[place][LOSS]:
             best[place] = row
-    sizes, targets, losses, flops = (
-        [row[name] for row in best.values()] for name in (size, TARGETS, LOSS, FLOPS)
-    )
-    return fit_joint_law(sizes, targets, losses, np.divide(flops, targets))
+    points = [
+        (row[size], row[TARGETS], row[FLOPS] / max(row[TARGETS], 1), row[LOSS]) for row in best.values()
+    ]
+    return np.array(points, dtype=float).reshape(-1, 4)
 
 
 def _means(rows: Sequence[Row], size: str) -> list[Row]:

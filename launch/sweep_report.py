@@ -18,7 +18,7 @@ from launch.joint_picture import draw_joint_law
 from launch.report_page import Section, render_page
 from launch.run_directory import REPORT
 from launch.scaling_law import ScalingLaw
-from launch.sweep_laws import best_splits, law_of
+from launch.sweep_laws import FittedLaw, best_splits, law_of
 from launch.sweep_picture import LOSS, SIZES, TARGETS, Row, draw_sweep
 from launch.sweep_plan import short_names
 from launch.sweep_results import SWEEP, collect, read_sweep, swept_options
@@ -74,8 +74,12 @@ class View:
         return View(points=points, options=options, against=against, metric=metric)
 
     @cached_property
-    def law(self) -> ScalingLaw | JointLaw | None:
+    def fitted(self) -> FittedLaw | None:
         return law_of(self.points, self.against) if self.metric == LOSS else None
+
+    @property
+    def law(self) -> ScalingLaw | JointLaw | None:
+        return self.fitted and self.fitted.law
 
     @cached_property
     def splits(self) -> list[Split]:
@@ -88,7 +92,7 @@ class View:
             return ""
         data = f", D: {SIZES[TARGETS]}" if isinstance(self.law, JointLaw) else ""
         missed = f"off by at most {100 * self.law.largest_miss:.1f} %"
-        return f"{self.law}, {missed}, N: {SIZES[self.against]}{data}"
+        return f"{self.law}, {missed}, N: {SIZES[self.against]}{data}\n{self.fitted.trust}"
 
     @cached_property
     def pictures(self) -> Mapping[str, bytes]:
@@ -106,7 +110,10 @@ class View:
         law = None
         if self.law is not None:
             splits = {"splits": [vars(split) for split in self.splits]} if self.splits else {}
-            law = json.dumps({"against": self.against, **vars(self.law), **splits}, indent=1).encode()
+            trust = {"trust": vars(self.fitted.trust)}
+            law = json.dumps(
+                {"against": self.against, **vars(self.law), **trust, **splits}, indent=1
+            ).encode()
         return {LAW: law, **{name: self.pictures.get(name) for name in (PICTURE, JOINT)}}
 
 

@@ -8,6 +8,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import polars as pl
 import pytest
 from matplotlib.axes import Axes
@@ -18,7 +19,7 @@ from cluster.reporter import StopSignal
 from launch import sweep_report, sweep_runs
 from launch.cli import run as grail
 from launch.scaling_law import fit_law
-from launch.sweep_laws import joint_law_of, law_of
+from launch.sweep_laws import law_of
 from launch.sweep_picture import draw_sweep, options_beside
 from launch.sweep_plan import plan_runs
 from launch.sweep_report import View, _table
@@ -140,7 +141,7 @@ def test_a_law_takes_the_mean_over_seeds_of_the_best_setting_of_a_size():
         for size in (100, 400, 1600, 6400)
         for name, loss in losses(size).items()
     ]
-    law = law_of(rows, "parameters")
+    law = law_of(rows, "parameters").law
     assert (law.floor, law.scale, law.exponent) == pytest.approx((1, 10, 0.5), rel=1e-2)
     assert law_of(rows[:9], "parameters") is None, "three sizes tell nothing of three numbers"
     assert law_of(rows, "run") is None
@@ -149,7 +150,7 @@ def test_a_law_takes_the_mean_over_seeds_of_the_best_setting_of_a_size():
 def test_of_operations_only_what_nothing_cheaper_beats_counts():
     rows = [{"run": f"a-{cost}_seed-0", "flops": cost, "loss": 1 + 10 / cost} for cost in (1, 10, 100, 1000)]
     wasted = {"run": "b_seed-0", "flops": 500.0, "loss": 9.0}
-    assert law_of([*rows, wasted], "flops").exponent == pytest.approx(1, rel=1e-2)
+    assert law_of([*rows, wasted], "flops").law.exponent == pytest.approx(1, rel=1e-2)
 
 
 def test_seeds_that_took_other_operations_are_one_setting():
@@ -159,7 +160,7 @@ def test_seeds_that_took_other_operations_are_one_setting():
         for cost in (1.0, 10.0, 100.0, 1000.0)
         for seed in (-1, 1)
     ]
-    law = law_of(rows, "flops")
+    law = law_of(rows, "flops").law
     assert (law.floor, law.scale, law.exponent) == pytest.approx((1, 10, 1), rel=1e-2)
 
 
@@ -184,19 +185,23 @@ def runs_of(model, data, *, seeds=(0, 1)) -> list[dict]:
 def test_runs_of_several_sizes_and_amounts_of_data_follow_a_joint_law():
     rows = runs_of((100, 400, 1600), (10, 100, 1000))
     worse = {**rows[0], "run": "width-100_max-steps-10_learning-rate-9_seed-0", "loss": 30.0}
-    law = joint_law_of([*rows, worse, {**rows[1], "run": "compiled_seed-0", "flops": None}], "parameters")
+    others = worse, {**rows[1], "run": "compiled_seed-0", "flops": None}
+    law = law_of([*rows, *others], "parameters").law
     assert (law.floor, law.size_exponent, law.data_exponent) == pytest.approx((1, 0.5, 0.25), rel=2e-2)
     assert (law.flops_per_target, law.flops_per_weight) == pytest.approx((1000, 6))
     view = View.of(rows, [], "parameters", "loss")
     assert (
-        str(view.law) == str(joint_law_of(rows, "parameters"))
+        str(view.law) == str(law_of(rows, "parameters").law)
         and "D: supervised targets seen" in view.note
         and "off by at most 0." in view.note
     )
     assert [split.flops for split in view.splits] == [rows[-1]["flops"] * times for times in (1, 10, 100)]
     files = view.files()
     assert set(files) == {"law.json", "picture.png", "joint.png"} and all(files.values())
-    assert json.loads(files["law.json"])["splits"][1]["flops"] == rows[-1]["flops"] * 10
+    kept = json.loads(files["law.json"])
+    assert kept["splits"][1]["flops"] == rows[-1]["flops"] * 10
+    assert kept["trust"]["largest"] == 1600 and "95 %: floor 1.000 to 1.000" in view.note
+    assert [*kept["trust"]["intervals"]] == ["floor", "size_exponent", "data_exponent"]
 
 
 def test_where_larger_models_are_worse_no_split_is_the_best():
@@ -221,8 +226,10 @@ def test_where_data_is_of_few_amounts_the_law_is_of_the_size_and_leaves_nothing_
 
 @pytest.mark.parametrize("losses", [[3, 2, 1, 0], [3, 2, -1, -2], [3, 2, float("nan"), 1]])
 def test_where_there_can_be_no_law_there_is_none(losses):
-    assert fit_law([1, 2, 3, 4], losses) is None
-    assert fit_law([0, 1, 2, 3], [4, 3, 2, 1]) is None, "the blocks of a model without any are 0 parameters"
+    assert fit_law(np.column_stack(([1, 2, 3, 4], losses))) is None
+    assert fit_law([(0, 4), (1, 3), (2, 2), (3, 1)]) is None, (
+        "the blocks of a model without any are 0 parameters"
+    )
 
 
 def test_runs_with_and_without_a_switch_are_told_apart(monkeypatch):
