@@ -40,6 +40,7 @@ VARIANTS = {
     ),
     "ECPO": "--objective ecpo --objective.alpha 0.3",
     "GBPO": "--objective gbpo --objective.alpha 0.3 --advantage binary",
+    "DPO": "--objective dpo --objective.alpha 0.3 --align.draws distinct",
 }
 """On the worlds, by the hybrid reward; completions are drawn freely where the catalogue is not named."""
 OWN_VARIANTS = {
