@@ -20,7 +20,7 @@ from sharding.placements import render_plan
 from trainer.assembly import Assembly, agree_on, assemble
 from trainer.audit import AuditLog, next_attempt
 from trainer.checkpoint import Checkpointer
-from trainer.checkpoint_fallback import newest_step, restore_newest
+from trainer.checkpoint_fallback import newest_step, restore_newest, void_later_best
 from trainer.checkpoint_reader import CheckpointReader
 from trainer.configuration import CHECKPOINTS, PLAN, PretrainConfig, TrainConfig
 from trainer.dense_module import DenseModule
@@ -74,6 +74,7 @@ def start_job(
     if progress.status == "running" and progress.position is not None:
         # Before anything of the run is replaced by what was given, which may not fit it.
         stream.check_position(progress.epoch, progress.position)
+    void_later_best(checkpoints, progress, process)
     if process.rank == 0:
         _describe_run(storage, assembly, config)
         if progress.status == "running":
