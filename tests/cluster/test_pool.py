@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray.exceptions import OutOfMemoryError
+from ray.exceptions import ObjectLostError, OutOfMemoryError
 
 from cluster.configuration import ClusterConfig
 from cluster.errors import ClusterError, DataError, PoolGoneError
@@ -118,13 +118,21 @@ def test_all_members_may_die_idle_and_one_more_with_an_item(tmp_path):
     assert square == 25 and pool.deaths == 4
 
 
-def test_a_member_that_ray_ends_since_its_host_has_no_memory_left_is_replaced(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfMemoryError("1 worker(s) were killed due to the node running low on memory"),
+        ObjectLostError("f00d", None, ""),
+    ],
+    ids=["its host had no memory left", "its host died with the answer"],
+)
+def test_a_member_whose_end_ray_tells_of_in_other_words_is_replaced(tmp_path, monkeypatch, error):
     get, ended = ray.get, []
 
     def end_first(reference: object) -> object:
         if not ended:
             ended.append(reference)
-            raise OutOfMemoryError("1 worker(s) were killed due to the node running low on memory")
+            raise error
         return get(reference)
 
     with Pool(_build_squarer, str(tmp_path), members=1, cluster=TWO) as pool:
