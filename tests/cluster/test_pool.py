@@ -1,3 +1,4 @@
+import errno
 import logging
 import os
 import signal
@@ -10,7 +11,7 @@ import ray
 from ray.exceptions import ObjectLostError, OutOfMemoryError
 
 from cluster.configuration import ClusterConfig
-from cluster.errors import ClusterError, DataError, PoolGoneError
+from cluster.errors import ClusterError, DataError, PoolGoneError, StorageError
 from cluster.pool import Pool
 from cluster.tasks import run_tasks
 
@@ -56,6 +57,14 @@ def _double(number: int) -> int:
     if number == 13:
         raise DataError("13 is not allowed; leave it out")
     return 2 * number
+
+
+def _fill_disk(name: str) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+
+
+def _die(number: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_pool_finishes_every_item_though_a_member_is_killed(tmp_path, caplog):
@@ -147,6 +156,13 @@ def test_tasks_give_all_results_and_pass_errors_on():
     assert sorted(run_tasks(_double, range(8), description="doubling", config=TWO)) == list(range(0, 16, 2))
     with pytest.raises(DataError, match="13 is not allowed; leave it out"):
         list(run_tasks(_double, [1, 13], description="doubling", config=TWO))
+    with pytest.raises(StorageError, match="/shards/chunk must have room to write"):
+        list(run_tasks(_fill_disk, ["/shards/chunk"], description="writing", config=TWO))
+
+
+def test_a_task_whose_worker_dies_each_time_is_told_of_by_what_was_being_done():
+    with pytest.raises(ClusterError, match=r"writing needs workers that live .* look at the memory"):
+        list(run_tasks(_die, [1], description="writing", config=TWO))
 
 
 def test_work_is_submitted_and_collected_without_waiting(tmp_path):
