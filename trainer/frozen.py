@@ -1,5 +1,6 @@
 """A trained run as one process uses it that trains nothing: weights on this machine alone, without a process group."""
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,12 @@ class FrozenRun:
     step: int
     device: torch.device
     """Of the model and of what `lookup` returns; ids are looked up from the host."""
+
+
+def model_class(config: PretrainConfig) -> type:
+    """What `load_frozen` will hold: the class that the configuration of the model stands in; nothing is built."""
+    form = type(config.model)
+    return getattr(sys.modules[form.__module__], form.__qualname__.partition(".")[0])
 
 
 def load_frozen(

@@ -11,6 +11,7 @@ import torch
 
 from cluster.errors import ConfigError, DataError
 from data_streams.semantic_ids import SemanticIdTable
+from models.promise import Promise
 from rl.reward_pool import build_scorer
 from rl.rewards import RewardSetting
 from rl.rewards.hybrid import Hybrid
@@ -84,6 +85,15 @@ def test_a_reward_model_of_other_data_or_of_another_kind_is_refused(config, sett
     retriever = SimpleNamespace(config=config, model=SumOfCodes())
     with pytest.raises(ConfigError, match="holds a SumOfCodes, and a preference is scored by"):
         check_run(retriever, None, other)
+
+
+def test_the_kind_of_a_run_is_known_before_its_model_is_built(config, setting):
+    assert Preference.Config(run=config.run_dir).prepared(setting) == Preference.Config(run=config.run_dir)
+    options = Process.Config(run=config.run_dir)
+    with pytest.raises(ConfigError, match="holds a RewardSim, which does not score prefixes"):
+        options.prepared(setting)
+    of_prefixes = {config.run_dir: replace(config, model=Promise.Config())}
+    assert options.prepared(replace(setting, runs=of_prefixes)) == options
 
 
 def test_rewards_are_put_together_by_name(config):
