@@ -2,10 +2,12 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import pytest
 
-from cluster.errors import CheckpointError, ConfigError
+from cluster.errors import CheckpointError, ConfigError, DivergenceError
+from cluster.reporter import StopSignal
 from launch import cli
 from launch.commands import align
 from launch.config_document import to_document, to_yaml
@@ -141,3 +143,18 @@ def test_a_reward_that_cannot_be_prepared_ends_the_command_before_any_worker(
     assert cli.run(["align", start.run_dir, "--data.path", data, "--rewards", *words]) in (1, 2)
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "policy-aligned").exists()
+
+
+def test_the_room_of_the_pools_is_given_back_where_learners_fail(start, monkeypatch):
+    given_back = []
+
+    def fail(*_, **__):
+        raise DivergenceError("loss and gradients must be finite")
+
+    monkeypatch.setattr("cluster.ray_start.start_ray", lambda *_, **__: None)
+    places = SimpleNamespace(remove=lambda: given_back.append(True))
+    monkeypatch.setattr("rl.places.Places.reserve", lambda *_: places)
+    monkeypatch.setattr("cluster.worker_group.run_gang", fail)
+    with pytest.raises(DivergenceError):
+        align._run(align.parse_config(start.run_dir, []), (), print, StopSignal())
+    assert given_back
