@@ -40,6 +40,14 @@ def model_class(config: PretrainConfig) -> type:
     return getattr(sys.modules[form.__module__], form.__qualname__.partition(".")[0])
 
 
+def frozen_step(config: PretrainConfig, checkpoint: str | int) -> str:
+    """The number of the step that `load_frozen` would take now, for all who are to take the same one.
+
+    Raises: CheckpointError if there is no such checkpoint.
+    """
+    return str(CheckpointReader(Storage(f"{config.run_dir}/{CHECKPOINTS}"), checkpoint).step)
+
+
 def load_frozen(
     config: PretrainConfig, checkpoint: str | int = "best", device: torch.device | str = "cpu"
 ) -> FrozenRun:

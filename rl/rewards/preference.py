@@ -7,7 +7,7 @@ weighted mean, like the P-Score of OneRec. RECONSTRUCTED: a mean instead of a fu
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from rl.group_batch import completed_items, history_batch
 from rl.rewards import RewardFunction, RewardOptions, RewardSetting
 from rl.types import Group, Reward
 from trainer.calibration import Calibration
-from trainer.frozen import FrozenRun, load_frozen, model_class
+from trainer.frozen import FrozenRun, frozen_step, load_frozen, model_class
 
 
 class Preference(RewardFunction):
@@ -47,8 +47,10 @@ class Preference(RewardFunction):
             return (self.run,)
 
         def prepared(self, setting: RewardSetting) -> "Preference.Config":
-            require_ranker(model_class(setting.runs[self.run]), setting.runs[self.run].run_dir)
-            return self
+            config = setting.runs[self.run]
+            require_ranker(model_class(config), config.run_dir)
+            # That run may train on, and a worker that takes the place of another must reward as that one did.
+            return replace(self, checkpoint=frozen_step(config, self.checkpoint))
 
         def build(self, setting: RewardSetting) -> "Preference":
             config = setting.runs[self.run]

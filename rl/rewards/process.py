@@ -5,7 +5,7 @@ trains it. RECONSTRUCTED: its scores are the rewards as they are; step-wise adva
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -18,7 +18,7 @@ from models.tables import Ids, Rows
 from rl.group_batch import completed_paths, history_batch
 from rl.rewards import RewardFunction, RewardOptions, RewardSetting
 from rl.types import Group, Reward
-from trainer.frozen import FrozenRun, load_frozen, model_class
+from trainer.frozen import FrozenRun, frozen_step, load_frozen, model_class
 
 
 @runtime_checkable
@@ -60,8 +60,10 @@ class Process(RewardFunction):
             return (self.run,)
 
         def prepared(self, setting: RewardSetting) -> "Process.Config":
-            require_prefix_scorer(model_class(setting.runs[self.run]), setting.runs[self.run].run_dir)
-            return self
+            config = setting.runs[self.run]
+            require_prefix_scorer(model_class(config), config.run_dir)
+            # That run may train on, and a worker that takes the place of another must reward as that one did.
+            return replace(self, checkpoint=frozen_step(config, self.checkpoint))
 
         def build(self, setting: RewardSetting) -> "Process":
             process = Process(load_frozen(setting.runs[self.run], self.checkpoint, setting.device))
