@@ -11,8 +11,8 @@ from cluster.errors import DamagedCheckpointError
 from cluster.process import Process
 from cluster.storage import Storage
 from trainer.assembly import agree_on
-from trainer.checkpoint_layout import best_step, committed_steps, latest_step
-from trainer.checkpoint_pointers import BEST, write_pointer
+from trainer.checkpoint_layout import committed_steps, latest_step
+from trainer.checkpoint_pointers import BEST, read_pointer, write_pointer
 from trainer.checkpoint_reader import CheckpointReader
 from trainer.run_state import Progress
 
@@ -64,7 +64,7 @@ def void_later_best(checkpoints: Storage, progress: Progress, process: Process) 
 
     It names what was best until then; where that is not there any more, the next validation is the first one.
     """
-    named = best_step(checkpoints) if process.rank == 0 else None
+    named = read_pointer(checkpoints, BEST) if process.rank == 0 else None
     if agree_on(-1 if named is None else named, process) <= progress.step:
         return
     is_kept = bool(agree_on(int(progress.best_step in committed_steps(checkpoints)), process))

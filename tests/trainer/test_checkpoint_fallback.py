@@ -98,3 +98,7 @@ def test_where_the_best_until_then_is_gone_the_next_validation_is_the_first_one(
     progress = Progress(step=6, best=0.5, best_step=4)
     void_later_best(checkpoints, progress, ALONE)
     assert (progress.best_step, best_step(checkpoints)) == (4, 4)
+
+    write_pointer(checkpoints, BEST, 8)  # which is not even complete any more
+    void_later_best(checkpoints, progress, ALONE)
+    assert (progress.best_step, best_step(checkpoints)) == (4, 4)
