@@ -49,6 +49,13 @@ def _build_mortal(marker: str):
     return lambda item: (time.sleep(0.3), item)[1]
 
 
+def _build_dividing():
+    def divide(item: int) -> float:
+        return 1 / item
+
+    return divide
+
+
 def _build_nothing():
     raise DataError("there is nothing to build from; make some")
 
@@ -90,6 +97,15 @@ def test_an_item_that_kills_every_member_ends_the_pool_with_its_number():
         Pool(_build_deadly, members=1, cluster=TWO) as pool,
     ):
         list(pool.map(["poison"]))
+
+
+def test_an_error_in_a_member_tells_where_it_happened():
+    with (
+        pytest.raises(ZeroDivisionError) as error,
+        Pool(_build_dividing, members=1, cluster=TWO) as pool,
+    ):
+        list(pool.map([0]))
+    assert "return 1 / item" in str(error.value.__cause__)
 
 
 def test_members_that_died_while_they_had_nothing_to_do_are_not_laid_to_the_next_item(tmp_path):
