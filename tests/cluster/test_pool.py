@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray.exceptions import ObjectLostError, OutOfMemoryError
+from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError
 
 from cluster.configuration import ClusterConfig
 from cluster.errors import ClusterError, DataError, PoolGoneError, StorageError
 from cluster.pool import Pool
+from cluster.shared_object import SharedObject
 from cluster.tasks import run_tasks
 
 TWO = ClusterConfig(workers=2, start_timeout_s=60)
@@ -106,6 +107,15 @@ def test_an_error_in_a_member_tells_where_it_happened():
     ):
         list(pool.map([0]))
     assert "return 1 / item" in str(error.value.__cause__)
+
+
+def test_what_does_not_reach_a_member_in_time_is_told_of(monkeypatch):
+    def wait_in_vain(reference: object, *, timeout: float) -> None:
+        raise GetTimeoutError("Get timed out: some object(s) not ready.")
+
+    monkeypatch.setattr("cluster.shared_object.ray.get", wait_in_vain)
+    with pytest.raises(ClusterError, match="must reach the others within 60 s, and did not"):
+        SharedObject(reference=None).get(60.0)
 
 
 def test_members_that_died_while_they_had_nothing_to_do_are_not_laid_to_the_next_item(tmp_path):
