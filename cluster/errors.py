@@ -28,7 +28,8 @@ class CheckpointError(GrailError):
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A file of a checkpoint is missing or does not match its checksum; an older checkpoint may be intact."""
+    """A file of a checkpoint is missing, does not match its checksum or lies on a lost block of its disk; an older
+    checkpoint may be intact."""
 
 
 class MissingRanksError(CheckpointError):

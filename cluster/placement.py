@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 from ray._private import state
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -27,8 +27,9 @@ _SETTLE_S = 10.0
 _CLAIM_S = 3.0
 """How long a reservation that should succeed is waited for; a host that just died may still be counted."""
 
-ACTOR_DIED = (RayActorError, OutOfMemoryError)
-"""What a call of a dead actor raises; the second where Ray 2.60 ended it, since its host ran out of memory."""
+ACTOR_DIED = (RayActorError, OutOfMemoryError, ObjectLostError)
+"""What a call of a dead actor raises: the second where Ray 2.60 ended it, since its host ran out of memory, the third
+where it had answered and its host died with the answer."""
 
 
 class Placement:

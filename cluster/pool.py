@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -121,7 +121,7 @@ class Pool:
         self._idle: list[_Slot] = []
         self._busy: dict[Any, tuple[_Slot, _Work | None]] = {}
         """What is awaited: an answer to work, or the start of a member (None)."""
-        self._failed: list[Exception] = []
+        self._failed: list[RayTaskError] = []
         self._gone_since: float | None = time.monotonic()
         """Since when there is no member that is ready; None while there is one."""
         self._start_timeout_s = cluster.start_timeout_s
@@ -171,7 +171,7 @@ class Pool:
             if self._failed:
                 if found:
                     return found
-                raise self._failed.pop()
+                self._raise_failed()
             results, ready = self._advance(0.0 if found else until - time.monotonic())
             found += results
             if (found and not ready) or time.monotonic() >= until:
@@ -192,7 +192,7 @@ class Pool:
         while not self.is_complete and time.monotonic() < until:
             self._advance(until - time.monotonic())
             if self._failed:
-                raise self._failed.pop()
+                self._raise_failed()
 
     def end_members_with(self, tickets: Iterable[int]) -> None:
         """Kill those that work on these items, because they take too long; they are replaced as after any death."""
@@ -313,7 +313,7 @@ class Pool:
             if work is not None:
                 self._idle.append(slot)
             # Raised once what came back before it has been handed over.
-            self._failed.append(error.cause)
+            self._failed.append(error)
             return []
         self._idle.append(slot)
         if work is None:
@@ -323,6 +323,11 @@ class Pool:
             return []
         self._deaths_in_a_row = 0
         return [(work.ticket, result)]
+
+    def _raise_failed(self) -> NoReturn:
+        error = self._failed.pop()
+        # Ray's error alone knows where in the member it happened.
+        raise error.cause from error
 
     def _bury(self, slot: _Slot, work: _Work | None, error: RayError) -> None:
         """Put the work of a dead member back in front of the queue, and replace the member."""

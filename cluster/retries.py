@@ -14,7 +14,7 @@ TRIES = 7
 FIRST_PAUSE_S = 0.5
 """Before the second try; doubled before each further one: half a minute in all, beside the client's own tries."""
 
-_LASTING = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+_LASTING = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 _CLIENT_ERRORS = {"botocore.exceptions": "BotoCoreError", "aiohttp": "ClientError"}
 
 logger = logging.getLogger(__name__)
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 def retried(operation: Callable[[], Result], description: str, *, tries: int | None = None) -> Result:
     """The result of an operation on an object store; again after errors that may pass.
 
-    Raises: StorageError with the last error after the last try; what says that a file is there, is not there or may
-    not be touched is raised as it is.
+    Raises: StorageError with the last error after the last try, or at once for what the store does not allow; what
+    says that a file is there or not is raised as it is.
     """
     tries = tries or TRIES
     for attempt in range(tries):
@@ -32,6 +32,11 @@ def retried(operation: Callable[[], Result], description: str, *, tries: int | N
             return operation()
         except _LASTING:
             raise
+        except PermissionError as error:
+            raise StorageError(
+                f"{description} must be allowed, and the store says: {error}; look at the address, at the credentials "
+                "and at what they may do"
+            ) from error
         except _passing() as error:
             if attempt == tries - 1:
                 raise StorageError(

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError
+
+from cluster.errors import ClusterError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,5 +23,11 @@ class SharedObject:
         return SharedObject(reference=ray.put(value))
 
     def get(self, timeout_s: float) -> Any:
-        """Raises: ray.exceptions.RayError if the process that put it is gone, or the time is up."""
-        return ray.get(self.reference, timeout=timeout_s)
+        """Raises: ClusterError if the time is up; ray.exceptions.RayError if the process that put it is gone."""
+        try:
+            return ray.get(self.reference, timeout=timeout_s)
+        except GetTimeoutError as error:
+            raise ClusterError(
+                f"what one process shares must reach the others within {timeout_s:g} s, and did not; look at the "
+                "network between the hosts, or give --rollout.weights broadcast"
+            ) from error

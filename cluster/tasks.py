@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from cluster.configuration import ClusterConfig
-from cluster.errors import GrailError
+from cluster.errors import ClusterError, ours
+from cluster.placement import death_cause
 from cluster.ray_start import start_ray
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,8 @@ def run_tasks(
     At most one task more than fit at once is in flight, so results do not pile up in memory. A task whose
     worker dies is run again by Ray.
 
-    Raises: the function's own GrailError; RuntimeError with the remote traceback for any other error.
+    Raises: the function's own GrailError, or the one that tells of a full disk or an unusable path; ClusterError where
+    workers die again and again; RuntimeError with the remote traceback for any other error.
     """
     start_ray(config or ClusterConfig())
     at_once = max(1, math.floor(ray.cluster_resources().get("CPU", 1) / num_cpus)) + 1
@@ -46,7 +48,7 @@ def run_tasks(
             return
         done, _ = ray.wait(list(running), num_returns=1)
         running.remove(done[0])
-        yield _result(done[0])
+        yield _result(done[0], description)
         num_done += 1
         if time.monotonic() - reported > _REPORT_S:
             reported = time.monotonic()
@@ -56,10 +58,13 @@ def run_tasks(
 _NOTHING = object()
 
 
-def _result(reference: Any) -> Any:
+def _result(reference: Any, description: str) -> Any:
     try:
         return ray.get(reference)
     except RayTaskError as error:
-        if isinstance(error.cause, GrailError):
-            raise error.cause from None
-        raise RuntimeError(str(error)) from None
+        raise ours(error.cause) or RuntimeError(str(error)) from None
+    except RayError as error:
+        raise ClusterError(
+            f"{description} needs workers that live to the end of a task, and one died each time it was tried: "
+            f"{death_cause(error)}; look at the memory of the machines"
+        ) from error

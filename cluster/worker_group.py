@@ -90,9 +90,9 @@ def run_gang(
             except PlanError as error:
                 worlds, fault = _larger_than(gang.size, worlds, error), None
             except ClusterError:
-                if stop.requested and stop.error is None:
-                    return None
-                raise
+                if not stop.requested:
+                    raise
+                fault = None  # why it was to stop says more than what came of that
             finally:
                 gang.kill()
         starts += 1

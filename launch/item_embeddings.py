@@ -122,7 +122,7 @@ def _matrix(kind: str, options: EmbeddingSources, items: "ItemTable", data: str,
 def write_run_vectors(run: str, checkpoint: str, items: "ItemTable", data: str, out: str) -> str:
     """Write the item vectors of a run's checkpoint to the .npy file `out`; started on the run's workers.
 
-    Raises: DataError when the run was trained on another catalogue.
+    Raises: DataError when the run was trained on another catalogue; ConfigError where hosts do not share the folder.
     """
     import numpy as np
 
@@ -146,6 +146,7 @@ def write_run_vectors(run: str, checkpoint: str, items: "ItemTable", data: str, 
         matrices = [
             np.load(part, mmap_mode="r", allow_pickle=False) for part in parts if os.path.exists(part)
         ]
+        _require_all(matrices, items.num_items, out)
         _join(matrices, out)
     finally:
         for part in parts:
@@ -185,6 +186,16 @@ def item_vectors_job(
             ids = model.item_ids(torch.arange(min(start + first, stop), min(start + last, stop)))
             found.append(model.item_vectors(lookup(ids)[next(iter(ids))]).float().cpu())
     np.save(f"{part_file(out, process.rank)}.npy", torch.cat(found).numpy())
+
+
+def _require_all(matrices: list[Any], wanted: int, out: str) -> None:
+    """Raises: ConfigError where parts of other hosts are not to be seen here."""
+    found = sum(map(len, matrices))
+    if found != wanted:
+        raise ConfigError(
+            f"--out must lie in a folder that all hosts share: workers wrote the vectors of {wanted:,} items beside "
+            f"{out}, and {found:,} of them are there; name another folder"
+        )
 
 
 def _join(matrices: list[Any], out: str) -> None:

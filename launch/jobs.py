@@ -245,12 +245,14 @@ def _search(assembly: Any) -> Any:
 def _prm(assembly: Any) -> Any:
     """Model and tables of the run whose PRM steers the search, if not the model's own; a collective call."""
     from launch.served_run import find_step
+    from trainer.assembly import agree_on
 
     run = assembly.config.search.prm_run
     if not run:
         return None
     config = dataclasses.replace(load_config(run), cluster=assembly.config.cluster)
-    return _load(assembly.process, config, find_step(config, "best"))
+    # That run may train on meanwhile, and ranks that look one after another find another best step.
+    return _load(assembly.process, config, agree_on(find_step(config, "best"), assembly.process))
 
 
 def _first_users(batches: Any, num_users: int) -> list[Any]:

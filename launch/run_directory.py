@@ -200,5 +200,8 @@ def absolute_search(config: SearchConfig) -> SearchConfig:
 
 
 def absolute(path: str) -> str:
-    """A local path from the root on, since workers may stand in another folder; addresses as they are."""
-    return path if not path or "://" in path else str(Path(path).expanduser().absolute())
+    """A local path from the root on, since workers may stand in another folder; an address without a slash at its end,
+    behind which an object store would look for other files."""
+    if "://" in path:
+        return path.rstrip("/")
+    return path and str(Path(path).expanduser().absolute())

@@ -49,7 +49,7 @@ def start_alignment(
     policy, objective = config.policy(start), config.objective.build()
     drawing = _make_drawing(config, policy, process)
     wrap = partial(PolicyModule, objective=objective, drawing=drawing)
-    job = start_job(process, policy, document, reporter, wrap=wrap)
+    job = start_job(process, policy, document, reporter, wrap=wrap, init_checkpoint=start_step)
     notes, watch = job.progress.notes, Stopwatch()
     with _pools(config, job, drawing, setting, places) as (rollouts, rewards):
         alignment = Alignment(

@@ -68,6 +68,8 @@ class WeightSender:
         Raises: ClusterError if workers die too often, or transfers keep failing though none dies; PoolGoneError
         if there was no worker for too long.
         """
+        # Of a transfer that ended with the pool: nothing is pending, so no answer will ever come.
+        self._awaited.clear()
         if not self.groups:
             self._wait_for_all()
         members, deaths = sorted(self._pool.pids), self._pool.deaths

@@ -12,7 +12,9 @@ from cluster.process import Process
 from cluster.storage import Storage
 from trainer.assembly import agree_on
 from trainer.checkpoint_layout import committed_steps, latest_step
+from trainer.checkpoint_pointers import BEST, read_pointer, write_pointer
 from trainer.checkpoint_reader import CheckpointReader
+from trainer.run_state import Progress
 
 Restored = TypeVar("Restored")
 
@@ -55,6 +57,33 @@ def restore_newest(
             "The checkpoint of step %d is damaged, going on from step %d: %s", step, next_step, damage
         )
         step = next_step
+
+
+def void_later_best(checkpoints: Storage, progress: Progress, process: Process) -> None:
+    """Let BEST name no step after the one that was restored, since those will be done again; a collective call.
+
+    It names what was best until then; where that is not there any more, the next validation is the first one.
+    """
+    named = read_pointer(checkpoints, BEST) if process.rank == 0 else None
+    if agree_on(-1 if named is None else named, process) <= progress.step:
+        return
+    is_kept = bool(agree_on(int(progress.best_step in committed_steps(checkpoints)), process))
+    if not is_kept:
+        progress.forget_best()
+    if process.rank == 0:
+        _replace_best(checkpoints, progress.best_step)
+        until_then = "none" if progress.best_step is None else f"that of step {progress.best_step}"
+        logger.warning(
+            "The best checkpoint was of step %d, which will be done again; until then the best is %s.",
+            *(named, until_then),
+        )
+
+
+def _replace_best(checkpoints: Storage, step: int | None) -> None:
+    if step is None:
+        checkpoints.delete(BEST)
+    else:
+        write_pointer(checkpoints, BEST, step)
 
 
 def _first_text(text: str, process: Process) -> str:

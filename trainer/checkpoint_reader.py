@@ -1,5 +1,6 @@
 """Reading any rows of any tensor of a checkpoint, whatever ranks wrote them; runs no code found in it."""
 
+import errno
 import json
 import logging
 import zlib
@@ -148,11 +149,13 @@ class CheckpointReader:
     def _read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
         try:
             return self._storage.read(f"{self._directory}/{name}", start, stop)
-        except FileNotFoundError as error:
-            raise DamagedCheckpointError(
-                f"{self._path(name)} cannot be read: {error}. Use another step."
-            ) from error
         except OSError as error:
+            # So a disk tells of a block that is lost, and a file system that checks its own sums of a wrong one.
+            is_lost = self._storage.is_local and error.errno == errno.EIO
+            if is_lost or isinstance(error, FileNotFoundError):
+                raise DamagedCheckpointError(
+                    f"{self._path(name)} cannot be read: {error}. Use another step."
+                ) from error
             raise CheckpointError(f"{self._path(name)} cannot be read: {error}. Try again.") from error
 
     def _path(self, name: str) -> str:

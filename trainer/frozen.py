@@ -1,5 +1,6 @@
 """A trained run as one process uses it that trains nothing: weights on this machine alone, without a process group."""
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,20 @@ class FrozenRun:
     step: int
     device: torch.device
     """Of the model and of what `lookup` returns; ids are looked up from the host."""
+
+
+def model_class(config: PretrainConfig) -> type:
+    """What `load_frozen` will hold: the class that the configuration of the model stands in; nothing is built."""
+    form = type(config.model)
+    return getattr(sys.modules[form.__module__], form.__qualname__.partition(".")[0])
+
+
+def frozen_step(config: PretrainConfig, checkpoint: str | int) -> str:
+    """The number of the step that `load_frozen` would take now, for all who are to take the same one.
+
+    Raises: CheckpointError if there is no such checkpoint.
+    """
+    return str(CheckpointReader(Storage(f"{config.run_dir}/{CHECKPOINTS}"), checkpoint).step)
 
 
 def load_frozen(

@@ -23,6 +23,8 @@ from trainer.dense_module import DenseModule, GradientCheck
 from trainer.expert_balance import balance_experts
 from trainer.step_input import MicroBatch, StepInput
 
+_LISTED_USERS = 20
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
@@ -107,17 +109,23 @@ class Learner:
             dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         if finite.item():
             return
-        users = step.user_ids.tolist()
-        where = (
-            f"rank {self.rank} with users {users[:20]}{' and more' if len(users) > 20 else ''}"
-            if not own.item()
-            else f"another rank than {self.rank}"
-        )
+        where = self._first_of("" if own.item() else f"rank {self.rank} with users {_listed(step.user_ids)}")
         raise DivergenceError(
             f"loss and gradients must be finite; at step {step.step} they are not on {where}. Nothing was updated "
             "and the last checkpoint is intact: lower train.learning-rate or train.table-learning-rate, raise "
             "train.warmup-steps, or look at these users' events"
         )
+
+    def _first_of(self, text: str) -> str:
+        """The text of the first rank that has one: the rank whose error is shown may be any; a collective call."""
+        texts = [text] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(texts, text)
+        return next(filter(None, texts))
+
+
+def _listed(users: Tensor) -> str:
+    return f"{users[:_LISTED_USERS].tolist()}{' and more' if len(users) > _LISTED_USERS else ''}"
 
 
 def _gradient(leaf: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """Pretraining: the loop of a worker, from the first or the restored step to the last."""
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,6 +64,8 @@ def _profiled(job: Job) -> Iterator[None]:
         return
     with torch.profiler.profile() as profiler:
         yield
-    name = f"profile/step-{job.progress.step:08d}.json"
-    job.storage.make_directory("profile")
-    profiler.export_chrome_trace(job.storage.path(name))
+    with tempfile.TemporaryDirectory() as folder:
+        # The profiler knows no addresses.
+        trace = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(trace))
+        job.storage.write(f"profile/step-{job.progress.step:08d}.json", trace.read_bytes())

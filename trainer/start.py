@@ -20,7 +20,7 @@ from sharding.placements import render_plan
 from trainer.assembly import Assembly, agree_on, assemble
 from trainer.audit import AuditLog, next_attempt
 from trainer.checkpoint import Checkpointer
-from trainer.checkpoint_fallback import newest_step, restore_newest
+from trainer.checkpoint_fallback import newest_step, restore_newest, void_later_best
 from trainer.checkpoint_reader import CheckpointReader
 from trainer.configuration import CHECKPOINTS, PLAN, PretrainConfig, TrainConfig
 from trainer.dense_module import DenseModule
@@ -51,10 +51,12 @@ def start_job(
     reporter: Reporter,
     *,
     wrap: Callable[[Recommender, torch.dtype], DenseModule] = DenseModule,
+    init_checkpoint: int | str = "best",
 ) -> Job:
     """Build the parts of a loop and bring the latest checkpoint back, or else the weights to start from; collective.
 
-    `wrap(model, precision)` makes the module that the engine trains.
+    `wrap(model, precision)` makes the module that the engine trains; `init_checkpoint` of the run of `init_from` has
+    the weights to start from.
     """
     storage = Storage(config.run_dir)
     stream = TrainStream(config.data, seed=config.seed, rank=process.rank, world_size=process.world_size)
@@ -62,7 +64,7 @@ def start_job(
     checkpoints = storage.folder(CHECKPOINTS)
     saved_step = agree_on(newest_step(checkpoints), process)
     if saved_step < 0 and config.init_from:
-        _initialise(config.init_from, assembly)
+        _initialise(config.init_from, assembly, init_checkpoint)
     learner, engine = make_learner(assembly, wrap)
     progress = Progress()
     if saved_step >= 0:
@@ -74,6 +76,7 @@ def start_job(
     if progress.status == "running" and progress.position is not None:
         # Before anything of the run is replaced by what was given, which may not fit it.
         stream.check_position(progress.epoch, progress.position)
+    void_later_best(checkpoints, progress, process)
     if process.rank == 0:
         _describe_run(storage, assembly, config)
         if progress.status == "running":
@@ -150,14 +153,17 @@ def _make_engine(module: DenseModule, assembly: Assembly) -> Any:
     return DenseEngine(module, assembly.config.train, assembly.process)
 
 
-def _initialise(source: str, assembly: Assembly) -> None:
+def _initialise(source: str, assembly: Assembly, checkpoint: int | str = "best") -> None:
     run = Storage(source)
     if not run.exists(ITEMS_NAME):
         raise CheckpointError(
             f"--init-from needs the directory of a run with {ITEMS_NAME} and a checkpoint; {source} has none"
         )
     saved_items = pl.read_parquet(io.BytesIO(run.read(ITEMS_NAME)))["item_id"]
-    initialise_from(CheckpointReader(run.folder(CHECKPOINTS), "best"), saved_items, assembly)
+    checkpoints = run.folder(CHECKPOINTS)
+    # That run may train on meanwhile, and ranks that look one after another find another best step.
+    step = agree_on(CheckpointReader(checkpoints, checkpoint).step, assembly.process)
+    initialise_from(CheckpointReader(checkpoints, step), saved_items, assembly)
 
 
 def _reopen(progress: Progress, config: TrainConfig) -> None:

@@ -222,17 +222,17 @@ def _run(
         if not stop.requested:
             raise
         places = None
-
-    result = run_gang(
-        *(align_job, *arguments, places),
-        config=config.cluster,
-        run_dir=config.run_dir,
-        on_event=on_event,
-        stop=stop,
-    )
-    if places is not None:
-        places.remove()
-    return result
+    try:
+        return run_gang(
+            *(align_job, *arguments, places),
+            config=config.cluster,
+            run_dir=config.run_dir,
+            on_event=on_event,
+            stop=stop,
+        )
+    finally:
+        if places is not None:
+            places.remove()
 
 
 def _require_same_codes(config: "AlignConfig", start: "PretrainConfig", step: int) -> None:

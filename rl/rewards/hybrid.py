@@ -39,9 +39,9 @@ class Hybrid(RewardFunction):
             return self.preference.run_names()
 
         def prepared(self, setting: RewardSetting) -> "Hybrid.Config":
-            if not self.gate:
-                return self
-            return dataclasses.replace(self, relevance=self.relevance.prepared(setting))
+            preference = self.preference.prepared(setting)
+            relevance = self.relevance.prepared(setting) if self.gate else self.relevance
+            return dataclasses.replace(self, preference=preference, relevance=relevance)
 
         def build(self, setting: RewardSetting) -> "Hybrid":
             gate = self.relevance.build(setting) if self.gate else None

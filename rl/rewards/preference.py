@@ -7,7 +7,7 @@ weighted mean, like the P-Score of OneRec. RECONSTRUCTED: a mean instead of a fu
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from rl.group_batch import completed_items, history_batch
 from rl.rewards import RewardFunction, RewardOptions, RewardSetting
 from rl.types import Group, Reward
 from trainer.calibration import Calibration
-from trainer.frozen import FrozenRun, load_frozen
+from trainer.frozen import FrozenRun, frozen_step, load_frozen, model_class
 
 
 class Preference(RewardFunction):
@@ -45,6 +45,12 @@ class Preference(RewardFunction):
                     "pretrain reward-sim`)"
                 )
             return (self.run,)
+
+        def prepared(self, setting: RewardSetting) -> "Preference.Config":
+            config = setting.runs[self.run]
+            require_ranker(model_class(config), config.run_dir)
+            # That run may train on, and a worker that takes the place of another must reward as that one did.
+            return replace(self, checkpoint=frozen_step(config, self.checkpoint))
 
         def build(self, setting: RewardSetting) -> "Preference":
             config = setting.runs[self.run]
@@ -86,13 +92,18 @@ def check_run(frozen: FrozenRun, items: ItemTable, data_path: str) -> None:
 
     Raises: ConfigError for another kind of model, DataError for another catalogue.
     """
-    if not isinstance(frozen.model, Ranker):
-        raise ConfigError(
-            f"{frozen.config.run_dir} holds a {type(frozen.model).__name__}, and a preference is scored by a model of "
-            "given items; train one with `grail pretrain reward-sim`"
-        )
+    require_ranker(type(frozen.model), frozen.config.run_dir)
     if frozen.items.fingerprint != items.fingerprint:
         raise DataError(
             f"the reward model of {frozen.config.run_dir} was trained on another catalogue than {data_path}; train "
             "both on shards with the same items in the same order"
+        )
+
+
+def require_ranker(kind: type, run_dir: str) -> None:
+    """Raises: ConfigError where the model of a run is of a class that scores no given items."""
+    if not issubclass(kind, Ranker):
+        raise ConfigError(
+            f"{run_dir} holds a {kind.__name__}, and a preference is scored by a model of given items; train one with "
+            "`grail pretrain reward-sim`"
         )

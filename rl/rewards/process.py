@@ -5,7 +5,7 @@ trains it. RECONSTRUCTED: its scores are the rewards as they are; step-wise adva
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -18,7 +18,7 @@ from models.tables import Ids, Rows
 from rl.group_batch import completed_paths, history_batch
 from rl.rewards import RewardFunction, RewardOptions, RewardSetting
 from rl.types import Group, Reward
-from trainer.frozen import FrozenRun, load_frozen
+from trainer.frozen import FrozenRun, frozen_step, load_frozen, model_class
 
 
 @runtime_checkable
@@ -59,17 +59,19 @@ class Process(RewardFunction):
                 )
             return (self.run,)
 
+        def prepared(self, setting: RewardSetting) -> "Process.Config":
+            config = setting.runs[self.run]
+            require_prefix_scorer(model_class(config), config.run_dir)
+            # That run may train on, and a worker that takes the place of another must reward as that one did.
+            return replace(self, checkpoint=frozen_step(config, self.checkpoint))
+
         def build(self, setting: RewardSetting) -> "Process":
             process = Process(load_frozen(setting.runs[self.run], self.checkpoint, setting.device))
             check_semantic_ids(process.frozen, SemanticIdTable.load(setting.semantic_ids))
             return process
 
     def __init__(self, frozen: FrozenRun):
-        if not isinstance(frozen.model, PrefixScorer):
-            raise ConfigError(
-                f"{frozen.config.run_dir} holds a {type(frozen.model).__name__}, which does not score prefixes; a "
-                "process reward needs a model with `prefix_ids` and `prefix_scores`"
-            )
+        require_prefix_scorer(type(frozen.model), frozen.config.run_dir)
         self.frozen = frozen
 
     @torch.no_grad()
@@ -80,6 +82,15 @@ class Process(RewardFunction):
         device = self.frozen.device
         scores = self.frozen.model.prefix_scores(rows, batch.to(device), paths.to(device))
         return [Reward.of(values) for values in scores.float().cpu().numpy()]
+
+
+def require_prefix_scorer(kind: type, run_dir: str) -> None:
+    """Raises: ConfigError where the model of a run is of a class that scores no prefixes."""
+    if not issubclass(kind, PrefixScorer):
+        raise ConfigError(
+            f"{run_dir} holds a {kind.__name__}, which does not score prefixes; a process reward needs a model with "
+            "`prefix_ids` and `prefix_scores`"
+        )
 
 
 def check_semantic_ids(frozen: FrozenRun, table: SemanticIdTable) -> None:

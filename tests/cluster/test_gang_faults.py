@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ray.exceptions import GetTimeoutError, OutOfMemoryError
+from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError
 from torch.distributed import distributed_c10d
 
 from cluster import gang_worker, worker_group
@@ -151,18 +151,25 @@ def test_a_worker_that_halts_while_it_starts_is_a_fault(tmp_path, monkeypatch):
     assert ended.value.kind == COLLECTIVE
 
 
-def test_a_worker_that_ray_ends_since_its_host_has_no_memory_left_is_a_fault(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "kind", "cause"),
+    [
+        (OutOfMemoryError("1 worker(s) were killed: low on memory"), MEMORY, "low on memory"),
+        (ObjectLostError("f00d", None, ""), DEATH, "Failed to retrieve object f00d"),
+    ],
+)
+def test_a_worker_whose_end_ray_tells_of_in_other_words_is_a_fault(tmp_path, monkeypatch, error, kind, cause):
     def ended(*_: object, **__: object) -> None:
-        raise OutOfMemoryError("1 worker(s) were killed due to the node running low on memory")
+        raise error
 
     monkeypatch.setattr(worker_group.ray, "get", ended)
     monkeypatch.setattr(worker_group.ray, "wait", lambda references, **_: (references, []))
     gang = worker_group._Gang(TWO, [2], tmp_path, StopSignal(), None, None)
     gang.seats = [Seat(pid=1, host="a", address="a", gpus=())]
     for died in (lambda: gang._get([None]), lambda: gang._poll({"an answer": 0})):
-        with pytest.raises(worker_group._Fault, match=r"died.*running low on memory") as fault:
+        with pytest.raises(worker_group._Fault, match=f"died.*{cause}") as fault:
             died()
-        assert fault.value.kind == MEMORY
+        assert fault.value.kind == kind
 
 
 def test_the_log_of_a_dead_worker_tells_a_time_out_from_other_deaths(tmp_path):

@@ -1,3 +1,4 @@
+import errno
 import logging
 import os
 import signal
@@ -7,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray.exceptions import OutOfMemoryError
+from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError
 
 from cluster.configuration import ClusterConfig
-from cluster.errors import ClusterError, DataError, PoolGoneError
+from cluster.errors import ClusterError, DataError, PoolGoneError, StorageError
 from cluster.pool import Pool
+from cluster.shared_object import SharedObject
 from cluster.tasks import run_tasks
 
 TWO = ClusterConfig(workers=2, start_timeout_s=60)
@@ -48,6 +50,13 @@ def _build_mortal(marker: str):
     return lambda item: (time.sleep(0.3), item)[1]
 
 
+def _build_dividing():
+    def divide(item: int) -> float:
+        return 1 / item
+
+    return divide
+
+
 def _build_nothing():
     raise DataError("there is nothing to build from; make some")
 
@@ -56,6 +65,14 @@ def _double(number: int) -> int:
     if number == 13:
         raise DataError("13 is not allowed; leave it out")
     return 2 * number
+
+
+def _fill_disk(name: str) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+
+
+def _die(number: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_pool_finishes_every_item_though_a_member_is_killed(tmp_path, caplog):
@@ -81,6 +98,24 @@ def test_an_item_that_kills_every_member_ends_the_pool_with_its_number():
         Pool(_build_deadly, members=1, cluster=TWO) as pool,
     ):
         list(pool.map(["poison"]))
+
+
+def test_an_error_in_a_member_tells_where_it_happened():
+    with (
+        pytest.raises(ZeroDivisionError) as error,
+        Pool(_build_dividing, members=1, cluster=TWO) as pool,
+    ):
+        list(pool.map([0]))
+    assert "return 1 / item" in str(error.value.__cause__)
+
+
+def test_what_does_not_reach_a_member_in_time_is_told_of(monkeypatch):
+    def wait_in_vain(reference: object, *, timeout: float) -> None:
+        raise GetTimeoutError("Get timed out: some object(s) not ready.")
+
+    monkeypatch.setattr("cluster.shared_object.ray.get", wait_in_vain)
+    with pytest.raises(ClusterError, match="must reach the others within 60 s, and did not"):
+        SharedObject(reference=None).get(60.0)
 
 
 def test_members_that_died_while_they_had_nothing_to_do_are_not_laid_to_the_next_item(tmp_path):
@@ -118,13 +153,21 @@ def test_all_members_may_die_idle_and_one_more_with_an_item(tmp_path):
     assert square == 25 and pool.deaths == 4
 
 
-def test_a_member_that_ray_ends_since_its_host_has_no_memory_left_is_replaced(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfMemoryError("1 worker(s) were killed due to the node running low on memory"),
+        ObjectLostError("f00d", None, ""),
+    ],
+    ids=["its host had no memory left", "its host died with the answer"],
+)
+def test_a_member_whose_end_ray_tells_of_in_other_words_is_replaced(tmp_path, monkeypatch, error):
     get, ended = ray.get, []
 
     def end_first(reference: object) -> object:
         if not ended:
             ended.append(reference)
-            raise OutOfMemoryError("1 worker(s) were killed due to the node running low on memory")
+            raise error
         return get(reference)
 
     with Pool(_build_squarer, str(tmp_path), members=1, cluster=TWO) as pool:
@@ -139,6 +182,13 @@ def test_tasks_give_all_results_and_pass_errors_on():
     assert sorted(run_tasks(_double, range(8), description="doubling", config=TWO)) == list(range(0, 16, 2))
     with pytest.raises(DataError, match="13 is not allowed; leave it out"):
         list(run_tasks(_double, [1, 13], description="doubling", config=TWO))
+    with pytest.raises(StorageError, match="/shards/chunk must have room to write"):
+        list(run_tasks(_fill_disk, ["/shards/chunk"], description="writing", config=TWO))
+
+
+def test_a_task_whose_worker_dies_each_time_is_told_of_by_what_was_being_done():
+    with pytest.raises(ClusterError, match=r"writing needs workers that live .* look at the memory"):
+        list(run_tasks(_die, [1], description="writing", config=TWO))
 
 
 def test_work_is_submitted_and_collected_without_waiting(tmp_path):

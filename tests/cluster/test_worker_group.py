@@ -155,6 +155,14 @@ def test_workers_without_room_end_with_what_was_asked_and_what_there_is(tmp_path
         run_gang(_die, config=config, run_dir=str(tmp_path))
 
 
+def test_a_run_that_is_ended_while_it_waits_for_room_says_why():
+    stop, config = StopSignal(), ClusterConfig(workers=3, gpus_per_worker=1, start_timeout_s=60)
+    start_ray(config)  # takes longer than what follows
+    threading.Timer(1, stop.abort, [ClusterError("another job has taken the run")]).start()
+    with pytest.raises(ClusterError, match="another job has taken the run"):
+        run_gang(_die, config=config, run_dir="memory://waiting", stop=stop)
+
+
 def test_a_run_listens_on_the_ports_of_ray_only(tmp_path):
     sockets = run_gang(_list_sockets, os.getpid(), config=TWO, run_dir=str(tmp_path))
     open_to_all = Counter((name, pid) for name, ip, pid in sockets if not ip.startswith("127."))

@@ -2,10 +2,12 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import pytest
 
-from cluster.errors import CheckpointError, ConfigError
+from cluster.errors import CheckpointError, ConfigError, DivergenceError
+from cluster.reporter import StopSignal
 from launch import cli
 from launch.commands import align
 from launch.config_document import to_document, to_yaml
@@ -121,6 +123,15 @@ def test_help_names_what_can_be_chosen_and_errors_say_what_is_missing(capsys, st
             "compares items by their vectors, and .* has none: name a matrix with --rewards.NAME.vectors",
         ),
         ("relevance --rewards.relevance.vectors missing.npy", "missing.npy"),
+        (
+            "preference --rewards.preference.run RUN",
+            "policy holds a .*, and a preference is scored by a model of",
+        ),
+        ("hybrid --rewards.hybrid.preference.run RUN", "policy holds a .*, and a preference is scored by"),
+        (
+            "process --advantage step-wise --rewards.process.run RUN",
+            "policy holds a .*, which does not score prefixes",
+        ),
     ],
 )
 def test_a_reward_that_cannot_be_prepared_ends_the_command_before_any_worker(
@@ -128,6 +139,22 @@ def test_a_reward_that_cannot_be_prepared_ends_the_command_before_any_worker(
 ):
     monkeypatch.setattr("cluster.ray_start.start_ray", lambda *_, **__: pytest.fail("workers were started"))
     data = build_tiny_data(tmp_path / "data")
-    assert cli.run(["align", start.run_dir, "--data.path", data, "--rewards", *rewards.split()]) in (1, 2)
+    words = rewards.replace("RUN", start.run_dir).split()
+    assert cli.run(["align", start.run_dir, "--data.path", data, "--rewards", *words]) in (1, 2)
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "policy-aligned").exists()
+
+
+def test_the_room_of_the_pools_is_given_back_where_learners_fail(start, monkeypatch):
+    given_back = []
+
+    def fail(*_, **__):
+        raise DivergenceError("loss and gradients must be finite")
+
+    monkeypatch.setattr("cluster.ray_start.start_ray", lambda *_, **__: None)
+    places = SimpleNamespace(remove=lambda: given_back.append(True))
+    monkeypatch.setattr("rl.places.Places.reserve", lambda *_: places)
+    monkeypatch.setattr("cluster.worker_group.run_gang", fail)
+    with pytest.raises(DivergenceError):
+        align._run(align.parse_config(start.run_dir, []), (), print, StopSignal())
+    assert given_back

@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import IO
 
 import numpy as np
@@ -13,7 +15,8 @@ import pytest
 from data_streams.item_table import ItemTable
 from data_streams.semantic_ids import SemanticIdTable
 from launch.cli import run as grail
-from launch.jobs import _write_per_user
+from launch.jobs import _prm, _write_per_user
+from launch.run_directory import load_config
 from tests.tiny_run import NUM_ITEMS, build_tiny_data, save_semantic_ids
 
 TINY = (
@@ -182,3 +185,13 @@ def test_searches_are_compared_without_baselines_and_users(trained, tmp_path, ca
     assert "table of several --search.candidates" in capsys.readouterr().err
     assert grail([*line, "--beside", str(tmp_path)]) == 1
     assert "must be a run directory" in capsys.readouterr().err
+
+
+def test_all_ranks_steer_by_one_step_of_a_run_that_goes_on_meanwhile(trained, monkeypatch):
+    """What another rank finds best, when it looks later, does not count."""
+    config = load_config(str(trained[0]))
+    steered = replace(config, search=replace(config.search, prm=True, prm_run=config.run_dir))
+    monkeypatch.setattr("launch.served_run.find_step", lambda *_: 300)
+    monkeypatch.setattr("trainer.assembly.agree_on", lambda number, process: number - 100)
+    monkeypatch.setattr("launch.jobs._load", lambda process, config, step: step)
+    assert _prm(SimpleNamespace(config=steered, process="rank 1")) == 200

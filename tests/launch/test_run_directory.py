@@ -5,16 +5,19 @@ import pytest
 
 from cluster.errors import CheckpointError, ConfigError
 from cluster.reporter import Event
+from cluster.storage import Storage
 from launch.cli import run as grail
 from launch.commands.evaluate import EvaluateOptions
 from launch.commands.pretrain import parse_config
 from launch.commands.recommend import RecommendOptions, _require_rows
 from launch.plots import points, write_curves
 from launch.run_directory import (
+    CHECKPOINTS,
     CONFIG,
     KeptDocuments,
     absolute,
     folder_and_name,
+    has_checkpoint,
     load_config,
     parse_checkpoint,
     prepare,
@@ -172,6 +175,15 @@ def test_a_run_at_an_address_goes_on_with_the_command_that_is_printed():
         CheckpointError, match=r"memory://bucket/runs/b\.yaml must be a file, and there is none"
     ):
         load_config("memory://bucket/runs/b.yaml")
+
+
+def test_a_slash_at_the_end_of_an_address_makes_no_other_run_of_it():
+    Storage("memory://slash/run/").folder(CHECKPOINTS).write("step-00000001/state.json", b"{}")
+    config = parse_config(
+        "sasrec", ["--run-dir", "memory://slash/run/", "--data.path", "memory://slash/data/"]
+    )
+    assert (config.run_dir, config.data.path) == ("memory://slash/run", "memory://slash/data")
+    assert has_checkpoint(config.run_dir)
 
 
 def test_a_path_is_split_where_its_name_begins(tmp_path, monkeypatch):

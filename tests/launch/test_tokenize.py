@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 import torch.nn.functional as F
 
-from cluster.errors import DataError
+from cluster.errors import ConfigError, DataError
 from cluster.reporter import Reporter
 from cluster.storage import Storage
 from data_streams.build import BuildConfig, build
@@ -16,8 +16,9 @@ from data_streams.item_table import ItemTable
 from data_streams.semantic_ids import SemanticIdTable
 from data_streams.sources.events import EventsSource
 from launch import cli
-from launch.item_embeddings import _join, item_vectors_job, require_run_of
+from launch.item_embeddings import _join, item_vectors_job, require_run_of, write_run_vectors
 from launch.jobs import part_file
+from launch.run_directory import prepare
 from tests.models.tokenizers.clustered import clustered_vectors
 from tests.process_group import run_on_processes
 from tests.tiny_run import NUM_ITEMS, build_tiny_data, run, tiny_config
@@ -151,6 +152,23 @@ def test_vectors_of_a_run_that_cannot_be_joined_leave_the_older_file(tmp_path):
     with pytest.raises(ValueError, match="broadcast"):
         _join([VECTORS[:2], VECTORS[2:5, :3]], str(out))
     assert out.read_bytes() == before and list(tmp_path.iterdir()) == [out]
+
+
+def test_vectors_that_hosts_of_their_own_have_written_are_missed_and_leave_the_older_file(
+    tmp_path, monkeypatch
+):
+    data, out = build_tiny_data(tmp_path / "data"), tmp_path / "run_embeddings.npy"
+    config = tiny_config(data, tmp_path / "run")
+    prepare(config)
+    out.write_bytes(b"older")
+    monkeypatch.setattr("launch.served_run.find_step", lambda *_: 2)
+    monkeypatch.setattr("cluster.workers.run_workers", lambda *_, **__: None)
+    for there in (0, 30):
+        if there:
+            np.save(f"{part_file(str(out), 0)}.npy", VECTORS[:there])
+        with pytest.raises(ConfigError, match=f"60 items beside .*, and {there} of them are there"):
+            write_run_vectors(config.run_dir, "best", ItemTable.load(data), data, str(out))
+        assert out.read_bytes() == b"older"
 
 
 def test_inputs_are_fused_and_the_fusion_is_kept_for_new_items(folder, command):

@@ -11,6 +11,7 @@ import torch
 
 from cluster.errors import ConfigError, DataError
 from data_streams.semantic_ids import SemanticIdTable
+from models.promise import Promise
 from rl.reward_pool import build_scorer
 from rl.rewards import RewardSetting
 from rl.rewards.hybrid import Hybrid
@@ -84,6 +85,25 @@ def test_a_reward_model_of_other_data_or_of_another_kind_is_refused(config, sett
     retriever = SimpleNamespace(config=config, model=SumOfCodes())
     with pytest.raises(ConfigError, match="holds a SumOfCodes, and a preference is scored by"):
         check_run(retriever, None, other)
+
+
+def test_the_kind_of_a_run_is_known_before_its_model_is_built(config, setting):
+    options = Process.Config(run=config.run_dir)
+    with pytest.raises(ConfigError, match="holds a RewardSim, which does not score prefixes"):
+        options.prepared(setting)
+    of_prefixes = {config.run_dir: replace(config, model=Promise.Config())}
+    assert options.prepared(replace(setting, runs=of_prefixes)).run == config.run_dir
+
+
+def test_a_worker_that_replaces_another_rewards_by_the_same_step(config, setting, monkeypatch):
+    """The run of the reward model may train on, and then has another best step."""
+    step = load_frozen(config).step
+    options = Preference.Config(run=config.run_dir).prepared(setting)
+    of_prefixes = {config.run_dir: replace(config, model=Promise.Config())}
+    process = Process.Config(run=config.run_dir).prepared(replace(setting, runs=of_prefixes))
+    monkeypatch.setattr("trainer.checkpoint_reader.best_step", lambda storage: step + 1)
+    assert options.build(setting).frozen.step == step and process.checkpoint == str(step)
+    assert options.prepared(setting) == options
 
 
 def test_rewards_are_put_together_by_name(config):

@@ -11,7 +11,7 @@ from torch import nn
 
 from cluster import side_group
 from cluster.configuration import ClusterConfig
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, PoolGoneError
 from cluster.pool import Pool
 from rl.weight_broadcast import HeldWeights, WeightCall, WeightSender
 from rl.weight_sync import BUCKET_VALUES, FlatWeights
@@ -107,3 +107,28 @@ def test_broadcasts_that_keep_failing_though_nobody_dies_end_the_run(monkeypatch
     with pytest.raises(ClusterError, match=r"3 broadcasts in a row failed.*--rollout.weights object-store"):
         sender.send(3, weights)
     assert len({call.invitation.rendezvous for call in tickets}) == 3
+
+
+def test_a_transfer_that_ended_with_the_pool_is_not_waited_for_once_a_member_is_back(monkeypatch):
+    monkeypatch.setattr(side_group, "num_hosts", lambda: 1)
+    tickets, polls = [], []
+
+    def poll(timeout_s: float) -> list:
+        polls.append(timeout_s)
+        if len(polls) == 1:
+            raise PoolGoneError("the rollout pool needs at least one of its 1 members")
+        assert len(polls) < 100, "the answer of a dead worker is waited for"
+        return [(len(tickets) - 1, False)]
+
+    back = SimpleNamespace(
+        pids=[1],
+        deaths=0,
+        is_complete=True,
+        submit=lambda call, repeats: tickets.append(call) or len(tickets) - 1,
+        poll=poll,
+    )
+    sender = WeightSender(back, nccl=False, start_timeout_s=1, timeout_s=TIMEOUT_S)
+    weights = FlatWeights(layout=(("bias", 2),), values=torch.ones(2))
+    with pytest.raises(PoolGoneError):
+        sender.send(1, weights)
+    assert not sender.send(2, weights)

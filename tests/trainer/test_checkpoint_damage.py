@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import pickle
 
 import pytest
@@ -53,6 +55,23 @@ def test_a_file_that_disappears_while_reading_is_named(folder):
     (folder / "rank-00001.bin").unlink()
     with pytest.raises(CheckpointError, match=r"rank-00001\.bin cannot be read"):
         reader.read_rows("table/item", 0, 9)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "advice"),
+    [(errno.EIO, DamagedCheckpointError, "Use another step"), (errno.EACCES, CheckpointError, "Try again")],
+)
+def test_what_a_disk_cannot_read_is_damage_and_what_one_may_not_read_is_none(
+    folder, monkeypatch, number, kind, advice
+):
+    def fail(*_: object) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    reader = CheckpointReader(Storage(folder.parent))
+    monkeypatch.setattr(Storage, "read", fail)
+    with pytest.raises(CheckpointError, match=rf"\.bin cannot be read: .*{advice}") as error:
+        reader.read_rows("table/item", 0, 9)
+    assert error.type is kind
 
 
 def test_only_the_blocks_that_are_read_are_checked(folder):

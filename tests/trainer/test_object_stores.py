@@ -146,6 +146,18 @@ def test_an_error_that_lasts_is_not_asked_again(tmp_path):
         Storage("nowhere://x")
 
 
+def test_what_a_store_does_not_allow_ends_the_command_with_the_address(tmp_path, monkeypatch, capsys):
+    """As s3fs says it: an error without a number and without a path."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(FaultyStore, "exists", refuse)
+    assert grail(["status", f"faulty://{tmp_path}/run"]) == 1
+    shown = capsys.readouterr().err
+    assert f"{tmp_path}/run/config.yaml must be allowed, and the store says: Access Denied" in shown
+
+
 def test_a_creation_whose_answer_was_lost_counts_as_done(tmp_path, monkeypatch):
     monkeypatch.setattr(retries, "FIRST_PAUSE_S", 0.001)
     storage = Storage(f"faulty://{tmp_path}")

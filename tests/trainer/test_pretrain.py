@@ -2,17 +2,22 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from cluster.storage import Storage
 from data_streams.build import BuildConfig, build
 from data_streams.sources.events import EventsSource
-from tests.process_group import run_on_processes
+from tests.process_group import ALONE, run_on_processes
 from tests.tiny_run import NUM_USERS, build_tiny_data, run, tiny_config, write_events
 from trainer.audit import read_audit
 from trainer.checkpoint_layout import best_step, committed_steps
+from trainer.job import Job
 from trainer.metric_log import read_metrics
+from trainer.pretrain import _profiled
+from trainer.run_state import Progress
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +109,15 @@ def test_a_checkpoint_that_is_due_by_time_is_saved_once(data, tmp_path):
     *steps, _ = sorted(committed_steps(Storage(config.run_dir).folder("checkpoints")))
     assert len(steps) > 2
     assert min(after - before for before, after in pairwise(steps)) > 1
+
+
+def test_traces_go_to_a_run_directory_at_an_address_too():
+    storage = Storage("memory://traced")
+    job = object.__new__(Job)
+    vars(job).update(
+        config=SimpleNamespace(profile=True), process=ALONE, progress=Progress(step=12), storage=storage
+    )
+    with _profiled(job):
+        torch.ones(2).sum()
+    assert storage.list("profile") == ["step-00000012.json"]
+    assert b"traceEvents" in storage.read("profile/step-00000012.json")

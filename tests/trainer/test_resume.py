@@ -28,6 +28,7 @@ from tests.tiny_run import (
     write_events,
 )
 from trainer.audit import read_audit
+from trainer.checkpoint_layout import committed_steps
 from trainer.checkpoint_reader import CheckpointReader
 from trainer.start import pretrain
 
@@ -221,3 +222,25 @@ def test_init_from_takes_rows_by_item_id_and_new_items_join_the_table(data, tmp_
     for item in range(60, 80):
         was, now = rows[f"i{item}"]
         assert (was == now).all()
+
+
+def initialised_while_the_source_goes_on(process, config, steps):
+    """The best step of the other run is another one whenever a rank looks."""
+    from trainer import checkpoint_reader
+
+    checkpoint_reader.best_step = lambda storage: steps[process.rank]
+    return initialised(process, config)
+
+
+def test_all_ranks_start_from_one_step_of_a_run_that_goes_on_meanwhile(data, tmp_path):
+    config = tiny_config(data, tmp_path / "run", epochs=1, checkpoint_every_steps=2, keep_last=9)
+    run_on_processes(run, 1, config)
+    checkpoints = Storage(f"{config.run_dir}/checkpoints")
+    first, *_, last = committed_steps(checkpoints)
+    expected = CheckpointReader(checkpoints, first).read_rows("table/item", 0, 60)
+    new = replace(tiny_config(data, tmp_path / "new"), init_from=config.run_dir)
+    rows = {}
+    for part in run_on_processes(initialised_while_the_source_goes_on, 2, new, (first, last)):
+        rows |= part
+    for item, row in enumerate(expected):
+        assert (rows[f"i{item}"][1] == row).all()
