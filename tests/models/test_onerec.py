@@ -152,6 +152,15 @@ def test_every_target_knows_the_tokens_of_its_user_that_are_there_by_then():
     assert known[KNOWN].lengths.tolist() == [4, 3]
 
 
+def test_the_encoder_counts_events_back_from_each_target():
+    model = build(replace(GENERATORS["onerec"], context=ContextConfig(hidden=24), targets_per_user=None))
+    ages, context = [], StepContext(step=0)
+    model.ages.register_forward_hook(lambda _, inputs, __: ages.append(inputs[0].tolist()))
+    batch = model.training_batch(make_batch([torch.arange(4)]), context)
+    model(lookup_ids(model, model.ids(batch, context)), batch, context)
+    assert ages == [[1, 2, 1, 3, 2, 1]]
+
+
 def test_queries_stand_behind_the_tokens_of_their_target():
     rows = Jagged.from_lengths(torch.zeros(3), torch.tensor([2, 0, 1]))
     joined, longer = append_to_rows(torch.arange(3.0)[:, None], rows, torch.arange(10.0, 16.0).view(3, 2, 1))
