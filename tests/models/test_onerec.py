@@ -132,6 +132,32 @@ def test_a_session_is_predicted_code_by_code_from_what_comes_before_it():
     assert 0 < first < two < loss.sum
 
 
+def test_every_code_of_a_session_is_told_from_the_codes_before_it():
+    model = build(replace(GENERATORS["onerec"], session=SessionConfig(items=2, gap_s=100.0))).eval()
+    context, caught = StepContext(step=0), []
+    model.decoder.register_forward_hook(lambda _, inputs, output: caught.append(output))
+    batch, codes = model.training_batch(session_batch(), context), semantic_ids().codes
+    rows, sessions = lookup_ids(model, model.ids(batch, context)), batch.supervision[SESSION]
+    expected = 0
+    loss = model(rows, batch, context)
+    for item in range(2):
+        for level, wanted in enumerate(codes[sessions.values[:, item]].unbind(1)):
+            logits = model.scores(level, caught[0][:, 3 * item + level])
+            expected = expected + torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
+    torch.testing.assert_close(loss.sum, expected)
+    # The last code of an item is read where the next item begins, and that of the last item nowhere.
+    for item, begin in ((0, 3), (1, 6)):
+        others = sessions.values.clone()
+        for place, one in enumerate(codes[others[:, item]]):
+            others[place, item] = torch.nonzero((codes[:, :2] == one[:2]).all(1) & (codes[:, 2] != one[2]))[
+                0, 0
+            ]
+        changed = {**batch.supervision, SESSION: sessions.with_values(others)}
+        model(rows, replace(batch, supervision=changed), context)
+        same = (caught[-1] == caught[0]).all(-1)
+        assert same[:, :begin].all() and not same[:, begin:].any()
+
+
 def test_data_without_sessions_is_refused():
     model = build(replace(GENERATORS["onerec"], session=SessionConfig(items=5, gap_s=100.0)))
     batch, context = session_batch(), StepContext(step=0)
