@@ -204,6 +204,15 @@ def test_duration_feedback_is_a_percentile_within_the_bucket_of_the_item():
         score(Duration.Config().build(NOWHERE), group([1], positives=[1]))
 
 
+@pytest.mark.parametrize("base", [2.0, 3.0, 10.0])
+def test_a_bucket_of_durations_begins_with_the_very_power_of_its_base(base):
+    function, powers = Duration.Config(base=base).build(NOWHERE), np.arange(1, 7)
+    # A second is added to each.
+    seconds = (base**powers - 1).astype(np.float32)
+    assert function.buckets(seconds).tolist() == powers.tolist()
+    assert function.buckets(seconds - 0.5).tolist() == (powers - 1).tolist()
+
+
 def test_duration_says_nothing_of_a_user_who_took_nothing():
     past, shown = ({"play_time_s": times, "duration_s": times} for times in (np.ones(1), np.zeros(0)))
     given = group([20, -1], history=[1], history_features=past, positive_features=shown)
