@@ -3,7 +3,8 @@
 Source: Zhai et al., Actions Speak Louder than Words: Trillion-Parameter Sequential Transducers for Generative
 Recommendations (2024), and its published code. Deviations: no padding exists; the time bias of a pair takes the
 time of the query's own event, not that of the event to be predicted, which is not known when recommending; a pair's
-distance counts one way only, since no event sees a later one.
+distance counts one way only, since no event sees a later one. Not there: ranking, with actions between the items, and
+M-FALCON, which scores candidates in micro-batches behind one cached history.
 """
 
 from collections.abc import Sequence

@@ -25,7 +25,8 @@ def shorten_histories(
     N is the maximum length. An event that is kept keeps the target that followed it. The draws depend on the seed,
     the step and the user alone, so they are the same at every number of workers. Host side only.
     """
-    kept_length = math.floor(max_length ** (alpha / 2))
+    # A power that is a whole number may come out a little below it.
+    kept_length = math.floor(max_length ** (alpha / 2) + 1e-9)
     lengths = batch.items.lengths.numpy()
     if not (lengths > kept_length).any():
         return batch

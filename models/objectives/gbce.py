@@ -1,10 +1,11 @@
 """Generalised binary cross-entropy, which takes back the overconfidence that comes from sampling negatives.
 
 Source: Petrov and Macdonald, gSASRec: Reducing Overconfidence in Sequential Recommendation Trained with Negative
-Sampling (2023). Deviations: the step's positions share their negatives; sigm(s+)^beta is never formed, since
--log(sigm(s+)^beta) is beta softplus(-s+), which needs no float64. RECONSTRUCTED: scores begin at ln(beta / k), where
-the target weighs as much as all negatives. At 0 the first gradients are those of negatives alone, a thousand times
-those of targets, and row-wise Adagrad, which remembers them for good, then hardly moves a row any more.
+Sampling (2023). Deviations: the step's positions share their negatives; items are scored by the rows that embed them,
+where gSASRec has a second table for that; sigm(s+)^beta is never formed, since -log(sigm(s+)^beta) is beta
+softplus(-s+), which needs no float64. RECONSTRUCTED: scores begin at ln(beta / k), where the target weighs as much as
+all negatives. At 0 the first gradients are those of negatives alone, a thousand times those of targets, and row-wise
+Adagrad, which remembers them for good, then hardly moves a row any more.
 """
 
 import math

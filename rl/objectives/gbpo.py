@@ -1,4 +1,4 @@
-"""GBPO: no sample is clipped away (but for ratios below e^-10), and no gradient exceeds that of binary cross-entropy.
+"""GBPO: no sample is clipped away (but beyond e^-10 and e^10), and no gradient exceeds that of binary cross-entropy.
 
 Source: OneRec-V2 (2025; industrial.md 4.3): the denominator is max(pi_old, sg(pi)) for advantages at or above 0 and
 max(pi_old, 1 - sg(pi)) below. So a ratio is at most 1, or at most pi / (1 - pi). RECONSTRUCTED: per code, averaged over

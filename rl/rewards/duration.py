@@ -74,9 +74,10 @@ class Duration(RewardFunction):
 
     def buckets(self, duration_s: np.ndarray) -> np.ndarray:
         """Shapes: [n] -> [n] int64."""
-        return np.floor(
-            np.log(np.maximum(duration_s, 0) + self.config.offset_s) / np.log(self.config.base)
-        ).astype(np.int64)
+        seconds = np.maximum(duration_s, 0).astype(np.float64) + self.config.offset_s
+        powers = np.log(seconds) / np.log(self.config.base)
+        # The quotient of two logarithms may be a little below a whole number: for 1,000 and 10 it is.
+        return np.floor(powers + 1e-9).astype(np.int64)
 
 
 def _is_known(columns: Mapping[str, np.ndarray]) -> np.ndarray:

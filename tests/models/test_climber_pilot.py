@@ -10,6 +10,8 @@ from cluster.errors import ConfigError
 from data_streams.configuration import DataConfig
 from data_streams.stream import open_data
 from models.climber_pilot import ClimberPilot
+from models.kernels.length_buckets import bucket_layout
+from models.kernels.masked_attention import prefix_masks, reference_masked_attention
 from models.multi_item_targets import OFFERED, TIME, VISIBLE, WANTED, slots_name, targets_name
 from models.objectives.full_softmax import FullSoftmax
 from models.recommender import StepContext
@@ -165,6 +167,19 @@ def test_no_output_depends_on_an_item_that_its_mask_hides(options):
         sees = {key for key in before if key[0] == 0 and time < int(anchors[key[1]]) - window_s}
         assert changed <= sees
         assert changed or not sees or torch.equal(items, batch.items.values) or "condition_column" in options
+
+
+def test_the_bias_of_two_events_is_that_of_their_distance_also_for_a_state_read_earlier():
+    model, sequences, read = pilot(), make_users((5,)).items, torch.tensor([0, 0, 1, 1, 3])
+    hidden, layout, places = torch.randn(5, WIDTH), bucket_layout(sequences), torch.arange(5)
+    block, branch, masks = model.blocks[0], model.branches[0], prefix_masks(places + 1, layout)
+    weights = [block.distances.weight[place - places[: place + 1]].T for place in range(5)]
+    attended = reference_masked_attention(
+        *block.project(block.attention_norm(hidden)), [range(place + 1) for place in range(5)], bias=weights
+    )
+    torch.testing.assert_close(block(hidden, layout, masks), block.finish(hidden, attended))
+    earlier = branch(hidden, layout, prefix_masks(read + 1, layout), read=read, sequences=sequences)
+    torch.testing.assert_close(earlier, branch(hidden, layout, masks)[read])
 
 
 def test_serving_sees_the_whole_history():

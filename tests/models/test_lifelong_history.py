@@ -35,6 +35,13 @@ def test_clusters_are_split_until_none_is_larger_than_the_threshold():
     assert kept.sum() < 500
 
 
+def test_a_cluster_is_split_into_the_cube_root_of_its_size():
+    # Three heaps of nine: three parts are small enough, and with more of them several events would stand for a heap.
+    heaps = np.repeat([0.0, 100.0, 200.0], 9) + np.tile(np.arange(9.0), 3)
+    kept = representatives(heaps[:, None].astype(np.float32), np.zeros(27, dtype=np.int64), 9)
+    assert np.flatnonzero(kept).tolist() == [4, 13, 22]
+
+
 def test_equal_events_cannot_be_split_and_one_stands_for_all():
     kept = representatives(np.ones((50, 3), dtype=np.float32), np.zeros(50, dtype=np.int64), 10)
     assert np.flatnonzero(kept).tolist() == [0]

@@ -10,6 +10,7 @@ from cluster.errors import ConfigError
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
 from models.exposure_windows import ANSWERS, CANDIDATES, NUM_STATIC, VISIBLE, Window
+from models.kernels.prefix_attention import age_buckets
 from models.layers.group_layer_norm import GroupLayerNorm
 from models.mtgr import MTGR
 from models.recommender import StepContext
@@ -164,6 +165,57 @@ def test_without_the_dynamic_mask_a_candidate_sees_what_came_later():
     batch = model.training_batch(random_log(), CONTEXT)
     owner = batch.supervision[CANDIDATES].row_index()
     assert torch.equal(changes(model, batch, "event", batch.num_tokens - 1), owner == 3)
+
+
+def who_sees_what(batch):
+    """Group of every token, and the tokens it sees: of all users the user, what was taken before the window and in it;
+    then all candidates."""
+    static, visible = (batch.supervision[name] for name in (NUM_STATIC, VISIBLE))
+    groups, sees, firsts = [], [], []
+    for length, num_static in zip(batch.items.lengths.tolist(), static.values.tolist(), strict=True):
+        first, before_window = len(groups), 1 + num_static
+        firsts.append(first)
+        for place in range(1 + length):
+            groups.append(0 if place == 0 else 1 if place < before_window else 2)
+            sees.append(list(range(first, first + max(before_window, place + 1))))
+    for user, known in zip(visible.row_index().tolist(), visible.values.tolist(), strict=True):
+        sees.append([*range(firsts[user], firsts[user] + 1 + known), len(groups)])
+        groups.append(3)
+    return torch.tensor(groups), sees
+
+
+def written_out(block, hidden, groups, sees):
+    """X + f(norm(V' * U)) with [Q, K, V, U] = SiLU(norm(X) W), head by head; the latest a token sees is of age 1."""
+
+    def group_norm(norm, rows):
+        return (
+            nn.functional.layer_norm(rows, rows.shape[1:], eps=1e-6) * norm.scale[groups] + norm.shift[groups]
+        )
+
+    packed = nn.functional.silu(block.projection(group_norm(block.before, hidden)))
+    queries, keys, values, gates = packed.chunk(4, dim=1)
+    width, by_age, attended = hidden.shape[1] // block.num_heads, block.bias(), torch.zeros_like(hidden)
+    for token, seen in enumerate(sees):
+        # A candidate stands behind what it sees, and is of age 1 to itself.
+        ages = torch.arange(len(seen), 0, -1)
+        ages = torch.where(groups[token] == 3, (ages - 1).clamp(min=1), ages)
+        for head in range(block.num_heads):
+            part = slice(head * width, (head + 1) * width)
+            scores = keys[seen, part] @ queries[token, part] + by_age[head, age_buckets(ages)]
+            attended[token, part] = nn.functional.silu(scores) @ values[seen, part] / len(seen)
+    return hidden + block.output(group_norm(block.after, attended * gates))
+
+
+def test_a_block_is_the_formula_of_the_paper_over_what_each_token_sees():
+    model, caught = make_model(window="drawn"), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, inputs, output: caught.append((block, inputs[0], output)))
+    batch = model.training_batch(random_log(num_users=6), CONTEXT)
+    groups, sees = who_sees_what(batch)
+    assert set(groups.tolist()) == {0, 1, 2, 3}
+    model._score(looked_up(model.ids(batch, CONTEXT)), Window.of_training(batch))
+    for block, hidden, found in caught:
+        torch.testing.assert_close(found, written_out(block, hidden, groups, sees), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("window", ["span", "drawn"])

@@ -132,6 +132,32 @@ def test_a_session_is_predicted_code_by_code_from_what_comes_before_it():
     assert 0 < first < two < loss.sum
 
 
+def test_every_code_of_a_session_is_told_from_the_codes_before_it():
+    model = build(replace(GENERATORS["onerec"], session=SessionConfig(items=2, gap_s=100.0))).eval()
+    context, caught = StepContext(step=0), []
+    model.decoder.register_forward_hook(lambda _, inputs, output: caught.append(output))
+    batch, codes = model.training_batch(session_batch(), context), semantic_ids().codes
+    rows, sessions = lookup_ids(model, model.ids(batch, context)), batch.supervision[SESSION]
+    expected = 0
+    loss = model(rows, batch, context)
+    for item in range(2):
+        for level, wanted in enumerate(codes[sessions.values[:, item]].unbind(1)):
+            logits = model.scores(level, caught[0][:, 3 * item + level])
+            expected = expected + torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
+    torch.testing.assert_close(loss.sum, expected)
+    # The last code of an item is read where the next item begins, and that of the last item nowhere.
+    for item, begin in ((0, 3), (1, 6)):
+        others = sessions.values.clone()
+        for place, one in enumerate(codes[others[:, item]]):
+            others[place, item] = torch.nonzero((codes[:, :2] == one[:2]).all(1) & (codes[:, 2] != one[2]))[
+                0, 0
+            ]
+        changed = {**batch.supervision, SESSION: sessions.with_values(others)}
+        model(rows, replace(batch, supervision=changed), context)
+        same = (caught[-1] == caught[0]).all(-1)
+        assert same[:, :begin].all() and not same[:, begin:].any()
+
+
 def test_data_without_sessions_is_refused():
     model = build(replace(GENERATORS["onerec"], session=SessionConfig(items=5, gap_s=100.0)))
     batch, context = session_batch(), StepContext(step=0)
@@ -150,6 +176,15 @@ def test_every_target_knows_the_tokens_of_its_user_that_are_there_by_then():
     assert known[COUNTS].values.tolist() == [2, 2, 1, 2]
     assert known[KNOWN].values.tolist() == [0, 1, 0, 2, 0, 0, 1]
     assert known[KNOWN].lengths.tolist() == [4, 3]
+
+
+def test_the_encoder_counts_events_back_from_each_target():
+    model = build(replace(GENERATORS["onerec"], context=ContextConfig(hidden=24), targets_per_user=None))
+    ages, context = [], StepContext(step=0)
+    model.ages.register_forward_hook(lambda _, inputs, __: ages.append(inputs[0].tolist()))
+    batch = model.training_batch(make_batch([torch.arange(4)]), context)
+    model(lookup_ids(model, model.ids(batch, context)), batch, context)
+    assert ages == [[1, 2, 1, 3, 2, 1]]
 
 
 def test_queries_stand_behind_the_tokens_of_their_target():

@@ -80,6 +80,14 @@ def test_keys_and_values_are_shared_between_neighbouring_blocks():
     assert not any("key" in name and "query" not in name for name, _ in model.decoder.named_parameters())
 
 
+def test_every_level_of_codes_has_a_norm_and_scores_of_its_own():
+    model, hidden = make_generator("onerec-v2"), torch.randn(5, 16)
+    for level, (norm, head) in enumerate(zip(model.norms, model.heads, strict=True)):
+        torch.nn.init.normal_(norm.weight)
+        expected = torch.nn.functional.rms_norm(hidden, (16,), norm.weight) @ head.weight.T
+        torch.testing.assert_close(model.scores(level, hidden), expected)
+
+
 def test_with_one_target_per_user_the_newest_alone_is_learnt():
     context, users = StepContext(step=0), [torch.arange(6), torch.arange(20, 23)]
     model = make_generator("onerec-v2")

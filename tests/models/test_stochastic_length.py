@@ -32,6 +32,13 @@ def test_short_histories_stay_whole():
     assert shorten(batch) is batch
 
 
+def test_a_length_that_is_a_whole_number_is_not_rounded_down():
+    # 32 ** 0.6 is 8, and 7.999999999999999 to the machine.
+    context = StepContext(step=0, seed=0)
+    shortened = shorten_histories(make_users([32] * 50), context, alpha=1.2, max_length=32)
+    assert set(shortened.items.lengths.tolist()) == {8, 32}
+
+
 def test_a_long_history_is_cut_to_the_chosen_length_or_kept_whole():
     lengths = {int(shorten(make_users([60], user)).items.lengths[0]) for user in range(200)}
     assert lengths == {KEPT, 60}

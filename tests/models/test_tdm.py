@@ -12,6 +12,7 @@ from models.drawn_positions import PLACES, drawn_events
 from models.layers.window_attention import LatestEvents, WindowAttention
 from models.recommender import StepContext
 from models.semantic_ids import SemanticIds
+from models.tdm import TDM
 from models.tree_nodes import TreeNodes
 from tests.generator_cases import NUM_ITEMS, TREES, lookup_ids, make_generator, tree_ids, unsharded_lookup
 from tests.models.test_generators import histories
@@ -49,6 +50,12 @@ def test_the_loss_is_that_of_a_loop_over_samples_levels_and_nodes(name):
     assert loss.count == batch.num_tokens
     assert float(loss.sum) == pytest.approx(expected, rel=1e-5)
     assert float(sum(loss.metrics.values())) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_windows_of_the_past_are_short_where_it_is_near():
+    published = TDM.Config().build(num_items=NUM_ITEMS, semantic_ids=tree_ids())
+    assert published.attention.windows == (1, 1, 1, 2, 2, 2, 10, 10, 20, 20)
+    assert published.layers[0].linear.weight.shape == (128, 11 * 24)
 
 
 def test_attention_is_an_mlp_of_behaviour_product_and_candidate():

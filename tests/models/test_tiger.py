@@ -89,7 +89,8 @@ def test_the_user_token_is_a_hash_of_the_user():
         for user in range(20)
     ]
     tokens = hash_ids(torch.arange(20), TIGER["user_tokens"]).tolist()
-    assert len(set(by_user)) == len(set(tokens)) > 3
+    pairs = set(zip(tokens, by_user, strict=True))
+    assert len(pairs) == len(set(by_user)) == len(set(tokens)) > 3
 
 
 def test_a_model_without_user_tokens_is_refused():

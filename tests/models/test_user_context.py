@@ -8,7 +8,7 @@ from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
 from models.kernels.context_attention import NEVER
 from models.layers.event_features import EventFeatures, play_time_bucket, played_share_bucket
-from models.layers.pathways import ContextTokens, TokenOrder, latest, positive_feedback
+from models.layers.pathways import ContextTokens, Pathway, TokenOrder, latest, positive_feedback
 from models.layers.rotary import rotate
 from models.layers.user_context import POSITIVE, ContextConfig, UserContext
 from tests.generator_cases import semantic_ids
@@ -71,6 +71,15 @@ def test_features_stand_side_by_side():
     assert features.width == seen.shape[1] == 20
     own = [features.actions.weight[3], features.play_times.weight[3], features.played_shares.weight[6]]
     assert torch.equal(seen[0], torch.cat((torch.ones(2), torch.zeros(3), *own)))
+
+
+def test_a_pathway_is_two_layers_with_a_leaky_relu_between_them():
+    torch.manual_seed(0)
+    pathway, features = Pathway(4, 6, 3), torch.randn(5, 4)
+    inner = features @ pathway.expand.weight.T + pathway.expand.bias
+    inner = torch.where(inner > 0, inner, 0.01 * inner)
+    expected = inner @ pathway.project.weight.T + pathway.project.bias
+    torch.testing.assert_close(pathway(features), expected)
 
 
 def test_rotated_vectors_know_their_distance_alone():

@@ -29,6 +29,7 @@ from rl.rewards.python_function import PythonFunction
 from rl.rewards.rank import Rank
 from rl.rewards.relevance import Relevance, find_threshold
 from tests.rl.groups import group
+from trainer.baselines import TrainingEvents
 
 NOWHERE = RewardSetting(data_path="")
 VECTORS = np.array([[1, 0], [0, 2], [3, 3], [-1, 0]], dtype=np.float32)
@@ -95,6 +96,10 @@ def test_legality_draws_a_few_and_discards_the_illegal():
     drawn = first.mask.sum()
     assert drawn <= 5 and (first.values[first.mask] == 1).all() and not first.mask[1::2].any()
     assert (first.mask == again.mask).all() and (first.mask != other.mask).any()
+    (both,) = score(
+        Legality.Config(num_drawn=5, discard_illegal=False).build(NOWHERE), group(items, serial=1)
+    )
+    assert both.mask.sum() == 5 and (first.mask == both.mask & (both.values == 1)).all()
     (everything,) = score(Legality.Config(discard_illegal=False).build(NOWHERE), group([5, -1]))
     assert everything.values.tolist() == [1, 0] and everything.mask.all()
 
@@ -129,6 +134,8 @@ def test_the_gate_closes_for_far_and_for_illegal_items():
     gate = Relevance(Relevance.Config(history=2, threshold=0.5), UnitVectors(VECTORS))
     (found,) = score(gate, group([0, 2, 3, -1], history=[0, 1]))
     assert found.values.tolist() == [1, 1, 0, 0]
+    at_the_threshold = Relevance(Relevance.Config(history=2, threshold=0.0), UnitVectors(VECTORS))
+    assert score(at_the_threshold, group([1, 2], history=[0]))[0].values.tolist() == [0, 1]
     open_to_all = Relevance(Relevance.Config(history=2, threshold=-2.0), UnitVectors(VECTORS))
     assert score(open_to_all, group([3, -1], history=[0]))[0].values.tolist() == [1, 0]
 
@@ -153,6 +160,16 @@ def test_the_threshold_of_the_gate_is_a_quantile_over_real_next_items(tmp_path):
         lonely.prepared(RewardSetting(data_path=str(tmp_path / "lonely")))
     with pytest.raises(ConfigError, match="has none: name a matrix"):
         Diversity.Config().build(RewardSetting(data_path=data))
+
+
+def test_the_threshold_compares_the_last_item_of_users_with_what_came_before_it_alone(monkeypatch):
+    # Before item 2 the user 3 took 0 and 1, before item 3 the user 8 took 0; the user 5 took nothing before.
+    users, items = np.array([3, 3, 3, 5, 8, 8]), np.array([0, 1, 2, 3, 0, 3])
+    events = TrainingEvents(users=users, items=items, num_items=4)
+    monkeypatch.setattr("rl.rewards.relevance.read_training_events", lambda path, *, least_users: events)
+    monkeypatch.setattr(UnitVectors, "load", lambda path, file: UnitVectors(VECTORS))
+    nearest, farthest = (find_threshold(Relevance.Config(quantile=q), "") for q in (0.999999, 0.0))
+    assert (nearest, farthest) == pytest.approx((1 / np.sqrt(2), -1), abs=1e-5)
 
 
 def test_diversity_by_hand():
@@ -185,6 +202,15 @@ def test_duration_feedback_is_a_percentile_within_the_bucket_of_the_item():
     assert found.mask.tolist() == [True, True, False, True, False, False]
     with pytest.raises(DataError, match=r"history_features of user row 7 lack play_time_s, duration_s"):
         score(Duration.Config().build(NOWHERE), group([1], positives=[1]))
+
+
+@pytest.mark.parametrize("base", [2.0, 3.0, 10.0])
+def test_a_bucket_of_durations_begins_with_the_very_power_of_its_base(base):
+    function, powers = Duration.Config(base=base).build(NOWHERE), np.arange(1, 7)
+    # A second is added to each.
+    seconds = (base**powers - 1).astype(np.float32)
+    assert function.buckets(seconds).tolist() == powers.tolist()
+    assert function.buckets(seconds - 0.5).tolist() == (powers - 1).tolist()
 
 
 def test_duration_says_nothing_of_a_user_who_took_nothing():

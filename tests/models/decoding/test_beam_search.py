@@ -299,6 +299,34 @@ def test_a_guide_alone_chooses_among_the_candidates(world):
     torch.testing.assert_close(forced.sum(-1), found.log_probs, atol=1e-5, rtol=0)
 
 
+def test_a_guide_that_knows_the_target_finds_it_more_often_the_more_candidates_it_is_asked_about(world):
+    model, rows, batch, codes, trie = world
+    space, targets = CatalogueSpace(trie), codes[torch.arange(6) * 7 + 3]
+
+    def guide(depth: int, prefixes: torch.Tensor) -> torch.Tensor:
+        return (prefixes == targets[:, None, :depth]).all(-1).float()
+
+    shares = []
+    for candidates in (1, 2, 3, 5, 12, NUM_ITEMS):
+        config = BeamSearch.Config(width=1, guided_candidates=candidates)
+        found = BeamSearch(config, guide).search(model, rows, batch, space, k=1)
+        kept = [space.codes(depth, nodes[:, 0]) for depth, nodes in enumerate(found.kept, start=1)]
+        shares.append([(own == targets[:, : own.shape[1]]).all(1).float().mean() for own in kept])
+    # HRecall of each depth by growing K+: it begins at that of the plain beam, and ends where nothing is missed.
+    by_candidates = torch.tensor(shares)
+    assert (by_candidates.diff(dim=0) >= 0).all() and (by_candidates[0] < 1).all()
+    assert (by_candidates[-1] == 1).all() and (by_candidates[1:-1, -1] % 1 > 0).any()
+
+
+def test_a_guide_to_whom_all_are_alike_keeps_the_most_likely_in_their_order(world):
+    model, rows, batch, _, trie = world
+    config = BeamSearch.Config(width=6, guided_candidates=24)
+    search = BeamSearch(config, lambda depth, prefixes: torch.zeros(prefixes.shape[:2]))
+    found = search.search(model, rows, batch, CatalogueSpace(trie), k=6)
+    plain = beam(6).search(model, rows, batch, CatalogueSpace(trie), k=6)
+    assert torch.equal(found.items, plain.items) and torch.equal(found.log_probs, plain.log_probs)
+
+
 def test_widths_that_cannot_work_are_refused(world):
     model, rows, batch, codes, trie = world
     space = CatalogueSpace(trie)
