@@ -24,6 +24,7 @@ from launch.run_directory import (
 )
 from launch.run_status import RunReport, report_run
 from trainer.configuration import PLAN
+from trainer.slices import slice_rows
 
 _OWN = ("recipe", "run_dir")
 """Options that no two runs share."""
@@ -37,6 +38,7 @@ def write_report(run_dir: str) -> str:
         Section(title="The run", rows=_facts(report_run(run_dir))),
         _alignment(storage),
         _evaluation(storage),
+        _slices(storage),
         Section(title="Curves", pictures=_pictures(storage)),
         Section(
             title="Changed from the recipe",
@@ -123,6 +125,13 @@ def _evaluation(storage: Storage) -> Section:
         note=f"Step {content['step']}, split {content['split']}, {content['num_users']:,} users{seen}.",
         headers=("metric", "value", "95 % over users", *baselines),
         rows=rows,
+    )
+
+
+def _slices(storage: Storage) -> Section:
+    slices = read_json(storage, EVALUATION).get("slices", {})
+    return Section(
+        title="By training events of the held-out item", headers=("metric", *slices), rows=slice_rows(slices)
     )
 
 

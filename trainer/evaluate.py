@@ -22,6 +22,7 @@ from trainer.metrics import (
     category_vectors,
     coverage_at,
     diversity_at,
+    head_items,
     ndcg_at,
     novelty_at,
     recall_at,
@@ -30,6 +31,7 @@ from trainer.metrics import (
     unit_vectors,
 )
 from trainer.search import Search
+from trainer.slices import Slices, by_training_events
 
 Batch = TypeVar("Batch")
 
@@ -51,6 +53,8 @@ class EvaluationResult:
     """`recall@10` and so on, means over users."""
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """95 % bootstrap interval over users, for the metrics that are means over users."""
+    slices: Slices = field(default_factory=dict)
+    """Of the users whose held-out item has so many training events: their number, and means of the metrics of ranks."""
     checkpoint: str | None = None
     """Name of the evaluated checkpoint."""
     step: int | None = None
@@ -94,6 +98,9 @@ def evaluate(
             "num_users": len(ranked.users),
             "seen_held_out": int(ranked.has_seen.sum()),
             "metrics": _means(per_user) | coverage,
+            "slices": by_training_events(
+                items.train_counts[ranked.held_out], _rank_metrics(ranked.ranks, config.cutoffs)
+            ),
             "intervals": bootstrap_intervals(per_user, resamples=config.bootstrap_resamples, seed=seed)
             if config.bootstrap_resamples
             else {},
@@ -282,8 +289,11 @@ def _rank_metrics(ranks: np.ndarray, cutoffs: tuple[int, ...]) -> dict[str, np.n
 
 
 def _list_metrics(lists: np.ndarray, cutoffs: tuple[int, ...], items: ItemTable) -> dict[str, np.ndarray]:
-    """Novelty, and diversity by the cosine of the items' embeddings or else of their categories, 0 and 1 each."""
+    """Novelty, the share of the most popular fifth of the items, and diversity by the cosine of the items' embeddings
+    or else of their categories, 0 and 1 each."""
     per_user = {f"novelty@{k}": novelty_at(lists, k, items.train_counts) for k in cutoffs}
+    in_head = head_items(items.train_counts)[np.maximum(lists, 0)] & (lists >= 0)
+    per_user |= {f"head_share@{k}": share_met_at(lists, in_head, k) for k in cutoffs}
     if items.embeddings is not None:
         # Only the recommended items' vectors are read: the matrix may be far larger than memory.
         shown, lists = _renumbered(lists)

@@ -38,6 +38,13 @@ def coverage_at(lists: np.ndarray, k: int, num_items: int) -> float:
     return float((shown >= 0).sum() / num_items)
 
 
+def head_items(train_counts: np.ndarray, share: float = 0.2) -> np.ndarray:
+    """The share of the catalogue with most training events; ties go to the earlier row. Shapes: [N] -> [N] bool."""
+    head = np.zeros(len(train_counts), dtype=bool)
+    head[np.argsort(-train_counts, kind="stable")[: int(np.ceil(share * len(head)))]] = True
+    return head
+
+
 def novelty_at(lists: np.ndarray, k: int, train_counts: np.ndarray) -> np.ndarray:
     """Mean of -log2 of the items' share of all training events; an item without any counts as one event.
 
@@ -73,7 +80,7 @@ def diversity_at(lists: np.ndarray, k: int, vectors: np.ndarray | sparse.csr_mat
 
 
 def share_met_at(lists: np.ndarray, met: np.ndarray, k: int) -> np.ndarray:
-    """Share of the first k items that meet the condition; 0 for an empty list. Shapes: [U, K] each -> [U]."""
+    """Share of the first k items that meet a condition; 0 for an empty list. Shapes: [U, K] each -> [U]."""
     return met[:, :k].sum(1) / np.maximum((lists[:, :k] >= 0).sum(1), 1)
 
 

@@ -88,6 +88,7 @@ def evaluate(
     from launch.jobs import evaluate_job
     from launch.report import write_report
     from trainer.evaluate import EvaluationResult, render
+    from trainer.slices import render_slices
 
     if baselines:
         _check_baselines(config)
@@ -111,6 +112,8 @@ def evaluate(
     storage = Storage(config.run_dir)
     storage.write(EVALUATION, json.dumps(content, indent=1).encode())
     Console().print(render(results))
+    if content["slices"]:
+        Console().print(render_slices(content["slices"]))
     if narrowing := _narrowing(config):
         print(f"Narrowed by {', '.join(narrowing)}; all settings are in {EVALUATION}")
     print(f"Written to {storage.path(EVALUATION)} and {write_report(config.run_dir)}")

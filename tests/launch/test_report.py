@@ -54,6 +54,7 @@ def test_a_page_shows_evaluation_baselines_alignment_and_pictures(run_dir):
         "split": "test", "num_users": 1234, "seen_filtered": True, "step": 7,
         "metrics": {"ndcg@10": 0.25, "coverage@10": 0.5}, "intervals": {"ndcg@10": [0.2, 0.3]},
         "baselines": {"popularity": {"ndcg@10": 0.125}},
+        "slices": {"0": {"num_users": 34, "ndcg@10": 0.0}, "1 to 5": {"num_users": 1200, "ndcg@10": 0.375}},
     }  # fmt: skip
     shown = {"start": {"ndcg@10": 0.5}, "best (3)": {"ndcg@10": 0.625, "recall@5": 0.75}}
     storage.write(EVALUATION, json.dumps(evaluation).encode())
@@ -64,6 +65,7 @@ def test_a_page_shows_evaluation_baselines_alignment_and_pictures(run_dir):
     assert "Step7,splittest,1,234users,itemsoftheknownpastleftout." in page
     assert "<td>ndcg@10</td><td>0.2500</td><td>0.2000to0.3000</td><td>0.1250</td>" in page
     assert "<td>coverage@10</td><td>0.5000</td><td></td><td></td>" in page
+    assert "<td>num_users</td><td>34</td><td>1,200</td>" in page
     assert "<td>recall@5</td><td></td><td>0.7500</td>" in page
     assert "base64,cGljdHVyZQ==" in page and "<td>1.5000</td>" in page
 

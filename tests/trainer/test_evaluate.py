@@ -173,13 +173,15 @@ def test_evaluation_json_has_the_keys_that_scripts_rely_on(alone):
         "seen_held_out",
         "metrics",
         "intervals",
+        "slices",
         "checkpoint",
         "step",
     ]
     assert (content["split"], content["num_users"], content["seen_filtered"]) == ("test", NUM_USERS, True)
-    kinds = ("recall", "ndcg", "novelty", "diversity", "coverage")
+    kinds = ("recall", "ndcg", "novelty", "head_share", "diversity", "coverage")
     assert content["metrics"].keys() == {f"{kind}@{k}" for kind in kinds for k in (5, 10)} | {"mrr"}
     assert content["intervals"].keys() == content["metrics"].keys() - {"coverage@5", "coverage@10"}
+    assert sum(means["num_users"] for means in content["slices"].values()) == NUM_USERS
     low, high = content["intervals"]["recall@10"]
     assert low <= content["metrics"]["recall@10"] <= high
 

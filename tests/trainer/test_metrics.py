@@ -11,10 +11,12 @@ from trainer.metrics import (
     category_vectors,
     coverage_at,
     diversity_at,
+    head_items,
     ndcg_at,
     novelty_at,
     recall_at,
     reciprocal_rank,
+    share_met_at,
     unit_vectors,
 )
 
@@ -56,6 +58,15 @@ def test_list_metrics_equal_plain_loops(lists, k):
         assert diversity[user] == pytest.approx(1 - np.mean(cosines) if cosines else 0, abs=1e-5)
     shown = {item for row in lists for item in filled(row, k)}
     assert coverage_at(lists, k, NUM_ITEMS) == pytest.approx(len(shown) / NUM_ITEMS)
+
+
+def test_the_head_is_the_fifth_of_the_items_with_most_events():
+    counts = np.array([3, 9, 1, 9, 0, 2, 9, 0, 0, 0])
+    assert head_items(counts).nonzero()[0].tolist() == [1, 3]
+    assert head_items(counts[:6]).nonzero()[0].tolist() == [1, 3], "a fifth of six is more than one"
+    lists = np.array([[1, 6, 3], [3, -1, -1], [4, 2, 0]])
+    in_head = head_items(counts)[np.maximum(lists, 0)] & (lists >= 0)
+    assert share_met_at(lists, in_head, 2).tolist() == [0.5, 1.0, 0.0]
 
 
 def test_categories_stand_in_for_vectors():
