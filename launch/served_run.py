@@ -71,6 +71,7 @@ def parse_served(command: str, arguments: list[str], form: type) -> tuple[Pretra
         if hasattr(options, section):
             config = _override(config, section, getattr(options, section))
     _check_search(config, trained)
+    _check_condition(config, trained)
     return config, options
 
 
@@ -126,6 +127,16 @@ def _check_search(config: PretrainConfig, trained: PretrainConfig) -> None:
             f"{', '.join(given).replace('_', '-')} is for models that generate semantic "
             f"IDs, and a {type(config.model).__qualname__.split('.')[0]} ranks its items one by one; leave it out "
             "(search.allow and search.deny work for any model)"
+        )
+
+
+def _check_condition(config: PretrainConfig, trained: PretrainConfig) -> None:
+    """Raises: ConfigError for a column that is named and would not be read."""
+    column = config.evaluation.condition_column
+    if config.evaluation.condition == "none" and column != trained.evaluation.condition_column:
+        raise ConfigError(
+            f"evaluation.condition-column {column} says what --evaluation.condition filter (or attention, for a model "
+            "trained for that column) goes by; add it, or leave the column out"
         )
 
 
