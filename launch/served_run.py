@@ -8,11 +8,10 @@ from cluster.errors import ConfigError
 from cluster.storage import Storage
 from launch.options import parse, split_name
 from launch.run_directory import CHECKPOINTS, absolute, absolute_search, load_config, parse_checkpoint
+from trainer.checks import check_search
 from trainer.configuration import PretrainConfig
 
 SECTIONS = ("data", "evaluation", "search", "cluster")
-FOR_ANY_MODEL = ("allow", "deny")
-"""Options of a search that is no beam."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +70,7 @@ def parse_served(command: str, arguments: list[str], form: type) -> tuple[Pretra
         if hasattr(options, section):
             config = _override(config, section, getattr(options, section))
     _check_search(config, trained)
+    _check_condition(config, trained)
     return config, options
 
 
@@ -114,18 +114,16 @@ def _check_search(config: PretrainConfig, trained: PretrainConfig) -> None:
                 f"evaluation.index {index} is for models that rank their items one by one, and a "
                 f"{type(config.model).__qualname__.split('.')[0]} walks to them; leave it out"
             )
-        return
-    names = (entry.name for entry in dataclasses.fields(config.search) if entry.name not in FOR_ANY_MODEL)
-    given = [
-        f"search.{name}" for name in names if getattr(config.search, name) != getattr(trained.search, name)
-    ]
-    if config.data.semantic_ids != trained.data.semantic_ids:
-        given.append("data.semantic_ids")
-    if given:
+    check_search(config, trained)
+
+
+def _check_condition(config: PretrainConfig, trained: PretrainConfig) -> None:
+    """Raises: ConfigError for a column that is named and would not be read."""
+    column = config.evaluation.condition_column
+    if config.evaluation.condition == "none" and column != trained.evaluation.condition_column:
         raise ConfigError(
-            f"{', '.join(given).replace('_', '-')} is for models that generate semantic "
-            f"IDs, and a {type(config.model).__qualname__.split('.')[0]} ranks its items one by one; leave it out "
-            "(search.allow and search.deny work for any model)"
+            f"evaluation.condition-column {column} says what --evaluation.condition filter (or attention, for a model "
+            "trained for that column) goes by; add it, or leave the column out"
         )
 
 

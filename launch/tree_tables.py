@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+WAYS_OF_OPTIONS = {
+    "branching": ("categories", "cluster"),
+    "checkpoint": ("cluster", "joint"),
+    "levels": ("joint",),
+    "positions": ("joint",),
+}
+"""Options of a tree that not every way of making it reads."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TreeOptions(TableOptions):
@@ -48,7 +56,7 @@ class TreeOptions(TableOptions):
 
     @property
     def chosen(self) -> str:
-        """Raises: ConfigError where a run is missing, or given for nothing."""
+        """Raises: ConfigError where a run is missing, or an option is given for nothing."""
         how = self.how or ("cluster" if self.from_run else "categories")
         if (how == "categories") == bool(self.from_run):
             needed = "takes no --from-run" if self.from_run else "needs --from-run RUN"
@@ -56,6 +64,13 @@ class TreeOptions(TableOptions):
                 f"--how {how} {needed}: categories come from the data, cluster and joint from a trained run; "
                 f"{'leave it out' if self.from_run else 'give one'}, or choose another --how"
             )
+        for entry in dataclasses.fields(self):
+            ways = WAYS_OF_OPTIONS.get(entry.name, (how,))
+            if how not in ways and (given := getattr(self, entry.name)) != entry.default:
+                raise ConfigError(
+                    f"--{entry.name} is for --how {' and '.join(ways)}, and got {given} with --how {how}; leave it "
+                    "out, or choose another --how"
+                )
         return how
 
 

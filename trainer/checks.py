@@ -1,10 +1,14 @@
 """What can be known to fail from the options alone, before any worker is started."""
 
+import dataclasses
 import math
 
 from cluster.elastic import allowed_worlds
 from cluster.errors import ConfigError
 from trainer.configuration import PretrainConfig, TrainConfig
+
+FOR_ANY_MODEL = ("allow", "deny")
+"""Options of a search that work without semantic IDs too."""
 
 
 def check(config: PretrainConfig) -> None:
@@ -18,6 +22,7 @@ def check(config: PretrainConfig) -> None:
         )
     _check_workers(config)
     _check_needs_of_model(config)
+    check_search(config, PretrainConfig())
     if getattr(config.model, "needs_semantic_ids", False) and config.evaluation.condition != "none":
         raise ConfigError(
             f"evaluation.condition {config.evaluation.condition} is for evaluation and serving where a model generates "
@@ -76,6 +81,24 @@ def _check_needs_of_model(config: PretrainConfig) -> None:
         raise ConfigError(
             f"{type(config.model).__qualname__.split('.')[0]} learns whole pages and needs --data.pages (auto, "
             "recorded, gap or count); give it, or --model.target item"
+        )
+
+
+def check_search(config: PretrainConfig, usual: PretrainConfig) -> None:
+    """Raises: ConfigError for unusual options of semantic IDs and their search where the model has none."""
+    if getattr(config.model, "needs_semantic_ids", False):
+        return
+    names = (entry.name for entry in dataclasses.fields(config.search) if entry.name not in FOR_ANY_MODEL)
+    given = [
+        f"search.{name}" for name in names if getattr(config.search, name) != getattr(usual.search, name)
+    ]
+    if config.data.semantic_ids != usual.data.semantic_ids:
+        given.append("data.semantic_ids")
+    if given:
+        raise ConfigError(
+            f"{', '.join(given).replace('_', '-')} is for models that generate semantic "
+            f"IDs, and a {type(config.model).__qualname__.split('.')[0]} ranks its items one by one; leave it out "
+            "(search.allow and search.deny work for any model)"
         )
 
 

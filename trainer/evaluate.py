@@ -213,6 +213,11 @@ def _rank_users(
     own_users = sum(len(part[0]) for part in parts)
     counts = [count for (count,) in exchange_integers([own_users], search.process)]
     if not sum(counts):
+        if action := config.held_out_action:
+            raise NobodyHeldOutError(
+                f"evaluation needs users whose held-out event has the action {action} (evaluation.held-out-action), "
+                "and there are none; name another, or build the shards with it among --split-actions"
+            )
         raise NobodyHeldOutError(
             "evaluation needs users with a held-out item, and there are none; build the shards from more "
             "events or with another split"

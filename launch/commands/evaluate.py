@@ -167,6 +167,11 @@ def _check_given_items(config: PretrainConfig, per_user: str | None) -> None:
             "evaluation.held-out-action chooses users by the event that is to be found, and this run's model scores "
             "given items, with metrics for each action; leave it out"
         )
+    if config.evaluation.index != "exact":
+        raise ConfigError(
+            f"evaluation.index {config.evaluation.index} searches all items, and this run's model scores given ones; "
+            "say --evaluation.index exact"
+        )
     if narrowing := _narrowing(config):
         raise ConfigError(
             f"{' and '.join(narrowing)} would narrow a search of all items, and this run's model scores given ones; "

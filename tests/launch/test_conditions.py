@@ -6,12 +6,16 @@ import polars as pl
 import pytest
 
 from cluster.errors import ConfigError
+from cluster.storage import Storage
 from data_streams.build import BuildConfig, build
 from data_streams.configuration import DataConfig
 from data_streams.sources.events import EventsSource
 from data_streams.sources.world import WorldSource
+from launch.cli import run as grail
 from launch.commands.recommend import under_conditions
+from launch.config_document import to_document, to_yaml
 from launch.recipes import climber_pilot, climber_pilot_cgsa
+from launch.run_directory import CONFIG
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +69,13 @@ def test_conditions_that_cannot_be_met_are_refused(data):
     for words in (("Sofa",), ("category=",), ("category=Sofa", "title=x")):
         with pytest.raises(ConfigError, match=r"--condition must be COLUMN=VALUE"):
             under_conditions(config, words)
+
+
+def test_a_column_of_conditions_that_nothing_asks_for_is_refused(data, tmp_path, capsys):
+    config = replace(climber_pilot.recipe(), data=data, run_dir=str(tmp_path))
+    Storage(str(tmp_path)).write(CONFIG, to_yaml(to_document(config)).encode())
+    line = ["evaluate", str(tmp_path), "--evaluation.condition-column", "categories"]
+    assert grail(line) == 2
+    assert "condition-column categories says what --evaluation.condition filter" in capsys.readouterr().err
+    assert grail([*line, "--evaluation.condition", "filter"]) == 1
+    assert "holds no complete checkpoint" in capsys.readouterr().err

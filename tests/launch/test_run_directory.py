@@ -102,6 +102,10 @@ def test_what_a_search_reads_is_named_from_the_root_on(tmp_path):
 
 
 def test_options_of_a_beam_are_refused_where_there_is_none(tmp_path):
+    for option, value in (("search.width", "3"), ("data.semantic-ids", "ids")):
+        with pytest.raises(ConfigError, match=rf"{option} is for models .* a SASRec ranks"):
+            check(parse_config("sasrec", [f"--{option}", value]))
+    check(parse_config("sasrec", ["--search.deny", "d.txt"]))
     prepare(parse_config("sasrec", ["--run-dir", str(tmp_path)]))
     for command, form in (("evaluate", EvaluateOptions), ("recommend", RecommendOptions)):
         with pytest.raises(ConfigError, match=r"search.method, search.width is for models .* a SASRec ranks"):

@@ -89,6 +89,14 @@ def test_what_a_tree_cannot_be_made_of_is_told(data, tree, trained, tmp_path, ca
             2,
             "--positions must be",
         ),
+        (["--data", data, "--positions", "4"], 2, "--positions is for --how joint, and got 4 with --how cat"),
+        (["--data", data, "--checkpoint", "latest"], 2, "--checkpoint is for --how cluster and joint"),
+        (["--data", data, "--from-run", trained, "--levels", "2"], 2, "--levels is for --how joint"),
+        (
+            ["--data", data, "--how", "joint", "--from-run", trained, "--branching", "4"],
+            2,
+            "--branching is for --how categories and cluster, and got 4 with --how joint",
+        ),
     ):
         assert grail([*line, *options]) == code
         assert message in capsys.readouterr().err

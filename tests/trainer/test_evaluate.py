@@ -195,6 +195,11 @@ def test_a_user_who_comes_twice_is_an_error():
 def test_no_users_at_all_are_an_error():
     with pytest.raises(DataError, match="needs users with a held-out item, and there are none"):
         validation_metrics(make_search(None), [], empty_batch=make_batch(range(0)), config=CONFIG)
+    asked = dataclasses.replace(CONFIG, held_out_action="cart")
+    with pytest.raises(
+        DataError, match=r"the action cart \(evaluation.held-out-action\), and there are none"
+    ):
+        validation_metrics(make_search(None), [], empty_batch=make_batch(range(0)), config=asked)
 
 
 def test_seen_items_cannot_be_left_out_where_they_are_not_known():

@@ -227,6 +227,8 @@ def test_what_needs_a_search_is_refused_for_a_reward_model(tmp_path):
         evaluate(replace(config, search=SearchConfig(deny="items.txt")))
     with pytest.raises(ConfigError, match=r"evaluation\.held-out-action chooses users by the event"):
         evaluate(replace(config, evaluation=EvaluationConfig(held_out_action="click")))
+    with pytest.raises(ConfigError, match=r"evaluation\.index hnsw searches all items, and this run's model"):
+        evaluate(replace(config, evaluation=EvaluationConfig(index="hnsw")))
     model = RewardSim.Config().build(num_items=3, actions=("click", "exposure"))
     assembly = Assembly(
         config=config,
