@@ -50,8 +50,8 @@ class TrainStream:
         """Raises: ConfigError when options cannot work with the data, DataError when there is no data set."""
         if world_size > config.num_streams:
             raise ConfigError(
-                f"data.num_streams must be at least the number of workers: {config.num_streams} streams "
-                f"cannot feed {world_size} workers; raise data.num_streams to {world_size} or more"
+                f"data.num-streams must be at least the number of workers: {config.num_streams} streams "
+                f"cannot feed {world_size} workers; raise data.num-streams to {world_size} or more"
             )
         if seed < 0:
             raise ConfigError(f"seed must be at least 0, is {seed}")
@@ -198,7 +198,7 @@ class TrainStream:
         counters = self.counters
         if counters["users_cut"]:
             log.info(
-                "%d of %d users have more than %d training inputs (data.max_length); the oldest are left out",
+                "%d of %d users have more than %d training inputs (data.max-length); the oldest are left out",
                 counters["users_cut"],
                 self.manifest.num_users,
                 self._config.max_length,
@@ -223,7 +223,7 @@ def open_data(config: DataConfig) -> tuple[Storage, Manifest]:
     options = asdict(config)
     for name in (*ORDER_OPTIONS, "prefetch_steps"):
         if options[name] < 1:
-            raise ConfigError(f"data.{name} must be at least 1, is {options[name]}")
+            raise ConfigError(f"data.{name.replace('_', '-')} must be at least 1, is {options[name]}")
     storage = Storage(config.path)
     manifest = Manifest.load(storage)
     missing = [name for name in config.columns if name not in manifest.columns]

@@ -43,7 +43,7 @@ class EventReading:
         self.pages_from = _pages_from(manifest, config) if read_for != "serve" else "none"
         if self.has_lag and "timestamp_s" not in manifest.columns:
             raise ConfigError(
-                f"data.feedback_lag_s needs events with timestamp_s, and {config.path} holds "
+                f"data.feedback-lag-s needs events with timestamp_s, and {config.path} holds "
                 f"{', '.join(sorted(manifest.columns)) or 'none'}; leave it out, or build the data with times"
             )
         self.counters: Counter[str] = Counter()
@@ -303,7 +303,8 @@ def _pages_from(manifest: Manifest, config: DataConfig) -> str:
     """How pages come about, once it is known what the data set holds."""
     for name, least in (("feedback_lag_s", 0), ("page_gap_s", 0), ("page_events", 1), ("page_items", 1)):
         if getattr(config, name) < least:
-            raise ConfigError(f"data.{name} must be at least {least}, is {getattr(config, name)}")
+            option = f"data.{name.replace('_', '-')}"
+            raise ConfigError(f"{option} must be at least {least}, is {getattr(config, name)}")
     needed = {"recorded": "page_id", "gap": "timestamp_s"}
     if config.pages != "auto":
         column = needed.get(config.pages)

@@ -79,6 +79,10 @@ class M6RecRanking(Ranker):
             super().__post_init__()
             if not 0 <= self.exit_weight <= 1:
                 raise ConfigError(f"model.exit-weight must lie in 0..1, got {self.exit_weight}")
+            if self.exit_weight and not self.exits:
+                raise ConfigError(
+                    f"model.exit-weight {self.exit_weight} is of --model.exits, and there are none; leave it out"
+                )
             if self.exits and self.scoring != "classifier":
                 raise ConfigError("model.exits are of --model.scoring classifier; leave either out")
             if self.reads_words and self.joint_tokens != "all":

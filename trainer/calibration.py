@@ -80,6 +80,8 @@ def _require_fitted_with(
 def fit_calibration(logits: np.ndarray, labels: np.ndarray) -> Calibration:
     """The most likely scale and shift of each action; unchanged where one class is missing.
 
+    No scale is below 0: a model that is worse than chance then tells nothing, where its order would be turned round.
+
     Source: Platt, Probabilistic Outputs for Support Vector Machines (1999), without his prior.
 
     Shapes: logits, labels [n, A].
@@ -103,5 +105,6 @@ def _fit(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
         value = (np.logaddexp(0, scaled) - labels * scaled).mean()
         return value, np.array([(error * logits).mean(), error.mean()])
 
-    scale, shift = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B").x
+    bounds = ((0, None), (None, None))
+    scale, shift = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=bounds).x
     return float(scale), float(shift)

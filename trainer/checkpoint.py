@@ -52,7 +52,7 @@ class Checkpointer:
     ):
         """`on_commit` is called on rank 0, by the writing thread, with the step of each complete checkpoint."""
         if keep_last < 1:
-            raise ConfigError(f"train.keep_last must be at least 1, given {keep_last}.")
+            raise ConfigError(f"train.keep-last must be at least 1, got {keep_last}")
         if not re.fullmatch(r"[\w-]+", attempt):
             raise ConfigError(f"an attempt token has letters, digits, _ and - only, given {attempt!r}.")
         self._storage, self._rank, self._world_size = storage, rank, world_size

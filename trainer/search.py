@@ -168,6 +168,6 @@ def seen_items(batch: SequenceBatch) -> Jagged:
     if batch.seen is None:
         raise DataError(
             "leaving out seen items needs batches that hold each user's whole known past (`seen`), and this "
-            "one does not; read them with EvaluationStream or set evaluation.filter_seen to false"
+            "one does not; read them with EvaluationStream or give --evaluation.no-filter-seen"
         )
     return batch.seen

@@ -14,14 +14,15 @@ from launch.served_run import DataOptions, ServingOptions, find_step, parse_serv
 from trainer.configuration import PretrainConfig, SearchConfig
 
 CATEGORIES = "categories"
+SHOWN_USERS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecommendOptions:
     """Show or write recommendations of a run."""
 
-    users: int = 3
-    """How many users are shown, with their history and titles."""
+    users: int | None = None
+    """How many users are shown, with their history and titles; left out, 3."""
     user_ids: tuple[str, ...] = ()
     """The users that are shown, by the ids of the data, in place of the first ones."""
     all: bool = False
@@ -44,14 +45,15 @@ class RecommendOptions:
 def run(arguments: list[str]) -> int:
     config, options = parse_served("recommend", arguments, RecommendOptions)
     _check_who(options)
-    if options.k < 1 or options.users < 1:
-        raise ConfigError(f"--k and --users must be at least 1, got {options.k} and {options.users}")
+    users = SHOWN_USERS if options.users is None else options.users
+    if options.k < 1 or users < 1:
+        raise ConfigError(f"--k and --users must be at least 1, got {options.k} and {users}")
     config = under_conditions(config, options.condition)
     rows = _rows(config, options.user_ids)
     if options.out:
         write_all(config, options.out, rows, checkpoint=options.checkpoint, k=options.k)
     else:
-        num_users = len(rows or ()) or options.users
+        num_users = len(rows or ()) or users
         show(config, rows, num_users=num_users, checkpoint=options.checkpoint, k=options.k)
     return 0
 
@@ -59,6 +61,10 @@ def run(arguments: list[str]) -> int:
 def _check_who(options: RecommendOptions) -> None:
     if options.all and options.user_ids:
         raise ConfigError("--all is for every user and --user-ids for some; give one of them")
+    if options.users is not None and (options.all or options.user_ids):
+        raise ConfigError(
+            "--users is how many of the first users are shown, and --all or --user-ids say which; leave one out"
+        )
     if options.all != bool(options.out) and not options.user_ids:
         raise ConfigError(
             "--all needs --out FILE.parquet to write to, and --out is for --all or --user-ids; give both or none"

@@ -186,7 +186,7 @@ def test_long_users_are_cut_counted_and_logged_once(path, chunk, caplog):
     assert stream.counters["users_too_short"] == int((chunk.train_end == 1).sum()) > 0
     (message,) = caplog.messages
     assert message == (
-        f"{cut} of {NUM_USERS} users have more than {MAX_LENGTH} training inputs (data.max_length); "
+        f"{cut} of {NUM_USERS} users have more than {MAX_LENGTH} training inputs (data.max-length); "
         "the oldest are left out"
     )
 
@@ -212,12 +212,12 @@ def test_a_missing_path_is_refused():
     "option", ["max_length", "tokens_per_step", "num_streams", "shuffle_chunks", "prefetch_steps"]
 )
 def test_options_below_one_are_refused(path, option):
-    with pytest.raises(ConfigError, match=f"data.{option} must be at least 1, is 0"):
+    with pytest.raises(ConfigError, match=f"data.{option.replace('_', '-')} must be at least 1, is 0"):
         TrainStream(make_config(path, **{option: 0}), seed=0, rank=0, world_size=0)
 
 
 def test_a_lag_and_a_seed_below_zero_are_refused(path):
-    with pytest.raises(ConfigError, match=r"data.feedback_lag_s must be at least 0, is -5.0"):
+    with pytest.raises(ConfigError, match=r"data.feedback-lag-s must be at least 0, is -5.0"):
         TrainStream(make_config(path, feedback_lag_s=-5.0), seed=0, rank=0, world_size=1)
     with pytest.raises(ConfigError, match="seed must be at least 0, is -1"):
         TrainStream(make_config(path), seed=-1, rank=0, world_size=1)
@@ -347,7 +347,7 @@ def test_late_feedback_needs_times(tmp_path):
     chunk = make_chunk([6] * 4)
     del chunk.columns["timestamp_s"]
     write_data_set(tmp_path, chunk)
-    with pytest.raises(ConfigError, match=r"feedback_lag_s needs events with timestamp_s, .* holds action"):
+    with pytest.raises(ConfigError, match=r"feedback-lag-s needs events with timestamp_s, .* holds action"):
         evaluation_batches(make_config(tmp_path, feedback_lag_s=1.0), "test")
 
 

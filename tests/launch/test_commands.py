@@ -120,6 +120,7 @@ def test_unknown_users_and_contradictions_are_refused(command, capsys):
     for line, told in (
         ("--user-ids nobody", "it has no nobody"),
         ("--user-ids nobody --all --out x.parquet", "give one of them"),
+        ("--all --users 4 --out x.parquet", "--users is how many of the first users are shown"),
         ("--all", "--all needs --out"),
         ("--out x.parquet", "--out is for --all or --user-ids"),
         ("--all --out x.csv", "--out must end in .parquet, as that is what is written; got x.csv"),

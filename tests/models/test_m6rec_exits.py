@@ -95,6 +95,8 @@ def test_a_share_of_what_exits_learn_is_learnt_by_the_layers_below():
     assert not torch.allclose(gradients[0.0][marks], gradients[1.0][marks])
     with pytest.raises(ConfigError, match="exit-weight must lie in"):
         make_exiting("m6-rec-ranking", exit_weight=1.5)
+    with pytest.raises(ConfigError, match=r"exit-weight 0.2 is of --model.exits, and there are none"):
+        make_exiting("m6-rec-ranking", exits=(), exit_weight=0.2)
 
 
 def test_prompts_that_are_answered_take_their_regions_with_them():

@@ -237,7 +237,7 @@ def test_pieces_that_do_not_fit_their_tensor_are_refused_at_once(tmp_path):
 
 
 def test_impossible_settings_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"train\.keep_last must be at least 1, given 0"):
+    with pytest.raises(ConfigError, match=r"train\.keep-last must be at least 1, got 0"):
         Checkpointer(Storage(tmp_path), rank=0, world_size=1, attempt="a", keep_last=0)
     with pytest.raises(ConfigError, match=r"letters, digits, _ and - only, given 'a/b'"):
         Checkpointer(Storage(tmp_path), rank=0, world_size=1, attempt="a/b", keep_last=1)

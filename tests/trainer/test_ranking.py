@@ -72,6 +72,12 @@ def test_platt_scaling_finds_the_scale_and_shift_of_the_truth():
     )
 
 
+def test_a_model_that_is_worse_than_chance_is_not_turned_round():
+    logits = np.linspace(-2, 2, 100)[:, None]
+    found = fit_calibration(logits, logits < 0)
+    assert found.scales == (0.0,) and found.shifts == pytest.approx((0.0,), abs=1e-6)
+
+
 def test_a_calibration_belongs_to_its_run_and_actions(tmp_path):
     place = {"step": 7, "data_path": "shards"}
     with pytest.raises(DataError, match=r"run `grail evaluate .* --checkpoint 7`"):
