@@ -48,6 +48,10 @@ class ClusterError(GrailError):
     """Machines or workers are missing, did not start in time, or died too often."""
 
 
+class LeaseLostError(ClusterError):
+    """Another job has taken a run directory over; nothing more may be written to it."""
+
+
 class MeetingError(ClusterError):
     """The workers of a gang could not all reach each other at its start; another start may mend it."""
 

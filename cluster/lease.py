@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, LeaseLostError
 from cluster.storage import Storage
 
 LEASE_NAME = "lease.json"
@@ -34,7 +34,7 @@ class Lease:
     Raises: ClusterError on entering if another job that lives holds it.
     """
 
-    def __init__(self, run_dir: str, on_lost: Callable[[ClusterError], None], *, beat_s: float = BEAT_S):
+    def __init__(self, run_dir: str, on_lost: Callable[[LeaseLostError], None], *, beat_s: float = BEAT_S):
         self._storage, self._on_lost, self._beat_s = Storage(run_dir), on_lost, beat_s
         self._token, self._beats = secrets.token_hex(8), 0
         self._ended = threading.Event()
@@ -100,7 +100,7 @@ class Lease:
             try:
                 found = read_lease(self._storage)
                 if found is not None and not _is_held_by(found, self._token):
-                    self._on_lost(ClusterError(_refusal(self._storage, found)))
+                    self._on_lost(LeaseLostError(_refusal(self._storage, found)))
                     return
                 self._beats += 1
                 self._storage.touch(LEASE_NAME, self._content())

@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from cluster.errors import CheckpointError, ConfigError
+from cluster.errors import CheckpointError, ConfigError, LeaseLostError
 from cluster.lease import LEASE_NAME, lives_here, read_lease
 from cluster.reporter import Event
 from cluster.storage import Storage
@@ -90,6 +90,8 @@ class StatusKeeper:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, LeaseLostError):
+            return  # The run is another job's now, and so is what is said of it.
         if (
             isinstance(error, ConfigError | CheckpointError)
             and not self._has_begun

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from cluster.errors import CheckpointError, ConfigError
+from cluster.errors import CheckpointError, ConfigError, LeaseLostError
 from cluster.lease import LEASE_NAME, Lease
 from cluster.reporter import Event
 from cluster.storage import Storage
@@ -41,6 +41,15 @@ def train_a_little(keeper: StatusKeeper) -> None:
     keeper.on_event(Event(kind="progress", rank=0, values=PROGRESS))
     keeper.on_event(Event(kind="saved", rank=0, values={"step": 30}))
     write_pointer(Storage(keeper._run_dir).folder("checkpoints"), LATEST, 30)
+
+
+def test_a_job_that_has_lost_the_run_says_nothing_of_it_any_more(run_dir):
+    with pytest.raises(LeaseLostError), StatusKeeper(run_dir, "sasrec"):
+        other = StatusKeeper(run_dir, "hstu")
+        other.__enter__()
+        raise LeaseLostError("another job writes to it")
+    status = read_status(Storage(run_dir))
+    assert (status.state, status.recipe) == ("running", "hstu")
 
 
 def test_a_run_is_seen_while_it_works_and_after_its_end(run_dir, capsys):
