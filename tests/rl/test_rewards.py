@@ -12,6 +12,7 @@ from cluster.errors import ConfigError, DataError
 from cluster.plugins import plugin_config, plugin_files
 from data_streams.build import build
 from data_streams.build_config import BuildConfig
+from data_streams.item_table import ItemTable
 from data_streams.semantic_ids import SemanticIdTable
 from data_streams.sources.events import EventsSource
 from data_streams.sources.world import WorldSource
@@ -23,6 +24,7 @@ from rl.rewards.hit import Hit
 from rl.rewards.hybrid import Hybrid, calibrated
 from rl.rewards.illegal_code import IllegalCode
 from rl.rewards.legality import Legality
+from rl.rewards.popularity import Popularity
 from rl.rewards.preference import Preference
 from rl.rewards.process import Process
 from rl.rewards.python_function import PythonFunction
@@ -181,6 +183,32 @@ def test_diversity_by_hand():
     assert twins.values.tolist() == [0, 0] and lonely.values.tolist() == [0, 0]
 
 
+def test_popular_items_beyond_their_share_of_a_group_are_punished_in_the_order_drawn():
+    is_popular = np.array([True, False, True, False])
+    function = Popularity(Popularity.Config(allowed_share=0.4), is_popular)
+    found = score(function, group([0, 1, 2, -1, 2]), group([1, 3, 1, 3, 1]), group([2, 2, 2, 2, 2]))
+    # Two of five are allowed, and an illegal path is of no item.
+    assert [reward.values.tolist() for reward in found] == [
+        [0, 0, 0, 0, -1],
+        [0, 0, 0, 0, 0],
+        [0, 0, -1, -1, -1],
+    ]
+    assert all(reward.mask.all() for reward in found)
+
+
+def test_popular_items_are_those_of_the_data_with_most_training_events(tmp_path):
+    events = pl.DataFrame(
+        {"user_id": np.repeat(range(4), 5), "item_id": [9, 9, 3, 1, 2] * 4, "timestamp_s": [*range(5)] * 4}
+    )
+    events.write_parquet(tmp_path / "events.parquet")
+    source = EventsSource.Config(events=(str(tmp_path / "events.parquet"),))
+    build(source, BuildConfig(out=str(tmp_path / "shards"), ray="never"))
+    setting = replace(NOWHERE, data_path=str(tmp_path / "shards"))
+    function = Popularity.Config(head_share=0.25).build(setting)
+    ids = ItemTable.load(setting.data_path).item_ids
+    assert [str(name) for name in np.array(ids)[function.is_popular]] == ["9"]
+
+
 def test_duration_feedback_is_a_percentile_within_the_bucket_of_the_item():
     # Buckets by log2(duration + 1): 10 s and 14 s fall into 3, 100 s into 6, 30 s into 4.
     past = {"play_time_s": np.array([2.0, 6.0, 8.0, 50.0]), "duration_s": np.array([10.0, 14.0, 10.0, 100.0])}
@@ -296,6 +324,7 @@ def test_a_function_that_is_none_is_refused_before_any_worker_starts(path, messa
         (lambda: Legality.Config(num_drawn=0), "num-drawn"),
         (lambda: Relevance.Config(nearest=0), "nearest"),
         (lambda: Duration.Config(base=1.0), "base"),
+        (lambda: Popularity.Config(allowed_share=1.0), "allowed-share"),
         (lambda: Preference.Config().run_names(), "reward-sim"),
         (lambda: Hybrid.Config().run_names(), "reward-sim"),
         (
