@@ -1,9 +1,11 @@
 """Commands of the project in processes of their own, as a person would give them."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import polars as pl
@@ -11,15 +13,19 @@ import polars as pl
 from cluster.errors import ClusterError, ConfigError, GrailError
 from cluster.storage import renamed_at_end
 
+COMMAND = (sys.executable, "-m", "launch.cli")
 NO_LIMIT = "100000"
 """Epochs."""
+_STOP_S = 60.0
+"""How long a command may take to save and end."""
 
 
 def run_experiment(main: Callable[[list[str]], None]) -> int:
     """Give an experiment the words of the command line; an error that a person meets is told in one line.
 
-    Returns its exit code: 0 done, 1 failed, 2 wrong options.
+    Returns its exit code: 0 done, 1 failed, 2 wrong options, 130 where it was ended by Ctrl-C or SIGTERM.
     """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(sys.argv[1:])
     except GrailError as error:
@@ -28,6 +34,8 @@ def run_experiment(main: Callable[[list[str]], None]) -> int:
     except KeyboardInterrupt:
         print("experiment: interrupted; the same command goes on", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 
@@ -39,9 +47,20 @@ def require_known(option: str, given: Iterable[str], known: Iterable[str]) -> No
 
 def grail(*arguments: str) -> None:
     """Raises: ClusterError with what the command said."""
-    done = subprocess.run([sys.executable, "-m", "launch.cli", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise ClusterError(f"grail {' '.join(arguments)} must succeed and said: {done.stderr[-2000:]}")
+    child = subprocess.Popen(
+        [*COMMAND, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        _, said = child.communicate()
+    except BaseException:
+        # It must not go on where nobody waits for it; a run saves first.
+        child.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            child.communicate(timeout=_STOP_S)
+        child.kill()
+        raise
+    if child.returncode:
+        raise ClusterError(f"grail {' '.join(arguments)} must succeed and said: {said[-2000:]}")
 
 
 def evaluated(run_dir: Path, *options: str) -> dict:

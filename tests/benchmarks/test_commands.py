@@ -1,7 +1,11 @@
 import json
+import subprocess
+import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks import experiments
@@ -79,6 +83,32 @@ def test_errors_that_a_person_meets_end_an_experiment_with_a_line_and_a_code(cap
     assert run_experiment(lambda _: None) == 0
     lines = capsys.readouterr().err.splitlines()
     assert lines[:2] == ["experiment: --sizes must be of 1b", "experiment: grail pretrain must succeed"]
+
+
+SLOW = """
+import os, sys, time
+print(os.getpid(), file=open(sys.argv[1], "w"), flush=True)
+time.sleep(60)
+"""
+EXPERIMENT = """
+import sys
+from benchmarks.setting import commands
+commands.COMMAND = (sys.executable, "-c", {slow!r})
+sys.exit(commands.run_experiment(lambda _: commands.grail({file!r})))
+"""
+
+
+def test_an_experiment_that_is_ended_ends_the_command_it_waits_for(tmp_path):
+    file = tmp_path / "pid"
+    script = EXPERIMENT.format(slow=SLOW, file=str(file))
+    with subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True) as experiment:
+        until = time.monotonic() + 60
+        while not (file.exists() and file.read_text()) and time.monotonic() < until:
+            time.sleep(0.05)
+        experiment.terminate()
+        _, said = experiment.communicate(timeout=60)
+    assert experiment.returncode == 130 and "the same command goes on" in said
+    assert not psutil.pid_exists(int(file.read_text()))
 
 
 def test_objectives_are_not_compared_on_a_model_that_has_none_to_replace():
