@@ -7,7 +7,8 @@ import secrets
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 _OBJECT_STORE_BYTES = 256 * 2**20
 _ANSWER_TIMEOUT_S = 10.0
+_LATE = "timed out during startup"
+"""What Ray says where its daemons are not up in time; the error has no class of its own."""
 
 
 def start_ray(config: ClusterConfig, num_cpus: int | None = None) -> None:
@@ -39,7 +42,8 @@ def start_ray(config: ClusterConfig, num_cpus: int | None = None) -> None:
     An embedded Ray has a core for every worker asked for, more than the machine has where need be; it ends
     with this process, however this process ends. Calling again is free.
 
-    Raises: ClusterError if the cluster at `config.address` does not answer or refuses the token.
+    Raises: ClusterError if the cluster at `config.address` does not answer or refuses the token, or an embedded one is
+    not up in time.
     """
     needed = num_cpus or max(usable_cores(), math.ceil(config.workers * config.cpus_per_worker))
     if ray.is_initialized():
@@ -50,12 +54,12 @@ def start_ray(config: ClusterConfig, num_cpus: int | None = None) -> None:
     # Ray's default of 15 lets any other program of the machine starve the training.
     os.environ.setdefault("RAY_worker_niceness", "0")
     if config.address is None:
-        _start_embedded(needed)
+        _start_embedded(needed, config.start_timeout_s)
     else:
         _join(config.address)
 
 
-def _start_embedded(num_cpus: int) -> None:
+def _start_embedded(num_cpus: int, timeout_s: float) -> None:
     if num_cpus > usable_cores():
         logger.warning(
             "%d cores were asked for, this machine has %d: workers share", num_cpus, usable_cores()
@@ -70,7 +74,8 @@ def _start_embedded(num_cpus: int) -> None:
     # after an agent has looked at it, where those that Ray has ready are taken otherwise.
     packages = environment({"PYTHONPATH": search_path()})
     with _shielded_from_signals(), _keeping_sigterm(), packages, _without_idle_daemons():
-        ray.init(
+        _init_patiently(
+            timeout_s,
             address="local",
             num_cpus=num_cpus,
             include_dashboard=False,
@@ -84,6 +89,38 @@ def _start_embedded(num_cpus: int) -> None:
             "Ray must run with token authentication, since its ports are open to the network, and it started "
             "without; unset RAY_AUTH_MODE"
         )
+
+
+def _init_patiently(timeout_s: float, **options: Any) -> None:
+    """ray.init, again where a busy machine did not bring Ray's daemons up in the 30 s that Ray 2.60 gives them.
+
+    Raises: ClusterError once that has happened and `timeout_s` are over.
+    """
+    until = time.monotonic() + timeout_s
+    while True:
+        own = set(psutil.Process().children(recursive=True))
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:
+            if type(error) is not Exception or _LATE not in str(error):
+                raise
+            # Ray leaves them to themselves: those of two starts would be in each other's way.
+            _end(set(psutil.Process().children(recursive=True)) - own)
+            if time.monotonic() >= until:
+                raise ClusterError(
+                    f"Ray must start within cluster.start-timeout-s {timeout_s:g} s, and its daemons were not up: this "
+                    "machine is too busy; end other work on it, or give more time"
+                ) from error
+        logger.warning(
+            "Ray's daemons were not up in time, since this machine is busy; they are started again"
+        )
+
+
+def _end(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _join(address: str) -> None:
@@ -147,9 +184,7 @@ class _ShieldedProcess(services.ConsolePopen):
         """At the end of the job: the daemon and what it started; a SIGTERM would not be heard."""
         family = psutil.Process(self.pid).children(recursive=True)
         self.kill()
-        for member in family:
-            with suppress(psutil.NoSuchProcess):
-                member.kill()
+        _end(family)
 
 
 @contextmanager
