@@ -199,7 +199,7 @@ def test_the_expected_number_of_steps_is_close_and_equal_on_all_ranks(path):
 
 
 def test_more_workers_than_streams_are_refused(path):
-    with pytest.raises(ConfigError, match=r"4 streams cannot feed 5 workers; raise data.num_streams to 5"):
+    with pytest.raises(ConfigError, match=r"4 streams cannot feed 5 workers; raise data.num-streams to 5"):
         TrainStream(make_config(path), seed=0, rank=0, world_size=5)
 
 

@@ -317,7 +317,7 @@ def test_pages_that_the_data_cannot_give_are_refused(tmp_path):
     plain_data(tmp_path)
     with pytest.raises(ConfigError, match=r"recorded needs events with page_id, .* --data.pages count"):
         training(tmp_path, pages="recorded")
-    with pytest.raises(ConfigError, match=r"data.page_events must be at least 1, is 0"):
+    with pytest.raises(ConfigError, match=r"data.page-events must be at least 1, is 0"):
         training(tmp_path, page_events=0)
 
 

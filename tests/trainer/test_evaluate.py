@@ -204,7 +204,7 @@ def test_no_users_at_all_are_an_error():
 
 def test_seen_items_cannot_be_left_out_where_they_are_not_known():
     batch = dataclasses.replace(make_batch(range(3)), seen=None)
-    with pytest.raises(DataError, match=r"each user's whole known past .*evaluation.filter_seen"):
+    with pytest.raises(DataError, match=r"each user's whole known past .*--evaluation.no-filter-seen"):
         make_search(None).recommend(batch, 3)
 
 
