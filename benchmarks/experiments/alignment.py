@@ -48,7 +48,7 @@ OWN_VARIANTS = {
     "GRPO, hit + rank": "--objective grpo --rewards hit,rank",
 }
 """On data of one's own."""
-OTHER_REWARDS = ("GRPO without gate", "GRPO-SR, catalogue")
+OTHER_REWARDS = ("GRPO without gate", "GRPO-SR, catalogue", "DPO")
 """Their rewards, or the completions rewarded, are not those of the other variants; their rows say where they began."""
 POLICY = (
     "--cluster.workers 1 --model.width 48 --model.num-blocks 1 --model.num-depth-blocks 1 "
