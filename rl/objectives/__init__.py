@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cluster.errors import ConfigError
 from models.recommender import LossSum
 
 RatioOf = Literal["item", "code"]
@@ -63,6 +64,23 @@ class PolicyObjective(ABC):
     @abstractmethod
     def __call__(self, inputs: PolicyInputs) -> LossSum:
         """The loss summed over users, with `count` users; differentiable in the log-probabilities."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipOptions:
+    """Of objectives that clip ratios."""
+
+    clip_low: float = 0.2
+    """How far a ratio may fall below 1 before its gradient ends."""
+    clip_high: float = 0.2
+    """How far a ratio may rise above 1 before its gradient ends."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.clip_low < 1 or self.clip_high <= 0:
+            raise ConfigError(
+                "objective.clip-low must lie in 0..1 and clip-high above 0, got "
+                f"{self.clip_low} and {self.clip_high}"
+            )
 
 
 def counted(log_probs: Tensor, mask: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from cluster.errors import ConfigError
 from models.recommender import LossSum
 from rl.objectives import (
+    ClipOptions,
     PolicyInputs,
     PolicyObjective,
     clipped_terms,
@@ -25,21 +26,14 @@ class DrGrpo(PolicyObjective):
     learns_from_older = True
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
-        clip_low: float = 0.2
-        """How far a ratio may fall below 1 before its gradient ends."""
-        clip_high: float = 0.2
-        """How far a ratio may rise above 1 before its gradient ends."""
+    class Config(ClipOptions):
         max_length: int | None = None
         """The constant a completion's sum is divided by; None takes the number of codes."""
 
         def __post_init__(self) -> None:
-            is_empty = self.max_length is not None and self.max_length < 1
-            if not 0 < self.clip_low < 1 or self.clip_high <= 0 or is_empty:
-                raise ConfigError(
-                    "objective.clip-low must lie in 0..1, clip-high above 0 and max-length at least at 1, got "
-                    f"{self.clip_low}, {self.clip_high} and {self.max_length}"
-                )
+            super().__post_init__()
+            if self.max_length is not None and self.max_length < 1:
+                raise ConfigError(f"objective.max-length must be at least 1, got {self.max_length}")
 
         def build(self) -> "DrGrpo":
             return DrGrpo(self)

@@ -11,6 +11,7 @@ import torch
 from cluster.errors import ConfigError
 from models.recommender import LossSum
 from rl.objectives import (
+    ClipOptions,
     PolicyInputs,
     PolicyObjective,
     clipped_terms,
@@ -26,20 +27,14 @@ class Grpo(PolicyObjective):
     learns_from_older = True
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
-        clip_low: float = 0.2
-        """How far a ratio may fall below 1 before its gradient ends."""
-        clip_high: float = 0.2
-        """How far a ratio may rise above 1 before its gradient ends."""
+    class Config(ClipOptions):
         kl_weight: float = 1e-3
         """Weight of the KL to the reference; 0 needs no reference."""
 
         def __post_init__(self) -> None:
-            if not 0 < self.clip_low < 1 or self.clip_high <= 0 or self.kl_weight < 0:
-                raise ConfigError(
-                    "objective.clip-low must lie in 0..1, clip-high above 0 and kl-weight at or above 0, got "
-                    f"{self.clip_low}, {self.clip_high} and {self.kl_weight}"
-                )
+            super().__post_init__()
+            if self.kl_weight < 0:
+                raise ConfigError(f"objective.kl-weight must be at least 0, got {self.kl_weight}")
 
         def build(self) -> "Grpo":
             return Grpo(self)

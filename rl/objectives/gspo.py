@@ -6,9 +6,9 @@ defaults. Like every ratio it matters only where completions are older than the 
 
 from dataclasses import dataclass
 
-from cluster.errors import ConfigError
 from models.recommender import LossSum
 from rl.objectives import (
+    ClipOptions,
     PolicyInputs,
     PolicyObjective,
     clipped_terms,
@@ -24,18 +24,11 @@ class Gspo(PolicyObjective):
     learns_from_older = True
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(ClipOptions):
         clip_low: float = 3e-4
         """How far a ratio may fall below 1 before its gradient ends."""
         clip_high: float = 4e-4
         """How far a ratio may rise above 1 before its gradient ends."""
-
-        def __post_init__(self) -> None:
-            if not 0 < self.clip_low < 1 or self.clip_high <= 0:
-                raise ConfigError(
-                    "objective.clip-low must lie in 0..1 and clip-high above 0, got "
-                    f"{self.clip_low} and {self.clip_high}"
-                )
 
         def build(self) -> "Gspo":
             return Gspo(self)
