@@ -140,3 +140,12 @@ def anchored(policy: Tensor, inputs: PolicyInputs, alpha: float, **metrics: Tens
 def clipped_terms(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
     """min(rho A, clip(rho, 1 - low, 1 + high) A), to be maximised. Shapes: two that broadcast."""
     return torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+
+
+def clipped_share(ratio: Tensor, mask: Tensor, low: float, high: float) -> Tensor:
+    """The share of each user's ratios beyond the limits, summed, as metrics are.
+
+    Shapes: ratio [B, G, n], mask [B, G] -> scalar.
+    """
+    is_clipped = (ratio < 1 - low) | (ratio > 1 + high)
+    return sum_of_user_means(is_clipped.float().mean(-1), mask)

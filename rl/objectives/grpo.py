@@ -14,6 +14,7 @@ from rl.objectives import (
     ClipOptions,
     PolicyInputs,
     PolicyObjective,
+    clipped_share,
     clipped_terms,
     log_ratio,
     sum_of_ratios,
@@ -47,10 +48,9 @@ class Grpo(PolicyObjective):
         config = self.config
         ratio = log_ratio(inputs.log_probs, inputs.old_log_probs, inputs.mask).exp()
         terms = clipped_terms(ratio, inputs.token_advantages(), config.clip_low, config.clip_high)
-        is_clipped = (ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)
         metrics = {
             "ratio": sum_of_ratios(ratio),
-            "clipped_share": sum_of_user_means(is_clipped.float().mean(-1), inputs.mask),
+            "clipped_share": clipped_share(ratio, inputs.mask, config.clip_low, config.clip_high),
         }
         if self.needs_reference:
             log_q = log_ratio(inputs.reference_log_probs, inputs.log_probs, inputs.mask)

@@ -11,6 +11,7 @@ from rl.objectives import (
     ClipOptions,
     PolicyInputs,
     PolicyObjective,
+    clipped_share,
     clipped_terms,
     log_ratio,
     sum_of_ratios,
@@ -39,14 +40,13 @@ class Gspo(PolicyObjective):
     def __call__(self, inputs: PolicyInputs) -> LossSum:
         low, high = self.config.clip_low, self.config.clip_high
         of_codes = log_ratio(inputs.log_probs, inputs.old_log_probs, inputs.mask)
-        ratio = of_codes.mean(-1).exp()
-        terms = clipped_terms(ratio, inputs.token_advantages().mean(-1), low, high)
-        is_clipped = (ratio < 1 - low) | (ratio > 1 + high)
+        ratio = of_codes.mean(-1, keepdim=True).exp()
+        terms = clipped_terms(ratio, inputs.token_advantages().mean(-1, keepdim=True), low, high)
         return LossSum(
-            sum=-sum_of_user_means(terms, inputs.mask),
+            sum=-sum_of_user_means(terms.squeeze(-1), inputs.mask),
             count=inputs.num_users,
             metrics={
-                "ratio": sum_of_ratios(ratio[..., None]),
-                "clipped_share": sum_of_user_means(is_clipped.float(), inputs.mask),
+                "ratio": sum_of_ratios(ratio),
+                "clipped_share": clipped_share(ratio, inputs.mask, low, high),
             },
         )
