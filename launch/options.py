@@ -1,9 +1,13 @@
 """Command-line options of a command: the fields of a dataclass, by tyro."""
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 import tyro
+
+from cluster.errors import ConfigError
+from cluster.plugins import suggestion
 
 RECIPES = "launch.recipes"
 """Package of the recipes, each a file."""
@@ -40,3 +44,11 @@ def take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]
         if argument.startswith(f"{name}="):
             return argument.removeprefix(f"{name}="), arguments[:index] + arguments[index + 1 :]
     return None, arguments
+
+
+def require_name(option: str, name: str, names: Collection[str]) -> None:
+    """Raises: ConfigError where an option that chooses an objective or an advantage names none of them."""
+    if name not in names:
+        raise ConfigError(
+            f"--{option} must be the name of an {option}, got '{name}'{suggestion(name, names)}"
+        )

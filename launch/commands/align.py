@@ -4,15 +4,15 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import CheckpointError, ClusterError, ConfigError
-from cluster.plugins import first_line, plugin_config, plugin_files, suggestion
+from cluster.plugins import first_line, plugin_config, plugin_files
 from cluster.reporter import Event, StopSignal, to_all
 from cluster.storage import Storage
 from launch.config_document import from_file, from_yaml, to_document
-from launch.options import parse, split_name, take_option
+from launch.options import parse, require_name, split_name, take_option
 from launch.progress import TrainingProgress, start_console
 from launch.reward_parts import REWARDS, located, reward_setting, reward_term, terms_form, terms_of
 from launch.run_directory import (
@@ -141,19 +141,13 @@ def _plug_ins(options: list[str]) -> tuple[dict[str, Any], list[str]]:
     for field, package in (("objective", OBJECTIVES), ("advantage", ADVANTAGES)):
         name, options = take_option(options, f"--{field}")
         if name is not None:
-            _require_one_of(plugin_files(package), f"--{field}", name)
+            require_name(field, name, plugin_files(package))
             chosen[field] = plugin_config(package, name)()
     names, options = take_option(options, "--rewards")
     if names is not None:
         chosen["rewards"] = tuple(reward_term(name) for name in names.split(","))
         check_terms(chosen["rewards"])
     return chosen, options
-
-
-def _require_one_of(names: Collection[str], option: str, name: str) -> None:
-    """Raises: ConfigError for a name that is none of them."""
-    if name not in names:
-        raise ConfigError(f"{option} must be one of those there are, got '{name}'{suggestion(name, names)}")
 
 
 def align(config: "AlignConfig") -> int:

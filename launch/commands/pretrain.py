@@ -8,7 +8,7 @@ from cluster.errors import ConfigError
 from cluster.plugins import first_line, load_plugin, plugin_config, plugin_files, suggestion
 from cluster.reporter import StopSignal, to_all
 from cluster.storage import Storage
-from launch.options import RECIPES, parse, split_name, take_option
+from launch.options import RECIPES, parse, require_name, split_name, take_option
 from launch.progress import TrainingProgress, start_console
 from launch.run_directory import (
     CONFIG,
@@ -64,11 +64,7 @@ def parse_config(name: str, options: list[str]) -> PretrainConfig:
 
 
 def _objective(name: str) -> Any:
-    names = objective_names()
-    if name not in names:
-        raise ConfigError(
-            f"--objective must be the name of an objective, got '{name}'{suggestion(name, names)}"
-        )
+    require_name("objective", name, objective_names())
     return plugin_config(OBJECTIVES, name)()
 
 
