@@ -7,7 +7,6 @@ distance counts one way only, since no event sees a later one. Not there: rankin
 M-FALCON, which scores candidates in micro-batches behind one cached history.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +17,7 @@ from torch import Tensor, nn
 from cluster.errors import ConfigError
 from data_streams.batch import SequenceBatch
 from models.item_sequence import ItemSequenceConfig, ItemSequenceModel
-from models.kernels.length_buckets import BucketLayout, bucket_layout
-from models.kernels.pointwise_attention import (
-    NUM_TIME_BUCKETS,
-    PairBias,
-    pointwise_attention,
-    time_buckets_of_cells,
-)
+from models.kernels.pointwise_attention import NUM_TIME_BUCKETS, EventPairs, PairBias, pointwise_attention
 from models.layers.dropout import Dropout
 from models.layers.heads import checked_heads
 from models.layers.linear import Linear
@@ -83,10 +76,9 @@ class HSTU(ItemSequenceModel):
         return shorten_histories(batch, context, alpha=alpha, max_length=self.max_length)
 
     def encode_events(self, hidden: Tensor, batch: SequenceBatch) -> Tensor:
-        layout = bucket_layout(batch.items)
-        times = time_buckets_of_cells(batch.features[TIME], layout) if self.config.time_bias else None
+        pairs = EventPairs.build(batch.items, batch.features[TIME] if self.config.time_bias else None)
         for block in self.blocks:
-            hidden = block(hidden, layout, times)
+            hidden = block(hidden, pairs)
         return hidden
 
 
@@ -109,7 +101,7 @@ class Block(nn.Module):
         nn.init.xavier_uniform_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
-    def forward(self, hidden: Tensor, layout: BucketLayout, times: Sequence[Tensor] | None) -> Tensor:
+    def forward(self, hidden: Tensor, pairs: EventPairs) -> Tensor:
         """Shapes: hidden [T, D] -> [T, D]."""
         normalised = _norm(hidden)
         by_distance, by_time = self.pair_bias()
@@ -117,10 +109,9 @@ class Block(nn.Module):
         attended = pointwise_attention(
             packed,
             self.attention_dim,
-            layout,
+            pairs,
             max_length=self.max_length,
             bias=PairBias(by_distance=by_distance, by_time=by_time),
-            times=times,
         )
         gated = F.silu(self.gate(normalised)) * _norm(attended.flatten(1))
         return hidden + self.output(self.dropout(gated))

@@ -1,6 +1,6 @@
 """HSTU and SASRec with plain operators of torch in place of our kernels: what a step was before them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.kernels.cross_entropy import reference_cross_entropy
-from models.kernels.length_buckets import BucketLayout, padded_layout, to_cells, to_tokens
-from models.kernels.pointwise_attention import PairBias
+from models.kernels.length_buckets import padded_layout, to_cells, to_tokens
+from models.kernels.pointwise_attention import EventPairs, PairBias
 from models.layers.dropout import Dropout
 
 
@@ -24,7 +24,7 @@ def plain_operators() -> Iterator[None]:
         )
     )
     places = {
-        "models.hstu.bucket_layout": padded_layout,
+        "models.kernels.pointwise_attention.bucket_layout": padded_layout,
         "models.sasrec.bucket_layout": padded_layout,
         "models.hstu.pointwise_attention": padded_attention,
         "models.kernels.cross_entropy._CandidateCrossEntropy": whole,
@@ -42,16 +42,10 @@ def _dropout(layer: Dropout, values: Tensor) -> Tensor:
 
 
 def padded_attention(
-    packed: Tensor,
-    attention_dim: int,
-    layout: BucketLayout,
-    *,
-    max_length: int,
-    bias: PairBias,
-    times: Sequence[Tensor] | None,
+    packed: Tensor, attention_dim: int, pairs: EventPairs, *, max_length: int, bias: PairBias
 ) -> Tensor:
     """`models.kernels.pointwise_attention` written out. Shapes: packed [T, heads, A + A + V] -> [T, heads, V]."""
-    (cells,) = to_cells(packed, layout)
+    (cells,) = to_cells(packed, pairs.layout)
     sizes = (attention_dim, attention_dim, packed.shape[-1] - 2 * attention_dim)
     queries, keys, values = cells.transpose(1, 2).split(sizes, -1)
     scores = queries @ keys.transpose(2, 3)
@@ -59,6 +53,6 @@ def padded_attention(
     if bias.by_distance is not None:
         scores = scores + bias.by_distance[(place[:, None] - place).clamp(min=0)]
     if bias.by_time is not None:
-        scores = scores + bias.by_time[times[0]][:, None]
+        scores = scores + bias.by_time[pairs.buckets[0]][:, None]
     weights = F.silu(scores) / max_length * (place[:, None] >= place)
-    return to_tokens([(weights @ values).transpose(1, 2)], layout)
+    return to_tokens([(weights @ values).transpose(1, 2)], pairs.layout)

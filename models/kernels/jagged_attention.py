@@ -1,7 +1,8 @@
 """Causal softmax attention over users of unequal length.
 
-`jagged_attention` is the one entry; it works on length buckets. `reference_attention` computes user by user and
-is what the buckets are tested against.
+`jagged_attention` is the one entry. In half precision on an accelerator it is torch's FlashAttention over sequences of
+unequal length, elsewhere it works on length buckets. `reference_attention` computes user by user and is what both are
+tested against.
 """
 
 from itertools import pairwise
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_streams.jagged import Jagged
-from models.kernels.length_buckets import BucketLayout, pair_dtype, to_cells, to_tokens
+from models.kernels.length_buckets import Bounds, BucketLayout, pair_dtype, to_cells, to_tokens
+from models.layers.linear import matmul_dtype
 
 
 def jagged_attention(queries: Tensor, keys: Tensor, values: Tensor, layout: BucketLayout) -> Tensor:
@@ -21,12 +23,29 @@ def jagged_attention(queries: Tensor, keys: Tensor, values: Tensor, layout: Buck
     """
     if queries.shape[0] == 0:
         return queries * keys * values
+    if _has_jagged_kernel(queries, layout):
+        return _attend_jagged(queries, keys, values, layout.bounds)
     stacked = torch.stack((queries, keys, values), dim=1)
     blocks = [
         _causal_attention(*cells.permute(2, 0, 3, 1, 4)).transpose(1, 2)
         for cells in to_cells(stacked, layout)
     ]
     return to_tokens(blocks, layout)
+
+
+def _has_jagged_kernel(queries: Tensor, layout: BucketLayout) -> bool:
+    """It takes half precision alone, and rows of whole 16 bytes."""
+    is_half = queries.device.type == "cuda" and matmul_dtype(queries) in (torch.bfloat16, torch.float16)
+    return is_half and layout.bounds is not None and queries.shape[-1] % 8 == 0 and queries.shape[-1] <= 256
+
+
+def _attend_jagged(queries: Tensor, keys: Tensor, values: Tensor, bounds: Bounds) -> Tensor:
+    """Shapes: [T, heads, D] each -> [T, heads, D]."""
+    from torch.nn.attention.varlen import varlen_attn  # seconds of every start that does not need it
+
+    dtype, offsets, longest = matmul_dtype(queries), bounds.offsets, bounds.longest
+    q, k, v = (part.to(dtype) for part in (queries, keys, values))
+    return varlen_attn(q, k, v, offsets, offsets, longest, longest, window_size=(-1, 0))
 
 
 def _causal_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

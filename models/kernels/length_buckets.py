@@ -1,8 +1,7 @@
 """Users of unequal length grouped into buckets of similar length, for kernels over pairs of events.
 
 On the processor, users of similar length share a bucket, so that at most a tenth of the cells is padding. On an
-accelerator all users are laid out in one padded block, which needs no host sync; kernels without any padding
-belong in kernels/triton.
+accelerator all users are laid out in one padded block, which needs no host sync, for the kernels that are not jagged.
 """
 
 from collections.abc import Iterator
@@ -20,6 +19,16 @@ SHORT_LENGTH = 32
 
 
 @dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """Where users begin and end, as jagged kernels want it."""
+
+    offsets: Tensor
+    """[users + 1] int32."""
+    longest: int
+    """No user is longer."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BucketLayout:
     """Where each token lies once users are grouped by length.
 
@@ -34,6 +43,8 @@ class BucketLayout:
     """(users, length) of each bucket, in the order of the cells."""
     is_identity: bool = False
     """Whether every token lies in the cell of its own number, as with rows of one length: nothing has to move then."""
+    bounds: Bounds | None = None
+    """On an accelerator, for jagged kernels: where the users begin and end."""
 
 
 def bucket_layout(sequences: Jagged) -> BucketLayout:
@@ -126,6 +137,7 @@ def padded_layout(sequences: Jagged) -> BucketLayout:
         token_of_cell=cells.flatten(),
         cell_of_token=rows * width + positions,
         buckets=((sequences.num_rows, width),),
+        bounds=Bounds(offsets=sequences.offsets.int(), longest=width),
     )
 
 

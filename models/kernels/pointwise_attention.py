@@ -1,16 +1,16 @@
 """Causal attention without softmax over users of unequal length, as HSTU has it.
 
 Each cell of an event i and an earlier event j of the same user weighs SiLU(q_i . k_j + bias) / max_length, where
-the bias depends on how many events and how much time lie between the two. `pointwise_attention` is the one entry;
-it works on length buckets. `reference_pointwise_attention` computes user by user and is what the buckets are
-tested against. A jagged kernel for accelerators belongs in kernels/triton.
+the bias depends on how many events and how much time lie between the two. `pointwise_attention` is the one entry: on
+an accelerator with Triton it is a jagged kernel (kernels/triton), elsewhere it works on length buckets.
+`reference_pointwise_attention` computes user by user and is what both are tested against.
 
 Source: Zhai et al., Actions Speak Louder than Words (2024), with the division by the maximum length of its
 published code.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_streams.jagged import Jagged
-from models.kernels.length_buckets import BucketLayout, pair_dtype, to_cells, to_tokens
+from models.kernels.length_buckets import BucketLayout, bucket_layout, pair_dtype, to_cells, to_tokens
+from models.layers.linear import matmul_dtype
 
 NUM_TIME_BUCKETS = 129
 NATS_PER_TIME_BUCKET = 0.301
@@ -45,48 +46,93 @@ def time_buckets(query_times_s: Tensor, key_times_s: Tensor) -> Tensor:
     return (seconds.log() / NATS_PER_TIME_BUCKET).long().clamp(max=NUM_TIME_BUCKETS - 1)
 
 
-def time_buckets_of_cells(times_s: Tensor, layout: BucketLayout) -> list[Tensor]:
-    """Time bucket of each pair, for all layers of a batch. Shapes: [T] -> [users, length, length] per bucket."""
-    return [
-        time_buckets(cells[:, :, None, 0], cells[:, None, :, 0])
-        for cells in to_cells(times_s[:, None], layout)
-    ]
+@dataclass(frozen=True, kw_only=True)
+class EventPairs:
+    """Which events of a batch meet, as the kernel of their device wants it; made once for all layers.
+
+    Shapes: T events.
+    """
+
+    sequences: Jagged
+    """Whose events they are."""
+    times_s: Tensor | None
+    """[T] int64, where the bias depends on time."""
+    layout: BucketLayout | None
+    """None where the jagged kernel computes."""
+    buckets: list[Tensor] | None = None
+    """Of the layout: the time bucket of each pair, [users, length, length] per bucket."""
+
+    @staticmethod
+    def build(sequences: Jagged, times_s: Tensor | None) -> "EventPairs":
+        if _has_jagged_kernel(sequences.offsets.device):
+            return EventPairs(sequences=sequences, times_s=times_s, layout=None)
+        return EventPairs.in_cells(sequences, times_s, bucket_layout(sequences))
+
+    @staticmethod
+    def in_cells(sequences: Jagged, times_s: Tensor | None, layout: BucketLayout) -> "EventPairs":
+        buckets = None
+        if times_s is not None:
+            cells = to_cells(times_s[:, None], layout)
+            buckets = [time_buckets(own[:, :, None, 0], own[:, None, :, 0]) for own in cells]
+        return EventPairs(sequences=sequences, times_s=times_s, layout=layout, buckets=buckets)
+
+
+def _has_jagged_kernel(device: torch.device) -> bool:
+    return device.type == "cuda" and find_spec("triton") is not None
 
 
 def pointwise_attention(
-    packed: Tensor,
-    attention_dim: int,
-    layout: BucketLayout,
-    *,
-    max_length: int,
-    bias: PairBias,
-    times: Sequence[Tensor] | None,
+    packed: Tensor, attention_dim: int, pairs: EventPairs, *, max_length: int, bias: PairBias
 ) -> Tensor:
     """Sum over the user's events up to each event, with weights that need not sum to one.
 
-    Queries, keys and values lie side by side, as one projection makes them, so that they are moved into buckets
-    together. `times` are the time buckets of `time_buckets_of_cells`, needed where the bias depends on time.
+    Queries, keys and values lie side by side, as one projection makes them, so that they are moved together.
 
     Shapes: packed [T, heads, A + A + V] with A = attention_dim -> [T, heads, V].
     """
-    num_tokens, num_heads, _ = packed.shape
-    if num_tokens == 0:
+    if packed.shape[0] == 0:
         # The biases too must have a gradient, or ranks would exchange gradients of unequal size.
         weights = [part for part in (bias.by_distance, bias.by_time) if part is not None]
         return packed[..., 2 * attention_dim :] * packed[..., :1] + sum(part.sum() * 0 for part in weights)
+    if pairs.layout is None:
+        return _attend_jagged(packed, attention_dim, pairs, max_length, bias)
+    return _attend_in_cells(packed, attention_dim, pairs, bias) * (1 / max_length)
+
+
+def _attend_jagged(
+    packed: Tensor, attention_dim: int, pairs: EventPairs, max_length: int, bias: PairBias
+) -> Tensor:
+    # A machine without an accelerator may not have Triton.
+    from models.kernels.triton.pointwise_attention import jagged_pointwise_attention
+
+    return jagged_pointwise_attention(
+        packed.to(matmul_dtype(packed)),
+        pairs.sequences.offsets,
+        pairs.times_s,
+        bias.by_distance,
+        bias.by_time,
+        attention_dim,
+        pairs.sequences.max_length,
+        1 / max_length,
+    )
+
+
+def _attend_in_cells(packed: Tensor, attention_dim: int, pairs: EventPairs, bias: PairBias) -> Tensor:
+    """Before the division by the maximum length."""
+    num_heads, layout = packed.shape[1], pairs.layout
     lengths = [length for _, length in layout.buckets]
     shared = _Corners.apply(_shared_bias(bias.by_distance, max(lengths), packed), *lengths)
     blocks = []
     for number, cells in enumerate(to_cells(packed, layout)):
         users, length = layout.buckets[number]
         parts = cells.transpose(1, 2).reshape(users * num_heads, length, -1)
-        pairs = shared[number]
+        cell_bias = shared[number]
         if bias.by_time is not None:
-            pairs = (pairs + TakeWeights.apply(bias.by_time, times[number])).repeat_interleave(num_heads, 0)
-        attended = _attend(parts, attention_dim, pairs)
+            by_time = TakeWeights.apply(bias.by_time, pairs.buckets[number])
+            cell_bias = (cell_bias + by_time).repeat_interleave(num_heads, 0)
+        attended = _attend(parts, attention_dim, cell_bias)
         blocks.append(attended.view(users, num_heads, length, -1).transpose(1, 2))
-    # Divided where there are fewest numbers.
-    return to_tokens(blocks, layout) * (1 / max_length)
+    return to_tokens(blocks, layout)
 
 
 def _attend(parts: Tensor, attention_dim: int, bias: Tensor) -> Tensor:

@@ -49,3 +49,20 @@ def test_at_most_a_tenth_of_the_cells_is_padding():
 def test_no_tokens_give_no_output():
     qkv, sequences = make_inputs([0, 0])
     assert kernel.jagged_attention(*qkv, bucket_layout(sequences)).shape == (0, 2, 4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator of CUDA")
+def test_in_half_precision_on_cuda_nothing_is_padded_and_the_result_is_that_of_the_reference():
+    qkv, sequences = make_inputs([0, 130, 1, 0, 64, 7], dim=16)
+    weights = torch.randn(qkv[0].shape, generator=torch.Generator().manual_seed(1))
+    rounded = [part.detach().bfloat16().cuda().requires_grad_() for part in qkv]
+    layout = bucket_layout(sequences.to(torch.device("cuda")))
+    with torch.profiler.profile() as profile:
+        attended = kernel.jagged_attention(*rounded, layout).float().cpu()
+    expected = kernel.reference_attention(*(part.float().cpu() for part in rounded), sequences)
+    found = [
+        [output, *torch.autograd.grad((output * weights).sum(), rounded)] for output in (attended, expected)
+    ]
+    for actual, wanted in zip(*found, strict=True):
+        assert (actual - wanted).float().norm() < 0.01 * wanted.float().norm()
+    assert any("varlen" in event.key for event in profile.key_averages())

@@ -7,48 +7,26 @@ import torch.nn.functional as F
 from data_streams.jagged import Jagged
 from models.kernels.length_buckets import bucket_layout, padded_layout
 from models.kernels.pointwise_attention import (
+    EventPairs,
     PairBias,
     pointwise_attention,
     reference_pointwise_attention,
     time_buckets,
-    time_buckets_of_cells,
 )
-
-CASES = [[1], [3, 3, 3], [5, 1, 9, 2, 2, 30, 29], [0, 4, 0, 7], list(range(1, 40))]
-MAX_LENGTH = 40
-
-
-def make_inputs(lengths, *, max_length=MAX_LENGTH, with_distance=True, with_time=True):
-    generator = torch.Generator().manual_seed(sum(lengths))
-    total = sum(lengths)
-    draw = lambda *shape: torch.randn(*shape, generator=generator).requires_grad_()  # noqa: E731
-    times_s = torch.randint(10_000_000, (total,), generator=generator)
-    bias = PairBias(
-        by_distance=draw(max_length) if with_distance else None, by_time=draw(129) if with_time else None
-    )
-    qkv = [draw(total, 2, 4), draw(total, 2, 4), draw(total, 2, 3)]
-    return qkv, bias, times_s, Jagged.from_lengths(torch.zeros(total), torch.tensor(lengths))
+from tests.models.pointwise_cases import CASES, MAX_LENGTH, assert_equal_with_gradients, make_inputs
 
 
 def both(lengths, make_layout, *, max_length=MAX_LENGTH, **kinds):
     qkv, bias, times_s, sequences = make_inputs(lengths, max_length=max_length, **kinds)
-    layout = make_layout(sequences)
-    times = time_buckets_of_cells(times_s, layout) if bias.by_time is not None else None
+    times_of_pairs = None if bias.by_time is None else times_s
+    pairs = EventPairs.in_cells(sequences, times_of_pairs, make_layout(sequences))
     packed = torch.cat(qkv, dim=-1)
-    found = pointwise_attention(packed, 4, layout, max_length=max_length, bias=bias, times=times)
+    found = pointwise_attention(packed, 4, pairs, max_length=max_length, bias=bias)
     expected = reference_pointwise_attention(
         *qkv, sequences, max_length=max_length, bias=bias, times_s=times_s
     )
     leaves = [*qkv, *(weights for weights in (bias.by_distance, bias.by_time) if weights is not None)]
     return found, expected, leaves
-
-
-def assert_equal_with_gradients(found, expected, leaves):
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
-    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
-    gradients = [torch.autograd.grad((output * weights).sum(), leaves) for output in (found, expected)]
-    for actual, wanted in zip(*gradients, strict=True):
-        torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("make_layout", [bucket_layout, padded_layout])
@@ -76,7 +54,8 @@ def test_two_events_by_hand():
     bias = PairBias(by_distance=torch.tensor([0.1, 0.2, 0.3, 0.4]), by_time=None)
     sequences = Jagged.from_lengths(torch.zeros(2), torch.tensor([2]))
     packed = torch.cat((queries, keys, values), dim=-1)
-    found = pointwise_attention(packed, 1, bucket_layout(sequences), max_length=4, bias=bias, times=None)
+    pairs = EventPairs.in_cells(sequences, None, bucket_layout(sequences))
+    found = pointwise_attention(packed, 1, pairs, max_length=4, bias=bias)
     silu = lambda score: score / (1 + math.exp(-score))  # noqa: E731
     first = silu(3.1) / 4
     second = (silu(6.2) * 1 + silu(1.1) * 10) / 4
@@ -92,10 +71,9 @@ def test_the_weights_do_not_depend_on_who_else_is_in_the_batch():
         pointwise_attention(
             torch.cat(qkv, dim=-1)[: users.values.shape[0]],
             4,
-            bucket_layout(users),
+            EventPairs.in_cells(users, None, bucket_layout(users)),
             max_length=MAX_LENGTH,
             bias=bias,
-            times=None,
         )[:3]
         for users in (alone, both_users)
     ]
@@ -111,9 +89,8 @@ def test_time_buckets_are_logarithms_of_seconds():
 def test_no_events_give_no_output_but_a_gradient_path():
     qkv, bias, _, sequences = make_inputs([0, 0])
     packed = torch.cat(qkv, dim=-1)
-    found = pointwise_attention(
-        packed, 4, bucket_layout(sequences), max_length=MAX_LENGTH, bias=bias, times=[]
-    )
+    pairs = EventPairs.in_cells(sequences, None, bucket_layout(sequences))
+    found = pointwise_attention(packed, 4, pairs, max_length=MAX_LENGTH, bias=bias)
     assert found.shape == (0, 2, 3)
     assert found.requires_grad
 
