@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from models.kernels.pointwise_attention import NATS_PER_TIME_BUCKET, NUM_TIME_BUCKETS
 
-PER_TIME_BUCKET = tl.constexpr(NATS_PER_TIME_BUCKET)
+BUCKETS_PER_NAT = tl.constexpr(1 / NATS_PER_TIME_BUCKET)
 LAST_TIME_BUCKET = tl.constexpr(NUM_TIME_BUCKETS - 1)
 SMALLEST_BLOCK = 16
 """What a product on a matrix unit takes at least."""
@@ -52,11 +52,12 @@ def _distances(queries, keys, last):
 @triton.jit
 @no_type_check
 def _time_buckets(times, queries, keys, length):
-    """As `models.kernels.pointwise_attention.time_buckets`, of one user's events."""
-    own = tl.load(times + queries, mask=queries < length, other=0)
-    earlier = tl.load(times + keys, mask=keys < length, other=0)
+    """As `models.kernels.pointwise_attention.time_buckets`, of one user's events, which lie within 68 years."""
+    first = tl.load(times)
+    own = (tl.load(times + queries, mask=queries < length, other=0) - first).to(tl.int32)
+    earlier = (tl.load(times + keys, mask=keys < length, other=0) - first).to(tl.int32)
     seconds = tl.maximum(tl.abs(own[:, None] - earlier[None, :]), 1).to(tl.float32)
-    return tl.minimum((tl.log(seconds) / PER_TIME_BUCKET).to(tl.int32), LAST_TIME_BUCKET)
+    return tl.minimum((tl.log(seconds) * BUCKETS_PER_NAT).to(tl.int32), LAST_TIME_BUCKET)
 
 
 @triton.jit
