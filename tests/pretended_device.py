@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils import backend_registration
@@ -22,8 +23,14 @@ class _Backend(backend_registration._DummyBackendModule):
         return [torch.bfloat16]
 
 
-backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
-PRETENDED = torch.device(NAME, 0)
+HAS_CUDA = torch.cuda.is_available()
+if not HAS_CUDA:
+    backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
+PRETENDED = torch.device("cpu") if HAS_CUDA else torch.device(NAME, 0)
+no_real_device = pytest.mark.skipif(
+    HAS_CUDA,
+    reason="a real accelerator is here, and backward passes over it fail where a pretended one is known too",
+)
 CROSSING = {"aten.copy_", "aten._to_copy", "aten.index", "aten.index_put", "aten.index_put_", "aten.set_"}
 """Operations that may read tensors of both: copies, and indexing, whose indices may lie on the host."""
 WAITING = {

@@ -12,7 +12,7 @@ from models.layers.pathways import ContextTokens, Pathway, TokenOrder, latest, p
 from models.layers.rotary import rotate
 from models.layers.user_context import POSITIVE, ContextConfig, UserContext
 from tests.generator_cases import semantic_ids
-from tests.pretended_device import PRETENDED, PretendedDevice
+from tests.pretended_device import PRETENDED, PretendedDevice, no_real_device
 
 ITEMS = Jagged.from_lengths(torch.arange(7), torch.tensor([4, 0, 3]))
 
@@ -121,6 +121,7 @@ def make_context(config: ContextConfig) -> UserContext:
     )
 
 
+@no_real_device
 def test_an_accelerator_is_sent_nothing_to_find_what_was_liked():
     context = make_context(ContextConfig(positive_length=2, positive_actions=("like", "share")))
     actions = torch.tensor([1, 0, 2, 1, 2, 1, 0])

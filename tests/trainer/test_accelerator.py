@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.generator_cases import GENERATORS, PAGE_WISE, TREES
-from tests.pretended_device import PRETENDED, PretendedDevice
+from tests.pretended_device import PRETENDED, PretendedDevice, no_real_device
 from tests.training_cases import MODELS, OBJECTIVES, Case, join_pieces, make_learner, prepare, train
 
 CASES = [
@@ -46,6 +46,7 @@ def assert_same_training(case: Case, device: torch.device, tolerance: float) -> 
         torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-3, msg=name)
 
 
+@no_real_device
 @pytest.mark.parametrize("case", PRETENDABLE, ids=name_of)
 def test_no_operation_of_a_step_mixes_devices_and_only_the_check_of_the_loss_waits(case):
     with PretendedDevice() as device:

@@ -23,6 +23,9 @@ BUCKETS_PER_NAT = tl.constexpr(1 / NATS_PER_TIME_BUCKET)
 LAST_TIME_BUCKET = tl.constexpr(NUM_TIME_BUCKETS - 1)
 SMALLEST_BLOCK = 16
 """What a product on a matrix unit takes at least."""
+BLOCK = 32
+"""Queries and keys of a block of cells. Blocks of 64 and 128 took 1.2 to 3 times as long on an H100, since the work on
+single cells is the most of it and those above the diagonal are computed for nothing."""
 
 
 @triton.jit
@@ -247,8 +250,8 @@ def jagged_pointwise_attention(
     output = packed.new_empty(*packed.shape[:2], packed.shape[2] - 2 * attention_dim)
     arguments = _arguments(packed, offsets, times_s, by_distance, by_time, scale)
     sizes = _sizes(packed, attention_dim)
-    users, blocks = offsets.shape[0] - 1, triton.cdiv(longest, sizes["BLOCK"])
-    _forward[(users * packed.shape[1], blocks)](*arguments, output, **sizes)
+    users, blocks = offsets.shape[0] - 1, triton.cdiv(longest, BLOCK)
+    _forward[(users * packed.shape[1], blocks)](*arguments, output, **sizes, num_warps=_warps(packed)[0])
     return output
 
 
@@ -268,17 +271,18 @@ def _backward(
     users, num_heads = offsets.shape[0] - 1, packed.shape[1]
     arguments = _arguments(packed, offsets, times_s, by_distance, by_time, scale)
     sizes = _sizes(packed, attention_dim)
-    blocks = triton.cdiv(longest, sizes["BLOCK"])
+    grid = (users * num_heads, triton.cdiv(longest, BLOCK))
+    of_queries, of_keys = _warps(packed)
     gradient = gradient.to(packed.dtype).contiguous()
     to_packed = torch.empty_like(packed, memory_format=torch.contiguous_format)
-    _back_to_keys[(users * num_heads, blocks)](*arguments, gradient, to_packed, **sizes)
-    _back_to_queries[(users * num_heads, blocks)](*arguments, gradient, to_packed, **sizes)
+    _back_to_keys[grid](*arguments, gradient, to_packed, **sizes, num_warps=of_keys)
+    _back_to_queries[grid](*arguments, gradient, to_packed, **sizes, num_warps=of_queries)
     to_biases = [
         packed.new_zeros(users, 0 if weights is None else weights.shape[0], dtype=torch.float32)
         for weights in (by_distance, by_time)
     ]
     if by_distance is not None or by_time is not None:
-        _back_to_biases[(users, blocks)](*arguments, gradient, *to_biases, **sizes)
+        _back_to_biases[(users, grid[1])](*arguments, gradient, *to_biases, **sizes, num_warps=of_keys)
     return to_packed, to_biases[0].sum(0), to_biases[1].sum(0)
 
 
@@ -293,17 +297,23 @@ def _sizes(packed: Tensor, attention_dim: int) -> dict:
     block_a, block_v = (
         max(SMALLEST_BLOCK, triton.next_power_of_2(size)) for size in (attention_dim, value_dim)
     )
-    small = packed.dtype == torch.float32 or max(block_a, block_v) > 128
     exact = torch.get_float32_matmul_precision() == "highest"
     return {
         "A": attention_dim,
         "V": value_dim,
         "BLOCK_A": block_a,
         "BLOCK_V": block_v,
-        "BLOCK": 32 if small else 64,
+        "BLOCK": BLOCK,
         "PRECISION": "ieee" if exact else "tf32",
-        "num_warps": 4 if max(block_a, block_v) <= 64 else 8,
     }
+
+
+def _warps(packed: Tensor) -> tuple[int, int]:
+    """Of the kernels for a block of queries, and of the other two: the best on an H100 for heads of 32 and 64 in half
+    precision; more where the numbers of a block would not fit into the registers."""
+    if packed.dtype == torch.float32:
+        return 8, 8
+    return 4, 2 if packed.shape[2] <= 3 * 64 else 4
 
 
 @jagged_pointwise_attention.register_fake

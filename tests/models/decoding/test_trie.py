@@ -6,7 +6,7 @@ import torch
 from cluster.errors import ConfigError, DataError
 from models.decoding.trie import PrefixTrie, codes_exist, pack, unpack
 from tests.models.decoding.tiny_generator import make_codes
-from tests.pretended_device import PRETENDED, PretendedDevice
+from tests.pretended_device import PRETENDED, PretendedDevice, no_real_device
 
 SIZES = (3, 4, 2, 5)
 CODES = make_codes(60, SIZES, seed=1)
@@ -62,6 +62,7 @@ def test_prefixes_are_found_and_others_are_not(trie, depth):
     assert max(expected) > 0 and min(expected) == -1
 
 
+@no_real_device
 def test_an_accelerator_is_sent_nothing_to_tell_codes_that_exist():
     paths = torch.tensor([[0, 0, 0, 0], [2, 3, 1, 4], [2, 4, 1, 4], [-1, 0, 0, 0]])
     with PretendedDevice() as device:
