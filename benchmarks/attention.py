@@ -29,7 +29,7 @@ EVENTS = {"full": 2**14, "small": 2**8, "accelerator": 2**17}
 """About so many of all users."""
 SHAPES = {"full": (2, 32), "small": (2, 8), "accelerator": (4, 64)}
 """Heads, and the width of each."""
-ROUNDS = {"full": 5, "small": 1, "accelerator": 20}
+ROUNDS = {"full": 5, "small": 1, "accelerator": 10}
 
 
 def measure(process: Process, request: Request) -> dict[str, Any]:

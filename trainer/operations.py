@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from cluster.process import Process
+from models.kernels.triton import load_kernels
 from trainer.learner import StepResult
 
 
@@ -18,6 +19,7 @@ def counted_step(take: Callable[[], StepResult], process: Process) -> tuple[Step
     Two operations for each multiplication and addition of matrix products and attention, forward and backward, and
     none for anything else; None where a step has no targets.
     """
+    load_kernels(process.device)
     with FlopCounterMode(display=False, custom_mapping=_further_formulas()) as counter:
         result = take()
     total = torch.tensor([counter.get_total_flops()], dtype=torch.float64, device=process.device)

@@ -10,7 +10,6 @@ published code.
 """
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_streams.jagged import Jagged
+from models.kernels import triton
 from models.kernels.length_buckets import BucketLayout, bucket_layout, pair_dtype, to_cells, to_tokens
 from models.layers.linear import matmul_dtype
 
@@ -64,7 +64,7 @@ class EventPairs:
 
     @staticmethod
     def build(sequences: Jagged, times_s: Tensor | None) -> "EventPairs":
-        if _has_jagged_kernel(sequences.offsets.device):
+        if triton.is_available(sequences.offsets.device):
             return EventPairs(sequences=sequences, times_s=times_s, layout=None)
         return EventPairs.in_cells(sequences, times_s, bucket_layout(sequences))
 
@@ -75,10 +75,6 @@ class EventPairs:
             cells = to_cells(times_s[:, None], layout)
             buckets = [time_buckets(own[:, :, None, 0], own[:, None, :, 0]) for own in cells]
         return EventPairs(sequences=sequences, times_s=times_s, layout=layout, buckets=buckets)
-
-
-def _has_jagged_kernel(device: torch.device) -> bool:
-    return device.type == "cuda" and find_spec("triton") is not None
 
 
 def pointwise_attention(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.kernels import triton
 from models.kernels.pointwise_attention import (
     EventPairs,
     PairBias,
@@ -11,6 +12,7 @@ from models.kernels.pointwise_attention import (
     reference_pointwise_attention,
 )
 from tests.models.pointwise_cases import CASES, MAX_LENGTH, assert_equal_with_gradients, make_inputs
+from tests.training_cases import Case, join_pieces, train
 
 pytest.importorskip(
     "triton", reason="Triton is not installed: a CUDA build of torch or requirements-dev.txt has it"
@@ -80,3 +82,15 @@ def test_its_operations_are_counted_by_pairs_of_events():
     pairs, heads, attention_dim, value_dim = 6 + 1 + 3, 2, 4, 3
     assert forward.get_total_flops() == 2 * pairs * heads * (attention_dim + value_dim)
     assert backward.get_total_flops() == 2 * pairs * heads * (3 * attention_dim + 2 * value_dim)
+
+
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_hstu_trains_with_it_as_with_buckets(monkeypatch, activation_checkpointing):
+    case = Case(model="hstu", objective="full", steps=2, activation_checkpointing=activation_checkpointing)
+    expected, expected_state = train(None, case)
+    monkeypatch.setattr(triton, "is_available", lambda device: True)
+    losses, state = train(None, case, DEVICE)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    found, wanted = join_pieces([state]), join_pieces([expected_state])
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor.cpu(), wanted[name], atol=1e-4, rtol=1e-3, msg=name)
