@@ -78,7 +78,7 @@ make_venv() {
     if [ "$home" = "$(cat $venv/grail-home 2>/dev/null)" ] && $venv/bin/python -m pip --version; then
         return
     fi
-    need_disk_gib 4
+    need_disk_gib 5
     find $venv -mindepth 1 -maxdepth 1 ! -name 'setup.*' -exec rm -rf {} +
     "$python" -m venv $venv
     echo "$home" >$venv/grail-home
@@ -190,7 +190,7 @@ run_step() {
 
 remedy() {
     if grep -qiE 'no space left|disk quota' "$1"; then
-        echo "The disk is full: free 4 GiB in this folder (10 GiB with a CUDA torch), then run make setup again."
+        echo "The disk is full: free 5 GiB in this folder (10 GiB with a CUDA torch), then run make setup again."
     elif grep -qiE 'connection|timed out|name resolution|max retries|sslerror|certificate' "$1"; then
         echo "No package index could be reached: check the network, the proxy and \`$venv/bin/pip config list\`," \
             "then run make setup again; what was installed so far is kept."
