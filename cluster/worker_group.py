@@ -7,7 +7,7 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def run_gang(
     function goes on from its own checkpoint. With `worlds` (see `allowed_worlds`) the gang has as many workers
     as the cluster has room for; where there is room for more, it stops at its next `reporter.saved` and starts
     again larger, so the function must honour `stop_requested` and be able to go on. A world on which the plan does
-    not work (PlanError) is left for a larger one.
+    not work (PlanError) is left for a larger one, or for one that has worked before.
 
     Log records of the workers are shown here, other events go to `on_event`. A SIGTERM that reaches any worker
     requests the stop. Returns None where a stop was requested and the gang had not started or had died.
@@ -74,7 +74,7 @@ def run_gang(
     """
     start_ray(config)
     stop, worlds = stop or StopSignal(), list(worlds or [config.workers])
-    history, starts = FaultHistory(run_dir, config.max_restarts), 0
+    history, starts, worked = FaultHistory(run_dir, config.max_restarts), 0, set()
     while not stop.requested:
         begun = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="grail-") as directory:
@@ -88,7 +88,7 @@ def run_gang(
             except _Fault as error:
                 fault = error
             except PlanError as error:
-                worlds, fault = _larger_than(gang.size, worlds, error), None
+                worlds, fault = _others_than(gang.size, worlds, worked, error), None
             except ClusterError:
                 if not stop.requested:
                     raise
@@ -96,6 +96,8 @@ def run_gang(
             finally:
                 gang.kill()
         starts += 1
+        if gang.watchdog.step is not None:
+            worked.add(gang.size)
         if fault and not stop.requested:
             lasted_s = time.monotonic() - begun
             history.add(
@@ -110,13 +112,13 @@ def run_gang(
     return None
 
 
-def _larger_than(size: int, worlds: Sequence[int], error: PlanError) -> list[int]:
-    """The worlds left once tables did not fit on `size` workers. Raises: the error where none is."""
-    larger = [world for world in worlds if world > size]
-    if not larger:
+def _others_than(size: int, worlds: Sequence[int], worked: Collection[int], error: PlanError) -> list[int]:
+    """The worlds left once the plan did not work on `size` workers. Raises: the error where none is."""
+    others = [world for world in worlds if world != size and (world > size or world in worked)]
+    if not others:
         raise error
-    logger.warning("%s; going on with %s workers as soon as there is room", error, _range(larger))
-    return larger
+    logger.warning("%s; going on with %s workers as soon as there is room", error, _range(others))
+    return others
 
 
 def _range(worlds: Sequence[int]) -> str:

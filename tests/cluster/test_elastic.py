@@ -10,7 +10,8 @@ from cluster.configuration import ClusterConfig
 from cluster.elastic import allowed_worlds, largest_world
 from cluster.errors import ConfigError, PlanError
 from cluster.ray_start import start_ray
-from cluster.reporter import Event
+from cluster.reporter import Event, Pulse
+from cluster.watchdog import Watchdog
 from cluster.worker_group import run_gang
 from tests.cluster.elastic_job import SAVED_EVERY, count_steps
 
@@ -53,7 +54,7 @@ class _Gang:
     tried: ClassVar[list[int]] = []
 
     def __init__(self, config, worlds, *_: object):
-        self.size, self.makes_room = worlds[0], False
+        self.size, self.makes_room, self.watchdog = worlds[0], False, Watchdog()
 
     def start(self, *_: object) -> None:
         self.tried.append(self.size)
@@ -76,6 +77,30 @@ def test_a_world_that_is_too_small_for_the_plan_is_left_for_a_larger_one(tmp_pat
     assert "does not fit on 2 workers; going on with 3 to 4 workers" in caplog.text
     with pytest.raises(PlanError, match="does not fit on 2 workers"):
         run_gang(print, config=config, run_dir=str(tmp_path), worlds=[1, 2])
+
+
+class _GrowingGang(_Gang):
+    """As many workers as the largest of the worlds, after a first attempt with the smallest; three are too many."""
+
+    def __init__(self, config, worlds, *_: object):
+        super().__init__(config, worlds)
+        self.size, self.makes_room = (worlds[-1], False) if self.tried else (worlds[0], True)
+
+    def follow(self) -> int:
+        self.watchdog.hear(0, Pulse(step=len(self.tried)))
+        if self.size > 2:
+            raise PlanError(f"the tables cannot be dealt out to {self.size} workers")
+        return self.size
+
+
+def test_a_gang_that_cannot_work_with_more_goes_on_with_as_many_as_before(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(worker_group, "start_ray", lambda config: None)
+    monkeypatch.setattr(worker_group, "_Gang", _GrowingGang)
+    monkeypatch.setattr(_Gang, "tried", [])
+    config = ClusterConfig(workers=2, min_workers=2, max_workers=3)
+    assert run_gang(print, config=config, run_dir=str(tmp_path), worlds=allowed_worlds(config)) == 2
+    assert _Gang.tried == [2, 3, 2]
+    assert "cannot be dealt out to 3 workers; going on with 2 workers" in caplog.text
 
 
 def test_a_gang_starts_with_the_room_there_is_and_grows_at_a_checkpoint(tmp_path, monkeypatch, caplog):
