@@ -25,6 +25,7 @@ from trainer.evaluate import validation_metrics
 from trainer.feed import Agreement, Feed
 from trainer.learner import Learner, StepResult
 from trainer.metric_log import MetricLog
+from trainer.peak_rates import utilisation
 from trainer.ranking import answer_metrics
 from trainer.run_state import Progress, save_progress
 from trainer.step_input import StepInput
@@ -304,6 +305,16 @@ def _element_names(sums: Mapping[str, Tensor]) -> Iterator[str]:
         yield from [f"{name}/{index}" for index in range(len(value))] if value.dim() else [name]
 
 
+def _rates(targets_per_s: float, operations_per_target: float, process: Process) -> dict[str, float]:
+    operations_per_s = targets_per_s * operations_per_target
+    rates = {
+        "train/gigaflops_per_target": operations_per_target / 1e9,
+        "train/gigaflops_per_s": operations_per_s / 1e9,
+    }
+    share = utilisation(operations_per_s, process.device, process.world_size)
+    return rates if share is None else rates | {"train/hfu": share}
+
+
 def write_window(
     job: Job, feed: Feed, fraction: float, total_steps: int, further: Mapping[str, float] | None = None
 ) -> None:
@@ -320,8 +331,7 @@ def write_window(
         **(further or {}),
     }
     if job.operations_per_target is not None:
-        numbers["train/gigaflops_per_target"] = job.operations_per_target / 1e9
-        numbers["train/gigaflops_per_s"] = numbers["train/targets_per_s"] * job.operations_per_target / 1e9
+        numbers |= _rates(numbers["train/targets_per_s"], job.operations_per_target, job.process)
     job.metric_log.write(progress.step, numbers)
     job.reporter.progress(
         step=progress.step,
