@@ -329,7 +329,8 @@ def _(packed, offsets, times_s, by_distance, by_time, attention_dim, longest, sc
 @_backward.register_fake
 def _(gradient, packed, offsets, times_s, by_distance, by_time, attention_dim, longest, scale):
     sizes = (0 if weights is None else weights.shape[0] for weights in (by_distance, by_time))
-    return torch.empty_like(packed), *(packed.new_empty(size, dtype=torch.float32) for size in sizes)
+    to_packed = torch.empty_like(packed, memory_format=torch.contiguous_format)
+    return to_packed, *(packed.new_empty(size, dtype=torch.float32) for size in sizes)
 
 
 def _remember(ctx, inputs, output) -> None:
