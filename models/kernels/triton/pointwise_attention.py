@@ -310,6 +310,8 @@ def _sizes(packed: Tensor, attention_dim: int) -> dict:
         "BLOCK_V": block_v,
         "BLOCK": BLOCK,
         "PRECISION": "ieee" if exact else "tf32",
+        # Loaded ahead too, rows of single precision this wide would need more memory than a block of threads has.
+        "num_stages": 1 if packed.dtype == torch.float32 and max(block_a, block_v) >= 128 else 3,
     }
 
 
