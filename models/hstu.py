@@ -20,7 +20,7 @@ from models.item_sequence import ItemSequenceConfig, ItemSequenceModel
 from models.kernels.pointwise_attention import NUM_TIME_BUCKETS, EventPairs, PairBias, pointwise_attention
 from models.layers.dropout import Dropout
 from models.layers.heads import checked_heads
-from models.layers.linear import Linear
+from models.layers.linear import Linear, matmul_dtype
 from models.recommender import StepContext
 from models.stochastic_length import shorten_histories
 
@@ -103,7 +103,8 @@ class Block(nn.Module):
 
     def forward(self, hidden: Tensor, pairs: EventPairs) -> Tensor:
         """Shapes: hidden [T, D] -> [T, D]."""
-        normalised = _norm(hidden)
+        # Two layers read it, and autocast would round it for each.
+        normalised = _norm(hidden).to(matmul_dtype(hidden))
         by_distance, by_time = self.pair_bias()
         packed = F.silu(self.projection(normalised)).unflatten(-1, (self.num_heads, -1))
         attended = pointwise_attention(

@@ -71,10 +71,11 @@ def _trainable(module: nn.Module) -> Iterator[nn.Parameter]:
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     """`auto` is bf16 where the machine computes it natively, fp32 elsewhere."""
     if precision == "auto":
-        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
-        return torch.bfloat16 if native else torch.float32
+        return torch.bfloat16 if _has_bf16(device) else torch.float32
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
-def _cpu_has_bf16() -> bool:
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

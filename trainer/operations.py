@@ -1,6 +1,7 @@
 """Floating-point operations of a training step, counted from those that really run."""
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from math import prod
 from typing import Any
 
@@ -19,13 +20,20 @@ def counted_step(take: Callable[[], StepResult], process: Process) -> tuple[Step
     Two operations for each multiplication and addition of matrix products and attention, forward and backward, and
     none for anything else; None where a step has no targets.
     """
-    load_kernels(process.device)
+    _load_formulas(process.device)
     with FlopCounterMode(display=False, custom_mapping=_further_formulas()) as counter:
         result = take()
     total = torch.tensor([counter.get_total_flops()], dtype=torch.float64, device=process.device)
     if process.world_size > 1:
         dist.all_reduce(total)
     return result, total.item() / result.global_count if result.global_count else None
+
+
+def _load_formulas(device: torch.device) -> None:
+    """Of kernels that bring their own: a counter takes the formulas that are known when it is made."""
+    load_kernels(device)
+    if device.type == "cuda":
+        import_module("torch.nn.attention.varlen")
 
 
 def _further_formulas() -> dict[Any, Callable[..., int]]:

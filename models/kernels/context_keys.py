@@ -14,7 +14,8 @@ from models.layers.rotary import rotate, turns_of
 
 
 def turn_normed(vectors: Tensor, weight: Tensor, places: Tensor, *, groups: int) -> tuple[Tensor, Tensor]:
-    """The normed vectors in groups, turned by the rotary embedding of their places, and as they are.
+    """The normed vectors in groups, turned by the rotary embedding of their places, and as they are; in the dtype of
+    matrix products.
 
     Shapes: vectors [C, groups * D], weight [groups * D], places [C] int64 -> 2 x [C, groups, D].
     """
@@ -28,7 +29,8 @@ def plain_turn_normed(
 ) -> tuple[Tensor, Tensor]:
     """Shapes: as of `turn_normed`."""
     normed = F.rms_norm(vectors.float(), weight.shape, weight, EPSILON).unflatten(-1, (groups, -1))
-    return rotate(normed, places), normed
+    dtype = matmul_dtype(vectors)
+    return rotate(normed, places).to(dtype), normed.to(dtype)
 
 
 class _TurnNormed(torch.autograd.Function):

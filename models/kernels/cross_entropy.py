@@ -66,6 +66,8 @@ def cross_entropy_with_gradients(
         count = len(wanted)
         shares = (block @ columns_first).softmax(-1)
         total -= shares[:count].gather(1, wanted).float().clamp(min=SMALLEST_SHARE).log().sum()
+        # Fp32 by CUDA's autocast, which would round them anew for each product.
+        shares = shares.to(dtype)
         to_queries[start : start + step] = (shares @ columns)[:count]
         # Rows that only align the block are zero and add nothing.
         to_candidates += shares.T @ block

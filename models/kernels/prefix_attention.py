@@ -105,7 +105,7 @@ def _attend(queries: Tensor, offered: Tensor, visible: Tensor, bias: Tensor | No
             .to(dtype)
             .split((queries.shape[-1], offered.shape[-1] - queries.shape[-1]), -1)
         )
-        scores = asking @ keys.transpose(2, 3) + (LATER * hidden)[:, None]
+        scores = asking @ keys.transpose(2, 3) + LATER * hidden[:, None].to(dtype)
         if bias is not None:
             scores = scores + bias.to(dtype)
         weights = F.silu(scores)

@@ -78,6 +78,8 @@ class _SharedNegativeSoftmax(torch.autograd.Function):
             own = shares[:count, num_negatives].float()
             total -= own.clamp(min=SMALLEST_SHARE).log().sum()
             to_positive[here] = own - 1
+            # Fp32 by CUDA's autocast, which would round them anew for each product.
+            shares = shares.to(dtype)
             to_queries[here] = (shares @ columns)[:count]
             # Rows that only align the block are zero and add nothing.
             to_columns += shares.T @ block

@@ -33,10 +33,11 @@ def test_blocks_equal_the_written_out_form_forward_and_backward(block_elements, 
         torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-5)
 
 
-def test_in_bf16_they_come_in_bf16_and_close():
+@pytest.mark.parametrize("side", [turn_normed, plain_turn_normed])
+def test_in_bf16_they_come_in_bf16_and_close(side):
     vectors, weight, places = parts()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = turn_normed(vectors.bfloat16(), weight, places, groups=GROUPS)
+        ours = side(vectors.bfloat16(), weight, places, groups=GROUPS)
     for own, other in zip(ours, plain_turn_normed(vectors, weight, places, groups=GROUPS), strict=True):
         assert own.dtype == torch.bfloat16
         torch.testing.assert_close(own.float(), other, atol=0.03, rtol=0.03)

@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.kernels import cross_entropy as kernel
+from models.kernels.sampled_softmax import shared_negative_softmax
 
 
 def make_inputs(num_queries, num_candidates, scale=1.0):
@@ -31,6 +33,38 @@ def test_bf16_stays_close_to_fp32():
         rounded = kernel.candidate_cross_entropy(queries, candidates, targets, 500)
     assert rounded.dtype == torch.float32
     torch.testing.assert_close(rounded, exact, rtol=1e-2, atol=0)
+
+
+def full(queries, candidates, targets):
+    return kernel.candidate_cross_entropy(queries, candidates, targets, len(candidates))
+
+
+def sampled(queries, candidates, targets):
+    positive, weights = torch.zeros(len(queries)), torch.ones(len(candidates))
+    return shared_negative_softmax(
+        queries, candidates, positive, targets, torch.arange(len(candidates)), weights
+    )
+
+
+class Roundings(TorchDispatchMode):
+    """Counts the tensors of scores that are rounded to bf16."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function == torch.ops.aten._to_copy.default and result.dtype == torch.bfloat16:
+            self.count += result.numel() >= 64 * 128
+        return result
+
+
+@pytest.mark.parametrize("side", [full, sampled])
+def test_shares_that_autocast_makes_fp32_are_rounded_once(side, monkeypatch):
+    # As on CUDA.
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda scores, dim: torch.softmax(scores.float(), dim))
+    with Roundings() as roundings, torch.autocast("cpu", dtype=torch.bfloat16):
+        side(*make_inputs(64, 128))
+    assert roundings.count == 1
 
 
 def test_a_hopeless_target_has_a_finite_loss_and_the_gradient_of_its_miss():

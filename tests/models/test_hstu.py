@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cluster.errors import ConfigError
 from models.hstu import HSTU, TIME
@@ -130,3 +131,25 @@ def test_a_step_of_no_users_has_no_loss_but_a_gradient_path():
     assert loss.count == 0 and loss.sum.item() == 0
     # DeepSpeed exchanges the gradients that are there: a rank without users must have as many as the others.
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+class Roundings(TorchDispatchMode):
+    """Widths of what is rounded to bf16 and has as many rows as a batch has events, or some more."""
+
+    def __init__(self, num_events):
+        super().__init__()
+        self.num_events, self.widths = num_events, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function == torch.ops.aten._to_copy.default and result.dtype == torch.bfloat16:
+            self.widths += [result.shape[-1]] * (result.shape[0] >= self.num_events)
+        return result
+
+
+def test_what_two_layers_of_a_block_read_is_rounded_once():
+    # More events than any weight has rows, and no other layer that reads so many columns.
+    model, batch = make_model(num_blocks=1, value_dim=12).eval(), make_users((12, 12, 12, 12))
+    with Roundings(batch.num_tokens) as roundings, torch.autocast("cpu", dtype=torch.bfloat16):
+        encode(model, batch)
+    assert roundings.widths.count(WIDTH) == 1

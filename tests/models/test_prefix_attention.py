@@ -13,6 +13,7 @@ from models.kernels.prefix_attention import (
     prefix_attention,
     reference_prefix_attention,
 )
+from tests.pretended_device import PRETENDED, PretendedDevice, no_real_device
 
 KEYS, QUERIES = torch.tensor([5, 0, 40, 0, 37]), torch.tensor([70, 2, 1, 0, 33])
 """A user without keys, one with nothing at all."""
@@ -59,6 +60,24 @@ def test_it_equals_the_loop_in_values_and_gradients(layout, with_bias):
         strict=True,
     ):
         torch.testing.assert_close(own, reference, rtol=1e-4, atol=1e-5)
+
+
+@no_real_device
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_in_half_precision_an_accelerator_computes_the_same(with_bias, monkeypatch):
+    monkeypatch.setattr(kernel, "matmul_dtype", lambda tensor: torch.bfloat16)
+    leaves = [random(106, 2, 4), random(82, 2, 4, seed=1), random(82, 2, 3, seed=2)]
+    leaves = [leaf.requires_grad_() for leaf in [*leaves, *[random(2, NUM_AGE_BUCKETS)] * with_bias]]
+    expected = reference_prefix_attention(*leaves[:3], *users(), leaves[3] if with_bias else None)
+    with PretendedDevice():
+        moved = [leaf.to(PRETENDED) for leaf in leaves]
+        layout = PrefixLayout.build(*(sequences.to(PRETENDED) for sequences in users()))
+        found = prefix_attention(*moved[:3], layout, moved[3] if with_bias else None).cpu()
+        gradients = torch.autograd.grad(found.sum(), leaves)
+    for own, wanted in zip(
+        (found, *gradients), (expected, *torch.autograd.grad(expected.sum(), leaves)), strict=True
+    ):
+        assert (own - wanted).norm() < 0.01 * wanted.norm()
 
 
 def test_what_is_hidden_leaves_no_bit(layout):

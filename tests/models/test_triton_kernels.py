@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.kernels import triton
@@ -85,6 +86,18 @@ def test_its_operations_are_counted_by_pairs_of_events():
     pairs, heads, attention_dim, value_dim = 6 + 1 + 3, 2, 4, 3
     assert forward.get_total_flops() == 2 * pairs * heads * (attention_dim + value_dim)
     assert backward.get_total_flops() == 2 * pairs * heads * (3 * attention_dim + 2 * value_dim)
+
+
+def test_a_compiler_is_told_how_gradients_lie_in_memory():
+    from models.kernels.triton.pointwise_attention import _backward
+
+    # As they lie in memory, heads come before events.
+    packed, gradient = (torch.randn(2, 6, size, device=DEVICE).transpose(0, 1) for size in (11, 3))
+    arguments = (gradient, packed, torch.tensor([0, 4, 6], device=DEVICE), None, None, None, 4, 4, 0.1)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        told, *_ = _backward(*arguments)
+    found, *_ = _backward(*arguments)
+    assert told.stride() == found.stride()
 
 
 def test_hstu_trains_with_it_as_with_buckets(monkeypatch):

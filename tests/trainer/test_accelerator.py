@@ -2,6 +2,7 @@
 
 from collections import Counter
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from tests.generator_cases import GENERATORS, PAGE_WISE, TREES
 from tests.pretended_device import PRETENDED, PretendedDevice, no_real_device
 from tests.training_cases import MODELS, OBJECTIVES, Case, join_pieces, make_learner, prepare, train
+from trainer.dense_module import resolve_precision
 
 CASES = [
     *(
@@ -67,3 +69,12 @@ def test_training_on_cuda_is_training_on_the_processor(case, monkeypatch):
     # cuDNN's recurrent layers would round their inputs to 10 bits.
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     assert_same_training(case, torch.device("cuda", 0), 1e-4)
+
+
+@pytest.mark.parametrize(("generation", "precision"), [(7, torch.float32), (8, torch.bfloat16)])
+def test_bf16_is_chosen_where_a_card_does_not_only_emulate_it(generation, precision, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=generation))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)
+    assert resolve_precision("auto", torch.device("cuda", 0)) == precision

@@ -1,12 +1,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import sdpa_backward_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count
 
 from cluster.process import Process
 from tests.process_group import ALONE, run_on_processes
 from trainer.learner import StepResult
-from trainer.operations import _grouped_product, _recurrence, _recurrence_backward, counted_step
+from trainer.operations import (
+    _grouped_product,
+    _load_formulas,
+    _recurrence,
+    _recurrence_backward,
+    counted_step,
+)
 
 TARGETS = 5
 
@@ -67,3 +73,9 @@ def test_recurrent_layers_of_an_accelerator_take_their_matrices_once_for_each_ce
     forward = 2 * 3 * 5 * 2 * 24 * 8
     assert _recurrence((3, 5, 8), weights, 4, None) == forward
     assert _recurrence_backward((3, 5, 8), weights, 4, None) == 2 * forward
+
+
+def test_operations_of_jagged_attention_are_known_before_a_step_on_cuda_is_counted():
+    _load_formulas(torch.device("cuda"))
+    jagged = {"torch_attn._varlen_attn", "torch_attn._varlen_attn_backward"}
+    assert jagged <= {str(operation) for operation in flop_registry}

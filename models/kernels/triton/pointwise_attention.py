@@ -205,6 +205,11 @@ def _back_to_biases(
     gradient += start * num_heads * V
     if by_time is not None:
         times += start
+    # In 64 bits: users times the configured maximum length may be more than 32 can count.
+    if by_distance is not None:
+        to_distance += user.to(tl.int64) * (last_distance + 1)
+    if by_time is not None:
+        to_time += user.to(tl.int64) * (LAST_TIME_BUCKET + 1)
     queries = first + tl.arange(0, BLOCK)
     for begin in range(0, first + BLOCK, BLOCK):
         keys = begin + tl.arange(0, BLOCK)
@@ -222,10 +227,10 @@ def _back_to_biases(
         total *= scale
         pairs = (queries[:, None] >= keys[None, :]) & (queries[:, None] < length)
         if by_distance is not None:
-            place = user * (last_distance + 1) + _distances(queries, keys, last_distance)
+            place = _distances(queries, keys, last_distance)
             tl.atomic_add(to_distance + place, total, mask=pairs, sem="relaxed")
         if by_time is not None:
-            place = user * (LAST_TIME_BUCKET + 1) + _time_buckets(times, queries, keys, length)
+            place = _time_buckets(times, queries, keys, length)
             tl.atomic_add(to_time + place, total, mask=pairs, sem="relaxed")
 
 
@@ -305,6 +310,8 @@ def _sizes(packed: Tensor, attention_dim: int) -> dict:
         "BLOCK_V": block_v,
         "BLOCK": BLOCK,
         "PRECISION": "ieee" if exact else "tf32",
+        # Loaded ahead too, rows of single precision this wide would need more memory than a block of threads has.
+        "num_stages": 1 if packed.dtype == torch.float32 and max(block_a, block_v) >= 128 else 3,
     }
 
 
@@ -324,7 +331,8 @@ def _(packed, offsets, times_s, by_distance, by_time, attention_dim, longest, sc
 @_backward.register_fake
 def _(gradient, packed, offsets, times_s, by_distance, by_time, attention_dim, longest, scale):
     sizes = (0 if weights is None else weights.shape[0] for weights in (by_distance, by_time))
-    return torch.empty_like(packed), *(packed.new_empty(size, dtype=torch.float32) for size in sizes)
+    to_packed = torch.empty_like(packed, memory_format=torch.contiguous_format)
+    return to_packed, *(packed.new_empty(size, dtype=torch.float32) for size in sizes)
 
 
 def _remember(ctx, inputs, output) -> None:
