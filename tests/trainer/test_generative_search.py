@@ -156,6 +156,21 @@ def test_options_of_beams_and_of_draws_are_not_mixed(options, message):
         SearchConfig(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "search.temperature must be above 0"),
+        ({"temperature": float("nan")}, "search.temperature must be above 0"),
+        ({"method": "sample", "top_p": 0.0}, "search.top-p above 0 and at most 1"),
+        ({"method": "gumbel", "top_k": 0}, "search.top-k at least 1"),
+        ({"earlier_widths": (5, 0)}, "search.earlier-widths must be at least 1 each"),
+    ],
+)
+def test_numbers_that_no_search_can_have_are_refused_by_the_names_of_their_options(options, message):
+    with pytest.raises(ConfigError, match=message):
+        SearchConfig(**options)
+
+
 def test_widths_and_lists_that_cannot_be_are_refused():
     with pytest.raises(
         ConfigError, match=r"must not exceed the 97 items of the catalogue, got 98; lower them"
