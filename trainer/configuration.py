@@ -180,10 +180,10 @@ class SearchConfig:
                 f"search.prm and search.earlier-widths are of beams, and search.method is {self.method}; leave them "
                 "out (--search.no-prm), or say --search.method beam"
             )
-        if self.method == "beam" and (self.top_k is not None or self.top_p < 1):
+        if self.method == "beam" and (self.top_k is not None or self.top_p < 1 or self.seed):
             raise ConfigError(
-                "search.top-k and search.top-p say what can be drawn; add --search.method sample or gumbel, or leave "
-                "them out"
+                "search.top-k, search.top-p and search.seed say what can be drawn; add --search.method sample or "
+                "gumbel, or leave them out"
             )
         if self.candidates and min(self.candidates) < self.width:
             raise ConfigError(

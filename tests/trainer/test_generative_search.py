@@ -149,6 +149,7 @@ def test_draws_belong_to_the_user_and_the_seed(method):
         ({"method": "sample", "earlier_widths": (3, 4)}, "are of beams, and search.method is sample"),
         ({"top_k": 3}, "say what can be drawn"),
         ({"top_p": 0.5}, "say what can be drawn"),
+        ({"seed": 1}, "say what can be drawn"),
     ],
 )
 def test_options_of_beams_and_of_draws_are_not_mixed(options, message):
