@@ -81,6 +81,31 @@ def test_a_free_search_counts_paths_of_no_item():
     torch.testing.assert_close(found.measures["hallucination_rate"], torch.full((4,), 1 - distinct / 60))
 
 
+@pytest.mark.parametrize("space", ["catalogue", "free"])
+@pytest.mark.parametrize("among", [None, 2])
+def test_hrecall_tells_whether_the_first_prefixes_of_the_beam_hold_that_of_the_target(space, among):
+    model, codes = make_generator("tiger").eval(), semantic_ids().codes
+    search = GenerativeSearch.build(
+        *(model, unsharded_lookup(model), codes),
+        config=SearchConfig(width=5, space=space),
+        device=CPU,
+        recall_among=among,
+    )
+    batch, rates = users(), []
+    kept = search._decode(batch, None).kept
+    for target in range(0, NUM_ITEMS, 4):
+        held_out = torch.full((batch.num_users,), target)
+        found = search.find(
+            replace(batch, held_out=held_out), k=5, rank_held_out=True, filter_seen=False
+        ).measures
+        for depth, nodes in enumerate(kept, start=1):
+            first = search._space(batch, None).codes(depth, nodes[:, :among].clamp(min=0))
+            hit = (first == codes[target, :depth]).all(-1) & (nodes[:, :among] >= 0)
+            assert torch.equal(found[f"hrecall{depth}@{among or 5}"], hit.any(1).float())
+            rates.append(hit.any(1).float().mean())
+    assert 0 < torch.stack(rates).mean() < 1
+
+
 def test_seen_items_and_lists_are_filtered_inside_a_free_search():
     batch, allowed = users(), torch.tensor([3, 4, 40, 41, 50, 77, 90])
     seen = search_of(SearchConfig(width=60, space="free"))
