@@ -94,11 +94,14 @@ def scaling_job(
     from trainer.search_scaling import beams_beside, compare_searches
 
     assembly, others = _load(process, config, step), []
+    prm = _prm(assembly)
+    # Made for nothing but its refusals, before any beam: what follows takes long.
+    assembly.search(prm=prm)
     # First, so that a run that does not fit is refused before the longest part.
     for run in beside:
         fingerprint = assembly.semantic_ids.fingerprint
         others += beams_beside(_load(process, *run), fingerprint=fingerprint, split=split)
-    return compare_searches(assembly, prm=_prm(assembly), split=split) + others
+    return compare_searches(assembly, prm=prm, split=split) + others
 
 
 def _write_per_user(path: str, data_path: str, users: Any, metrics: Any) -> None:

@@ -94,6 +94,12 @@ class ProcessRewardConfig:
             raise ConfigError(
                 f"num-blocks of the PRM must be at least 1, since only they read the history, got {self.num_blocks}"
             )
+        # Half of the width is the hidden size of the network that makes the score.
+        for name, least in (("num_heads", 1), ("width", 2), ("feedforward_width", 1), ("hash_rows", 1)):
+            if (given := getattr(self, name)) is not None and given < least:
+                raise ConfigError(
+                    f"{name.replace('_', '-')} of the PRM must be at least {least}, got {given}"
+                )
         if self.num_negatives < 1 or (self.positions is not None and self.positions < 1):
             raise ConfigError(
                 "the PRM needs at least one negative and one position per user, and got "

@@ -110,6 +110,8 @@ class ProcessReward(RewardedHistory):
     class Config(RewardedHistoryConfig):
         proposes_codes: ClassVar[bool] = False
         """Whether its scores of codes say anything; else a guide alone chooses among all prefixes."""
+        needs_prm: ClassVar[bool] = True
+        """Whether only searches steered by a PRM find anything."""
 
         def build(self, **parts: Any) -> "ProcessReward":
             return ProcessReward(self, **parts)

@@ -85,8 +85,12 @@ def _check_needs_of_model(config: PretrainConfig) -> None:
 
 
 def check_search(config: PretrainConfig, usual: PretrainConfig) -> None:
-    """Raises: ConfigError for unusual options of semantic IDs and their search where the model has none."""
+    """Raises: ConfigError for unusual options of semantic IDs and their search where the model has none, and for those
+    that a PRM alone cannot be searched with.
+    """
     if getattr(config.model, "needs_semantic_ids", False):
+        if getattr(config.model, "needs_prm", False):
+            _check_search_by_prm(config)
         return
     names = (entry.name for entry in dataclasses.fields(config.search) if entry.name not in FOR_ANY_MODEL)
     given = [
@@ -99,6 +103,25 @@ def check_search(config: PretrainConfig, usual: PretrainConfig) -> None:
             f"{', '.join(given).replace('_', '-')} is for models that generate semantic "
             f"IDs, and a {type(config.model).__qualname__.split('.')[0]} ranks its items one by one; leave it out "
             "(search.allow and search.deny work for any model)"
+        )
+
+
+def _check_search_by_prm(config: PretrainConfig) -> None:
+    """To a PRM alone all codes are equally likely: others that choose would take the first, whoever the user is."""
+    name = type(config.model).__qualname__.split(".")[0]
+    if not config.search.prm:
+        raise ConfigError(
+            f"a {name} proposes no codes, so that only its process reward model finds items; say --search.prm"
+        )
+    narrowing = [
+        f"search.{option}"
+        for option in ("candidates", "depth_candidates", "prm_depths")
+        if getattr(config.search, option)
+    ]
+    if narrowing:
+        raise ConfigError(
+            f"{' and '.join(narrowing).replace('_', '-')} would have the likeliest prefixes scored alone, and to a "
+            f"{name} all are equally likely; leave it out, and all are scored"
         )
 
 

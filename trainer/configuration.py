@@ -168,15 +168,22 @@ class SearchConfig:
     """Depths, from 1 on, at which it has more candidates than the beam is wide and so chooses; left out, all."""
 
     def __post_init__(self) -> None:
+        if not (self.temperature > 0 and 0 < self.top_p <= 1 and (self.top_k is None or self.top_k >= 1)):
+            raise ConfigError(
+                "search.temperature must be above 0, search.top-p above 0 and at most 1 and search.top-k at least 1, "
+                f"got {self.temperature}, {self.top_p} and {self.top_k}"
+            )
+        if min(self.earlier_widths, default=1) < 1:
+            raise ConfigError(f"search.earlier-widths must be at least 1 each, got {self.earlier_widths}")
         if self.method != "beam" and (self.prm or self.earlier_widths):
             raise ConfigError(
                 f"search.prm and search.earlier-widths are of beams, and search.method is {self.method}; leave them "
                 "out (--search.no-prm), or say --search.method beam"
             )
-        if self.method == "beam" and (self.top_k is not None or self.top_p < 1):
+        if self.method == "beam" and (self.top_k is not None or self.top_p < 1 or self.seed):
             raise ConfigError(
-                "search.top-k and search.top-p say what can be drawn; add --search.method sample or gumbel, or leave "
-                "them out"
+                "search.top-k, search.top-p and search.seed say what can be drawn; add --search.method sample or "
+                "gumbel, or leave them out"
             )
         if self.candidates and min(self.candidates) < self.width:
             raise ConfigError(

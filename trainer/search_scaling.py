@@ -54,9 +54,14 @@ def plain_beams(assembly: Assembly, *, split: str) -> list[dict[str, Any]]:
 def beams_beside(assembly: Assembly, *, fingerprint: str, split: str) -> list[dict[str, Any]]:
     """Lines of the plain beams of another run, which must generate the semantic IDs of this fingerprint; collective.
 
-    Raises: ConfigError where it does not.
+    Raises: ConfigError where it does not, or proposes no codes.
     """
     table, run_dir = assembly.semantic_ids, assembly.config.run_dir
+    if getattr(assembly.config.model, "needs_prm", False):
+        raise ConfigError(
+            f"runs beside are searched by plain beams, and the {type(assembly.model).__name__} in {run_dir} proposes "
+            "no codes; leave it out"
+        )
     if table is None or table.fingerprint != fingerprint:
         raise ConfigError(
             f"runs beside must generate the same semantic IDs, {fingerprint}, and {run_dir} "

@@ -15,7 +15,8 @@ from cluster.reporter import Reporter
 from cluster.storage import Storage
 from data_streams.item_table import ITEMS_NAME
 from data_streams.stream import TrainStream
-from models.recommender import Recommender
+from models.generator import Generator
+from models.recommender import Ranker, Recommender
 from sharding.placements import render_plan
 from trainer.assembly import Assembly, agree_on, assemble
 from trainer.audit import AuditLog, next_attempt
@@ -24,6 +25,7 @@ from trainer.checkpoint_fallback import newest_step, restore_newest, void_later_
 from trainer.checkpoint_reader import CheckpointReader
 from trainer.configuration import CHECKPOINTS, PLAN, PretrainConfig, TrainConfig
 from trainer.dense_module import DenseModule
+from trainer.item_lists import allowed_rows
 from trainer.job import CheckpointClock, Job
 from trainer.learner import Learner
 from trainer.metric_log import MetricLog
@@ -76,6 +78,8 @@ def start_job(
     if progress.status == "running" and progress.position is not None:
         # Before anything of the run is replaced by what was given, which may not fit it.
         stream.check_position(progress.epoch, progress.position)
+    if progress.status == "running":
+        _check_validation(assembly)
     void_later_best(checkpoints, progress, process)
     if process.rank == 0:
         _describe_run(storage, assembly, config)
@@ -103,6 +107,19 @@ def start_job(
     # Staging memory is taken before the first step, not during it.
     job.checkpointer.prepare([*assembly.tables.pieces(), *engine.pieces()])
     return job
+
+
+def _check_validation(assembly: Assembly) -> None:
+    """Refuse what validation could not search with before the first step, and not behind an epoch; collective.
+
+    Raises: as `Assembly.search`.
+    """
+    if isinstance(assembly.model, Generator):
+        assembly.search(width=assembly.config.search.validation_width)
+    elif not isinstance(assembly.model, Ranker):
+        # The search itself would compute the vectors of all items.
+        allowed_rows(assembly.config.search, assembly.items)
+        assembly.conditions()
 
 
 def _checkpointer(

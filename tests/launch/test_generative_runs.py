@@ -187,6 +187,15 @@ def test_searches_are_compared_without_baselines_and_users(trained, tmp_path, ca
     assert "must be a run directory" in capsys.readouterr().err
 
 
+def test_searches_are_refused_before_the_first_of_them_is_measured(trained, capsys, monkeypatch):
+    run_dir, _ = trained
+    monkeypatch.setattr("trainer.search_scaling._measure", lambda *_: pytest.fail("it is measured"))
+    line = ["evaluate", str(run_dir), "--search.prm", "--search.candidates", "50", str(NUM_ITEMS)]
+    for options in ([], ["--beside", str(run_dir)]):
+        assert grail([*line, *options]) == 2
+        assert "--search.prm needs a process reward model, and the Tiger" in capsys.readouterr().err
+
+
 def test_all_ranks_steer_by_one_step_of_a_run_that_goes_on_meanwhile(trained, monkeypatch):
     """What another rank finds best, when it looks later, does not count."""
     config = load_config(str(trained[0]))

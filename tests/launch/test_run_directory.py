@@ -116,6 +116,26 @@ def test_options_of_a_beam_are_refused_where_there_is_none(tmp_path):
         assert served.search.deny == absolute("d.txt")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--search.no-prm", "a ProcessReward proposes no codes"),
+        ("--search.no-prm --search.method sample", "a ProcessReward proposes no codes"),
+        ("--search.candidates 60", "search.candidates would have the likeliest"),
+        ("--search.depth-candidates 60 60", "search.depth-candidates would have the likeliest"),
+        ("--search.prm-depths 2", "search.prm-depths would have the likeliest"),
+    ],
+)
+def test_a_prm_alone_is_not_searched_by_codes_that_are_all_alike(tmp_path, options, message):
+    prepare(parse_config("promise-prm", ["--run-dir", str(tmp_path), "--data.semantic-ids", "ids"]))
+    with pytest.raises(ConfigError, match=message):
+        parse_served("evaluate", [str(tmp_path), *options.split()], EvaluateOptions)
+    with pytest.raises(ConfigError, match=message):
+        check(parse_config("promise-prm", ["--data.semantic-ids", "ids", *options.split()]))
+    parse_served("evaluate", [str(tmp_path)], EvaluateOptions)
+    check(parse_config("promise", ["--data.semantic-ids", "ids", *options.split()]))
+
+
 def test_an_index_of_items_is_refused_where_none_is_searched(tmp_path):
     prepare(parse_config("decoder-amazon", ["--run-dir", str(tmp_path)]))
     for command, form in (("evaluate", EvaluateOptions), ("recommend", RecommendOptions)):

@@ -125,3 +125,23 @@ def test_a_run_without_a_tree_or_with_that_of_another_catalogue_is_refused(data,
     assert grail(["tokenize", "tree", "--data", other, "--out", out]) == 0
     assert grail(pretrain_line(data, out, str(tmp_path / "run"))) == 1
     assert f"must have the {NUM_ITEMS} items of the data set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "message"),
+    [
+        ("tdm", "--search.method sample", "a tree is searched by a beam"),
+        ("tdm", f"--search.validation-width {NUM_ITEMS + 1}", f"must not exceed the {NUM_ITEMS} items"),
+        ("sasrec", "--search.deny nowhere.txt", "search.deny must be a text file"),
+        ("sasrec", "--evaluation.condition filter", "needs evaluation.condition-column"),
+    ],
+)
+def test_what_validation_could_not_search_with_is_refused_before_the_first_step(
+    data, tree, tmp_path, capsys, monkeypatch, recipe, options, message
+):
+    monkeypatch.setattr("trainer.start.train", lambda job: pytest.fail("it is trained"))
+    line = pretrain_line(data, tree, str(tmp_path / "run"))
+    if recipe == "sasrec":
+        line = ["pretrain", "sasrec", "--data.path", data, "--run-dir", str(tmp_path / "run"), *TINY[:3]]
+    assert grail([*line, *options.split()]) == 2
+    assert message in capsys.readouterr().err

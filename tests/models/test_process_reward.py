@@ -269,9 +269,12 @@ def test_the_model_of_a_prm_alone_has_the_same_scores_as_its_encoder_and_prm_in_
     assert loss.count == batch.num_tokens
 
 
-def test_a_prm_needs_blocks_negatives_and_positions():
+def test_a_prm_needs_blocks_sizes_negatives_and_positions():
     with pytest.raises(ConfigError, match=r"num-blocks of the PRM must be at least 1, .* got 0"):
         ProcessRewardConfig(num_blocks=0)
+    for name, wrong in {"num_heads": 0, "width": 1, "feedforward_width": 0, "hash_rows": 0}.items():
+        with pytest.raises(ConfigError, match=f"{name.replace('_', '-')} of the PRM must be .*, got {wrong}"):
+            ProcessRewardConfig(**{name: wrong})
     for wrong in ({"num_negatives": 0}, {"positions": 0}):
         with pytest.raises(ConfigError, match="at least one negative and one position"):
             ProcessRewardConfig(**wrong)

@@ -110,6 +110,15 @@ def test_negatives_are_uniform_over_the_other_nodes_of_the_level():
         assert (times / count * others - 1).abs().max() < 6 * (others / count) ** 0.5
 
 
+def test_the_samples_of_a_user_have_negatives_of_their_own():
+    nodes, items = TreeNodes(tree_ids()), torch.tensor([11, 11, 11])
+    users, numbers = torch.tensor([5, 5, 6]), torch.tensor([0, 1, 0])
+    drawn = nodes.draw_negatives(nodes.depth, items, 20, seed=1, users=users, numbers=numbers)
+    first, second, other = (set(row.tolist()) for row in drawn)
+    # Of 96 nodes two times 20 have about four in common.
+    assert max(len(first & second), len(first & other), len(second & other)) < 12
+
+
 def test_negatives_depend_on_the_step_and_the_user_and_not_on_the_others():
     model = make_generator("tdm")
     both, alone = make_batch(histories()[:2]), make_batch(histories()[:1])

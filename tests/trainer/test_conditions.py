@@ -116,6 +116,14 @@ def test_several_conditions_give_one_list_of_distinct_items():
     torch.testing.assert_close(search.score(batch, items), scores, rtol=1e-5, atol=1e-5)
 
 
+def test_of_several_conditions_the_one_that_ranks_a_held_out_item_best_counts():
+    batch, names = make_batch(range(9)), ("third 0", "third 2", "all")
+    ask = lambda *some: under("attention", *some).find(batch, k=3, rank_held_out=True, filter_seen=True)  # noqa: E731
+    each = torch.stack([ask(name).ranks for name in names])
+    assert (each.amin(0) < each.amax(0)).any()
+    assert torch.equal(ask(*names).ranks, each.amin(0))
+
+
 def test_filtering_takes_items_that_do_not_meet_the_condition_out_of_a_longer_list():
     batch, search = make_batch(range(9)), under("filter", "third 1")
     found = search.find(batch, k=6, rank_held_out=True, filter_seen=True)

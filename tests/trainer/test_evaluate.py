@@ -35,6 +35,7 @@ from trainer.evaluate import (
 )
 from trainer.metrics import ndcg_at, recall_at
 from trainer.search import RetrievalSearch, ScorerSearch
+from trainer.slices import by_training_events
 
 NUM_ITEMS, NUM_USERS, MAX_LENGTH = 301, 43, 8
 CPU = torch.device("cpu")
@@ -157,6 +158,12 @@ def test_metrics_are_those_of_full_scores(alone):
     assert alone["unfiltered"]["mrr"] != alone["validation"]["mrr"]
     assert alone["validation"].items() <= metrics.items()
     assert torch.equal(alone["items"], scores.topk(7).indices)
+    counts = make_items().train_counts[batch.held_out.numpy()]
+    slices = by_training_events(counts, {"recall@10": recall_at(ranks, 10), "mrr": 1 / ranks})
+    assert len(slices) > 1 and slices.keys() == alone["result"]["slices"].keys()
+    for name, expected in slices.items():
+        found = alone["result"]["slices"][name]
+        assert {metric: found[metric] for metric in expected} == pytest.approx(expected)
 
 
 def test_the_model_is_asked_without_dropout_and_trains_on_afterwards(alone):

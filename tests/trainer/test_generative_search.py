@@ -81,6 +81,31 @@ def test_a_free_search_counts_paths_of_no_item():
     torch.testing.assert_close(found.measures["hallucination_rate"], torch.full((4,), 1 - distinct / 60))
 
 
+@pytest.mark.parametrize("space", ["catalogue", "free"])
+@pytest.mark.parametrize("among", [None, 2])
+def test_hrecall_tells_whether_the_first_prefixes_of_the_beam_hold_that_of_the_target(space, among):
+    model, codes = make_generator("tiger").eval(), semantic_ids().codes
+    search = GenerativeSearch.build(
+        *(model, unsharded_lookup(model), codes),
+        config=SearchConfig(width=5, space=space),
+        device=CPU,
+        recall_among=among,
+    )
+    batch, rates = users(), []
+    kept = search._decode(batch, None).kept
+    for target in range(0, NUM_ITEMS, 4):
+        held_out = torch.full((batch.num_users,), target)
+        found = search.find(
+            replace(batch, held_out=held_out), k=5, rank_held_out=True, filter_seen=False
+        ).measures
+        for depth, nodes in enumerate(kept, start=1):
+            first = search._space(batch, None).codes(depth, nodes[:, :among].clamp(min=0))
+            hit = (first == codes[target, :depth]).all(-1) & (nodes[:, :among] >= 0)
+            assert torch.equal(found[f"hrecall{depth}@{among or 5}"], hit.any(1).float())
+            rates.append(hit.any(1).float().mean())
+    assert 0 < torch.stack(rates).mean() < 1
+
+
 def test_seen_items_and_lists_are_filtered_inside_a_free_search():
     batch, allowed = users(), torch.tensor([3, 4, 40, 41, 50, 77, 90])
     seen = search_of(SearchConfig(width=60, space="free"))
@@ -149,9 +174,25 @@ def test_draws_belong_to_the_user_and_the_seed(method):
         ({"method": "sample", "earlier_widths": (3, 4)}, "are of beams, and search.method is sample"),
         ({"top_k": 3}, "say what can be drawn"),
         ({"top_p": 0.5}, "say what can be drawn"),
+        ({"seed": 1}, "say what can be drawn"),
     ],
 )
 def test_options_of_beams_and_of_draws_are_not_mixed(options, message):
+    with pytest.raises(ConfigError, match=message):
+        SearchConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "search.temperature must be above 0"),
+        ({"temperature": float("nan")}, "search.temperature must be above 0"),
+        ({"method": "sample", "top_p": 0.0}, "search.top-p above 0 and at most 1"),
+        ({"method": "gumbel", "top_k": 0}, "search.top-k at least 1"),
+        ({"earlier_widths": (5, 0)}, "search.earlier-widths must be at least 1 each"),
+    ],
+)
+def test_numbers_that_no_search_can_have_are_refused_by_the_names_of_their_options(options, message):
     with pytest.raises(ConfigError, match=message):
         SearchConfig(**options)
 

@@ -159,6 +159,23 @@ def test_a_prm_alone_steers_any_generator_of_its_semantic_ids_and_searches_by_it
     )
 
 
+def test_a_prm_alone_is_asked_about_every_prefix_that_goes_on_from_the_beam():
+    prm, asked = prm_alone().eval(), []
+    lookup, config = unsharded_lookup(prm), SearchConfig(width=2, prm=True)
+    search = GenerativeSearch.build(
+        *(prm, lookup, semantic_ids().codes),
+        config=config,
+        device=CPU,
+        reward=PrefixReward(model=prm, lookup=lookup),
+    )
+    score = prm.prm.score
+    prm.prm.score = lambda candidates, memory: (
+        asked.append(candidates.tokens.shape[1]) or score(candidates, memory)
+    )
+    search.find(users(5), k=2, rank_held_out=False, filter_seen=True)
+    assert asked == [4, 2 * 5, 2 * 3]
+
+
 def find_on_rank(process: Process) -> dict:
     from sharding.apply import ShardedTables
 

@@ -92,6 +92,7 @@ def train_and_compare(process: Process, folder: Path) -> dict:
     fingerprint = larger.semantic_ids.fingerprint
     beside = beams_beside(larger, fingerprint=fingerprint, split="test")
     refused = _refusal(lambda: beams_beside(larger, fingerprint="of others", split="test"))
+    of_codes = _refusal(lambda: beams_beside(load(alone), fingerprint=fingerprint, split="test"))
     wide = load(replace(config, search=replace(config.search, candidates=(10, 400))))
     too_wide = _refusal(lambda: compare_searches(wide, prm=None, split="test"))
     frozen = load_frozen(alone, "latest")
@@ -101,6 +102,7 @@ def train_and_compare(process: Process, folder: Path) -> dict:
     scores = frozen.model.prefix_scores(rows, batch, paths)
     moved = {name: _moved(configs[name], configs[f"prm of {name}"]) for name in ("promise", "decoder")}
     found = {"own": own, "other": other, "beside": beside, "refused": refused, "too_wide": too_wide}
+    found |= {"of_codes": of_codes}
     return {**found, "results": results, "scores": scores, "moved": moved}
 
 
@@ -165,6 +167,7 @@ def test_plain_beams_of_another_run_stand_beside(outcome):
     assert beside[0]["gflop_per_user"] != plain[0]["gflop_per_user"]
     assert "must generate the same semantic IDs, of others, and" in found["refused"]
     assert "must not exceed the 60 items of the catalogue, and 400 do" in found["too_wide"]
+    assert "proposes no codes" in found["of_codes"]
     table = io.StringIO()
     Console(file=table, width=400).print(render_scaling([*found["own"], *beside], 400))
     assert table.getvalue().count(f"plain, {folder / 'decoder'}") == 3

@@ -143,6 +143,17 @@ def test_equal_scores_go_to_the_smaller_path_and_item(world):
     assert found.items.tolist() == [expected] * batch.num_users
 
 
+def test_equal_scores_go_to_the_smaller_path_also_where_its_beginning_is_less_likely():
+    codes = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
+    model, (rows, batch) = make_generator((2, 2), 4), make_users(LENGTHS, 4)
+    for head, scores in zip(model.heads, ([0.0, 1.0], [1.0, 0.0]), strict=True):
+        torch.nn.init.zeros_(head.weight)
+        head.bias.data = torch.tensor(scores)
+    found = beam(4).search(model, rows, batch, CatalogueSpace(PrefixTrie.build(codes, (2, 2))), k=4)
+    assert (found.scores[:, 1] == found.scores[:, 2]).all()
+    assert found.items.tolist() == [[2, 0, 3, 1]] * batch.num_users
+
+
 def test_a_free_search_reports_how_many_paths_belong_to_no_item(world):
     model, rows, batch, codes, trie = world
     catalogue = {tuple(path) for path in codes.tolist()}
