@@ -106,6 +106,25 @@ def test_vectors_of_another_catalogue_are_refused(command):
     assert "has no item embeddings of its own; name some: --embeddings.file" in message
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            "--embeddings.text-model m",
+            "text-model m embeds texts, and none are asked for; add --embeddings.text",
+        ),
+        ("--embeddings.checkpoint latest", "checkpoint latest is one of a run, and none is given"),
+        (
+            "--embeddings.no-whiten",
+            "no-whiten is for inputs that are reduced, and a single one stays as it is",
+        ),
+    ],
+)
+def test_options_of_embeddings_that_would_do_nothing_are_refused(command, given, message):
+    line = f"tokenize random-codes --data old/shards --out x {given} {SMALL}"
+    assert f"--embeddings.{message}" in command(line, 2)
+
+
 def test_vectors_that_are_no_numbers_or_of_another_width_are_refused(folder, command):
     broken = VECTORS[:80].copy()
     broken[7, 2] = np.nan
