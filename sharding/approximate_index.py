@@ -57,6 +57,9 @@ class HnswIndex:
         require_finite_queries(every_query)
         items, scores = self._search_own(every_query.cpu().numpy(), min(wide, self.num_items))
         items, scores = self._join(items, scores, counts)
+        # Of equal scores the smaller item comes first, as in the exact index.
+        items, order = items.sort(dim=1)
+        scores = scores.gather(1, order)
         found = scores
         if exclude is not None:
             scores = _without(items, scores, exclude)

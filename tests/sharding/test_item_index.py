@@ -236,6 +236,7 @@ def test_a_graph_of_all_neighbours_ranks_as_the_exact_index_does():
     exact = index.find(queries, seen, k=5, targets=targets)
     found = HnswIndex(index).find(queries, seen, k=5, targets=targets)
     assert found.ranks.tolist() == exact.ranks.tolist()
+    assert found.items.tolist() == exact.items.tolist()
     torch.testing.assert_close(found.scores, exact.scores)
 
 
