@@ -100,6 +100,8 @@ def test_rotated_vectors_know_their_distance_alone():
         ({"item_rows": False, "item_codes": False}, "keep one of item-rows, item-codes and item-features on"),
         ({"positive_length": 3}, "needs both positive-length and positive-actions, got 3"),
         ({"short_length": -1}, "must be 0 or more, got 0, -1 and 0"),
+        ({"row_width": 0}, "row-width and feedback-width of a context must be at least 1, got 384, 0 and 16"),
+        ({"hidden": -1}, "must be at least 1, got -1, None and 16"),
     ],
 )
 def test_impossible_contexts_are_refused(options, message):
