@@ -196,3 +196,14 @@ def test_a_missing_or_damaged_tokenizer_is_named(tmp_path):
     storage.write("tokenizer.safetensors", b"no tensors")
     with pytest.raises(DataError, match="cannot be read"):
         load_tokenizer(storage)
+
+
+@pytest.mark.parametrize("other", ["residual-kmeans", "rq-vae"])
+def test_options_of_one_tokenizer_beside_what_another_learnt_are_told(tmp_path, other):
+    storage = Storage(tmp_path)
+    save_tokenizer(fitted("random-codes"), storage)
+    learnt = storage.read("tokenizer.safetensors")
+    save_tokenizer(fitted(other), storage)
+    storage.write("tokenizer.safetensors", learnt)
+    with pytest.raises(DataError, match=r"the tokenizer in .* cannot be read: .*; copy the folder again"):
+        load_tokenizer(storage)
