@@ -64,7 +64,8 @@ class Fusion:
     ) -> "Fusion":
         """Reads every matrix once, in blocks.
 
-        Raises: ConfigError when widths or weights do not fit the inputs; DataError for vectors that are not finite.
+        Raises: ConfigError when widths or weights do not fit the inputs; DataError for vectors that are not finite,
+            or all equal.
         """
         if len(weights) != len(matrices) or min(weights) <= 0:
             raise ConfigError(
@@ -131,8 +132,14 @@ def _main_axes(matrix: np.ndarray, width: int, weight: float, whiten: bool) -> t
     mean = total / len(matrix)
     variances, axes = np.linalg.eigh(products / len(matrix) - np.outer(mean, mean))
     variances, axes = variances[::-1][:width], axes[:, ::-1][:, :width]
+    # What is left of equal vectors is the rounding of their squares, some 1e-14 of them, or nothing at all.
+    if variances[0] <= 1e-12 * np.trace(products) / len(matrix):
+        raise DataError(
+            f"item vectors must differ to have main axes, and all {len(matrix)} of an input of width "
+            f"{matrix.shape[1]} are equal; leave that input out, or give another one"
+        )
     # An axis without variance carries nothing; dividing by it would blow up rounding errors.
-    is_real = variances > 1e-9 * max(variances[0], 1e-30)
+    is_real = variances > 1e-9 * variances[0]
     if whiten:
         scale = np.where(is_real, 1 / np.sqrt(np.where(is_real, variances, 1)), 0) / np.sqrt(is_real.sum())
     else:

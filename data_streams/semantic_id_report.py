@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import polars as pl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.markup import escape
 from rich.table import Table
@@ -146,10 +147,7 @@ def plot(reports: Sequence[SemanticIdReport]) -> bytes:
     """Collisions, code entropy and prefix agreement side by side, as PNG."""
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     collisions, entropy, purity = figure.subplots(1, 3)
-    names = [report.name for report in reports]
-    collisions.barh(names, [100 * report.collision_rate for report in reports], color="tab:orange")
-    collisions.set(xlabel="items that share a path, %", title="collisions")
-    collisions.invert_yaxis()
+    _draw_collisions(collisions, reports)
     for report in reports:
         levels = np.arange(1, len(report.usage) + 1)
         even = [
@@ -170,6 +168,15 @@ def plot(reports: Sequence[SemanticIdReport]) -> bytes:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110)
     return content.getvalue()
+
+
+def _draw_collisions(axes: Axes, reports: Sequence[SemanticIdReport]) -> None:
+    # By place and not by name: bars of one name would lie upon each other.
+    places = range(len(reports))
+    axes.barh(places, [100 * report.collision_rate for report in reports], color="tab:orange")
+    axes.set_yticks(places, [report.name for report in reports])
+    axes.set(xlabel="items that share a path, %", title="collisions")
+    axes.invert_yaxis()
 
 
 def _groups(codes: np.ndarray) -> np.ndarray:

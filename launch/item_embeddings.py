@@ -38,6 +38,18 @@ class EmbeddingSources:
     checkpoint: str = "best"
     """Which checkpoint of that run: latest, best or the number of a step."""
 
+    def __post_init__(self) -> None:
+        if self.text_model and not self.text:
+            raise ConfigError(
+                f"--embeddings.text-model {self.text_model} embeds texts, and none are asked for; add "
+                "--embeddings.text, or leave it out"
+            )
+        if self.checkpoint != "best" and not self.from_run:
+            raise ConfigError(
+                f"--embeddings.checkpoint {self.checkpoint} is one of a run, and none is given; add "
+                "--embeddings.from-run RUN, or leave it out"
+            )
+
     @property
     def kinds(self) -> list[str]:
         """The inputs asked for, in the order they are laid side by side."""
@@ -55,6 +67,14 @@ class EmbeddingOptions(EmbeddingSources):
     """Of several inputs, in the order file, text, run; left out, all weigh the same."""
     whiten: bool = True
     """Give every kept axis of a reduced input the same variance."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.whiten and self.width is None and len(self.kinds) == 1:
+            raise ConfigError(
+                "--embeddings.no-whiten is for inputs that are reduced, and a single one stays as it is; add "
+                "--embeddings.width, or leave it out"
+            )
 
     def weights_of(self, num_inputs: int) -> tuple[float, ...]:
         """Raises: ConfigError unless there is a weight for each input, or none at all."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from cluster.errors import ConfigError
 from data_streams.jagged import Jagged
 from sharding.collectives import exchange_integers, gather_rows, own_rows
-from sharding.item_index import Found, ItemIndex, best_of_scores
+from sharding.item_index import Found, ItemIndex, best_of_scores, require_finite_queries
 
 NEIGHBOURS = 32
 SEARCH_BREADTH = 256
@@ -43,7 +43,7 @@ class HnswIndex:
     ) -> Found:
         """As `ItemIndex.find`; a target that was not found has an infinite rank.
 
-        Raises: ConfigError where users come with several queries.
+        Raises: ConfigError where users come with several queries; DivergenceError where one of them is not finite.
         """
         if queries.dim() == 3:
             raise ConfigError(
@@ -53,9 +53,13 @@ class HnswIndex:
         longest = 0 if exclude is None else exclude.max_length
         sizes = exchange_integers([queries.shape[0], longest], self.process)
         counts, wide = [size[0] for size in sizes], max(k, SEARCH_BREADTH) + max(size[1] for size in sizes)
-        every_query = gather_rows(queries.float(), counts).cpu().numpy()
-        items, scores = self._search_own(every_query, min(wide, self.num_items))
+        every_query = gather_rows(queries.float(), counts)
+        require_finite_queries(every_query)
+        items, scores = self._search_own(every_query.cpu().numpy(), min(wide, self.num_items))
         items, scores = self._join(items, scores, counts)
+        # Of equal scores the smaller item comes first, as in the exact index.
+        items, order = items.sort(dim=1)
+        scores = scores.gather(1, order)
         found = scores
         if exclude is not None:
             scores = _without(items, scores, exclude)

@@ -139,9 +139,7 @@ class ItemIndex:
         )
         counts = [size[0] for size in sizes]
         every_query = gather_rows(queries.float(), counts)
-        bad = int((~every_query.flatten(1).isfinite().all(1)).sum())
-        if bad:
-            _raise_not_finite("users' query vectors", bad, sum(counts))
+        require_finite_queries(every_query)
         excluded = self._excluded_cells(exclude, counts, [size[1] for size in sizes])
         every_target = None if targets is None else gather_rows(targets, counts)
         best, above = self._scan(every_query, excluded, k, every_target)
@@ -313,6 +311,13 @@ def _decode(keys: Tensor) -> tuple[Tensor, Tensor]:
     scores = (ordered ^ ((ordered >> 31) & _MAGNITUDE_MASK)).view(torch.float32)
     items = _ROW_MASK - (keys & _ROW_MASK)
     return torch.where(scores == float("-inf"), -1, items), scores
+
+
+def require_finite_queries(queries: Tensor) -> None:
+    """Shapes: [Q, D] or [Q, M, D], of all ranks. Raises: DivergenceError when one of them is not finite."""
+    bad = int((~queries.flatten(1).isfinite().all(1)).sum())
+    if bad:
+        _raise_not_finite("users' query vectors", bad, len(queries))
 
 
 def _raise_not_finite(what: str, bad: int, total: int) -> None:

@@ -44,6 +44,8 @@ def check(config: PretrainConfig) -> None:
         )
     _check_rates(config.train)
     _check_numbers_of_start(config)
+    if not 0 <= (smoothing := getattr(config.model, "label_smoothing", 0.0)) < 1:
+        raise ConfigError(f"model.label-smoothing must be at least 0 and below 1, got {smoothing}")
 
 
 def _check_needs_of_model(config: PretrainConfig) -> None:

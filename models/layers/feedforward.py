@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cluster.errors import ConfigError
 from models.layers.linear import Linear
 
 
@@ -23,10 +24,15 @@ class FeedForward(nn.Module):
     """SwiGLU: contract(silu(a) * b) with [a, b] = expand(x), without biases.
 
     Source: Shazeer, GLU Variants Improve Transformer (2020).
+    Raises: ConfigError for a hidden layer of no width.
     """
 
     def __init__(self, width: int, hidden: int, init_scale: float = 0.02):
         super().__init__()
+        if hidden < 1:
+            raise ConfigError(
+                f"the hidden layer of a feed-forward part must be at least 1 wide, got {hidden}"
+            )
         self.expand = Linear(width, 2 * hidden, bias=False)
         self.contract = Linear(hidden, width, bias=False)
         for layer in (self.expand, self.contract):

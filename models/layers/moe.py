@@ -52,10 +52,10 @@ class MixtureConfig:
                 f"top-k must lie in 1..{self.num_experts}, the number of experts, got {self.top_k}; lower it or "
                 "raise num-experts"
             )
-        if self.hidden % _ALIGNED:
+        if self.hidden < 1 or self.hidden % _ALIGNED:
             raise ConfigError(
                 f"the hidden size of an expert must be a multiple of {_ALIGNED}, got {self.hidden}; use "
-                f"{self.hidden + -self.hidden % _ALIGNED}"
+                f"{max(self.hidden + -self.hidden % _ALIGNED, _ALIGNED)}"
             )
         if min(self.bias_rate, self.auxiliary_weight, self.z_weight, self.num_shared) < 0:
             raise ConfigError(

@@ -70,6 +70,11 @@ class ContextConfig:
                 "the positive-feedback pathway needs both positive-length and positive-actions, got "
                 f"{self.positive_length} and {self.positive_actions}; give the other one too"
             )
+        if min(self.hidden, self.feedback_width, 1 if self.row_width is None else self.row_width) < 1:
+            raise ConfigError(
+                "hidden, row-width and feedback-width of a context must be at least 1, got "
+                f"{self.hidden}, {self.row_width} and {self.feedback_width}"
+            )
         if min(self.user_rows, self.short_length, self.positive_length) < 0:
             raise ConfigError(
                 "user-rows, short-length and positive-length must be 0 or more, got "

@@ -42,7 +42,7 @@ class Training:
 
     def __post_init__(self):
         require_at_least(self, steps=1, batch_size=1, hidden=1)
-        if self.learning_rate <= 0 or self.weight_decay < 0:
+        if not (self.learning_rate > 0 and self.weight_decay >= 0):
             raise ConfigError(
                 "--learning-rate must be above 0 and --weight-decay at least 0, got "
                 f"{self.learning_rate} and {self.weight_decay}"

@@ -64,7 +64,8 @@ def spread(
     if len(codes) + len(taken) > prod(sizes) * path_capacity:
         raise ConfigError(
             f"{' x '.join(map(str, sizes))} codes give {prod(sizes) * path_capacity} places, too few for "
-            f"{len(codes) + len(taken)} items; raise --code-sizes"
+            f"{len(codes) + len(taken)} items; make a table with more of them, by --code-sizes (of finite-scalar, "
+            "--values or --levels) or --extra-codes"
         )
     codes = codes.copy()
     for level in range(len(sizes)):

@@ -41,6 +41,8 @@ class RqVae(Autoencoder):
             Training.__post_init__(self)
             Codebooks.__post_init__(self)
             require_at_least(self, latent=1)
+            if not self.commitment >= 0:
+                raise ConfigError(f"--commitment must be at least 0, got {self.commitment}")
             if not 0 <= self.reset_until <= 1 or self.reset_every < 1:
                 raise ConfigError(
                     "--reset-until must be in 0..1 and --reset-every at least 1, got "

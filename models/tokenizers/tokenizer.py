@@ -209,6 +209,9 @@ def load_tokenizer(storage: Storage) -> Tokenizer:
             for name, value in described["config"].items()
         }
         tokenizer = plugin_config(TOKENIZERS, described["name"])(**options).build(dim=described["dim"])
+        levels = sorted(name for name in arrays if name.startswith("code_vectors."))
+        tokenizer.code_vectors = [arrays.pop(f"code_vectors.{level}") for level in range(len(levels))]
+        tokenizer.set_arrays(arrays)
     except FileNotFoundError as error:
         raise DataError(
             f"{storage.root} must hold a tokenizer ({CONFIG_NAME}, {STATE_NAME}), and {error} is missing; an "
@@ -218,7 +221,4 @@ def load_tokenizer(storage: Storage) -> Tokenizer:
         raise DataError(
             f"the tokenizer in {storage.root} cannot be read: {error}; copy the folder again"
         ) from error
-    levels = sorted(name for name in arrays if name.startswith("code_vectors."))
-    tokenizer.code_vectors = [arrays.pop(f"code_vectors.{level}") for level in range(len(levels))]
-    tokenizer.set_arrays(arrays)
     return tokenizer

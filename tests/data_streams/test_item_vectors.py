@@ -72,6 +72,13 @@ def test_an_axis_without_variance_stays_empty():
     assert np.square(fused).sum() / 200 == pytest.approx(1.0, rel=1e-3)
 
 
+@pytest.mark.parametrize("value", [0.0, 0.1])
+def test_an_input_whose_vectors_are_all_equal_is_refused(value):
+    for whiten in (True, False):
+        with pytest.raises(DataError, match="all 200 of an input of width 3 are equal; leave that input out"):
+            fuse([WIDE, np.full((200, 3), value, dtype=np.float32)], whiten=whiten)
+
+
 def test_rows_are_fused_when_they_are_read_and_alike_later():
     fusion = Fusion.fit([WIDE, NARROW], widths=[3, 2], weights=[1, 1], whiten=True)
     again = Fusion.from_arrays(fusion.arrays())

@@ -3,6 +3,7 @@ import math
 import numpy as np
 import polars as pl
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from cluster.errors import DataError
@@ -72,6 +73,15 @@ def test_reports_are_saved_printed_and_drawn_side_by_side(tmp_path):
     for text in ("one", "two[/2]", "83.33%", "0.2500", "NOT MET", "met", "2 x 4", first.fingerprint):
         assert text in printed
     assert plot([first, second]).startswith(b"\x89PNG")
+
+
+def test_tables_in_folders_of_one_name_have_a_bar_each(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    plot([measure(table(), name="ids"), measure(table(CODES[:, :1].copy(), (2,)), name="ids")])
+    collisions = drawn[0].axes[0]
+    assert len({bar.get_y() for bar in collisions.patches}) == 2
+    assert [label.get_text() for label in collisions.get_yticklabels()] == ["ids", "ids"]
 
 
 def test_a_folder_without_a_report_is_named(tmp_path):

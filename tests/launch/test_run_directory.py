@@ -292,6 +292,13 @@ def test_options_that_cannot_work_are_refused_before_any_worker_starts(options, 
         check(parse_config("sasrec", options))
 
 
+@pytest.mark.parametrize("share", ["1.5", "-0.1", "nan"])
+def test_a_share_of_label_smoothing_that_is_none_is_refused(share):
+    options = ["--data.semantic-ids", "ids", "--model.label-smoothing", share]
+    with pytest.raises(ConfigError, match=r"model.label-smoothing must be at least 0 and below 1, got"):
+        check(parse_config("decoder-amazon", options))
+
+
 def test_curves_are_drawn_from_the_numbers_of_a_run(tmp_path):
     assert write_curves(str(tmp_path), "ndcg@10") is None
     log = MetricLog(str(tmp_path), LogConfig(), {})

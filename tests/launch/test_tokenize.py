@@ -50,6 +50,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenize")
     build_data(folder / "old", 80)
     build_data(folder / "new", 100, embeddings=False)
+    build_data(folder / "newest", 100)
     return folder
 
 
@@ -82,15 +83,14 @@ def test_a_table_is_made_reported_and_extended_without_changing_ids(folder, comm
     message = command("tokenize add rk --data new/shards --out rk2 --embeddings.file new/vectors.npy", code=1)
     assert "rk was made from data embeddings, and file were given" in message
     assert "by --embeddings (without any, it is those of the data set)" in message
-    build_data(folder / "newer", 100)
-    command("tokenize add rk --data newer/shards --out rk2")
-    larger = load(folder, "rk2", "newer")
+    command("tokenize add rk --data newest/shards --out rk2")
+    larger = load(folder, "rk2", "newest")
     larger.require(old.fingerprint)
     codes = dict(zip(larger.item_ids, larger.codes.tolist(), strict=True))
     assert [codes[item] for item in old.item_ids] == old.codes.tolist()
     assert len(np.unique(larger.codes, axis=0)) == 100
     with pytest.raises(DataError, match=r"must have the 100 items of the data set, but lacks 20 items"):
-        load(folder, "rk", "newer")
+        load(folder, "rk", "newest")
 
 
 def test_vectors_of_another_catalogue_are_refused(command):
@@ -104,6 +104,35 @@ def test_vectors_of_another_catalogue_are_refused(command):
     assert f"--embeddings.width must be 1 to the width of the input, {VECTORS.shape[1]}, got 0" in message
     message = command(f"tokenize random-codes --data new/shards --out x {SMALL}", 2)
     assert "has no item embeddings of its own; name some: --embeddings.file" in message
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            "--embeddings.text-model m",
+            "text-model m embeds texts, and none are asked for; add --embeddings.text",
+        ),
+        ("--embeddings.checkpoint latest", "checkpoint latest is one of a run, and none is given"),
+        (
+            "--embeddings.no-whiten",
+            "no-whiten is for inputs that are reduced, and a single one stays as it is",
+        ),
+    ],
+)
+def test_options_of_embeddings_that_would_do_nothing_are_refused(command, given, message):
+    line = f"tokenize random-codes --data old/shards --out x {given} {SMALL}"
+    assert f"--embeddings.{message}" in command(line, 2)
+
+
+def test_too_few_codes_are_told_by_options_that_make_more_of_them(command):
+    room = "make a table with more of them, by --code-sizes (of finite-scalar, --values or --levels) or --extra-codes"
+    few = "--values 2 2 --levels 1 --steps 1 --collisions reassign"
+    message = command(f"tokenize finite-scalar --data old/shards --out few {few}", 2)
+    assert f"4 codes give 4 places, too few for 80 items; {room}" in message
+    command("tokenize random-codes --data old/shards --out full --collisions reassign --code-sizes 9 9")
+    message = command("tokenize add full --data newest/shards --out fuller", 2)
+    assert f"9 x 9 codes give 81 places, too few for 100 items; {room}" in message
 
 
 def test_vectors_that_are_no_numbers_or_of_another_width_are_refused(folder, command):

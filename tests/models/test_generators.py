@@ -59,6 +59,18 @@ def test_the_training_loss_is_that_of_teacher_forcing_after_every_position(name)
     torch.testing.assert_close(levels, -log_probs.sum((0, 1)), rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in GENERATORS if hasattr(GENERATORS[name], "label_smoothing")]
+)
+def test_smoothed_labels_change_the_loss_of_every_code(name):
+    model = make_generator(name).eval()
+    plain = training_loss(model, make_batch(histories())).metrics
+    model.config = replace(model.config, label_smoothing=0.5)
+    smoothed = training_loss(model, make_batch(histories())).metrics
+    for level in (1, 2, 3):
+        assert not torch.isclose(plain[f"loss_level_{level}"], smoothed[f"loss_level_{level}"], rtol=1e-4)
+
+
 @everyone
 def test_a_beam_as_wide_as_the_catalogue_ranks_all_items_by_their_probability(name):
     model = make_generator(name).eval()

@@ -176,6 +176,7 @@ def test_sizes_are_known_on_the_meta_device():
         ({"top_k": 6}, "top-k must lie in 1..5"),
         ({"hidden": 20}, "must be a multiple of 8, got 20; use 24"),
         ({"z_weight": -1.0}, "must be 0 or more"),
+        ({"hidden": 0}, "must be a multiple of 8, got 0; use 8"),
     ],
 )
 def test_impossible_mixtures_are_refused(options, message):
@@ -186,3 +187,10 @@ def test_impossible_mixtures_are_refused(options, message):
 def test_a_width_that_grouped_products_cannot_take_is_refused():
     with pytest.raises(ConfigError, match="width of a layer of experts must be a multiple of 8, got 12"):
         MixtureConfig().build(12)
+
+
+def test_a_feed_forward_part_without_a_hidden_layer_is_refused():
+    with pytest.raises(
+        ConfigError, match="hidden layer of a feed-forward part must be at least 1 wide, got 0"
+    ):
+        FeedForwardConfig(hidden=0).build(8)

@@ -7,6 +7,7 @@ from cluster.errors import ConfigError
 from data_streams.batch import SequenceBatch
 from data_streams.jagged import Jagged
 from models.kernels.context_attention import NEVER
+from models.layers.code_embedding import CodeEmbedding
 from models.layers.event_features import EventFeatures, play_time_bucket, played_share_bucket
 from models.layers.pathways import ContextTokens, Pathway, TokenOrder, latest, positive_feedback
 from models.layers.rotary import rotate
@@ -100,6 +101,8 @@ def test_rotated_vectors_know_their_distance_alone():
         ({"item_rows": False, "item_codes": False}, "keep one of item-rows, item-codes and item-features on"),
         ({"positive_length": 3}, "needs both positive-length and positive-actions, got 3"),
         ({"short_length": -1}, "must be 0 or more, got 0, -1 and 0"),
+        ({"row_width": 0}, "row-width and feedback-width of a context must be at least 1, got 384, 0 and 16"),
+        ({"hidden": -1}, "must be at least 1, got -1, None and 16"),
     ],
 )
 def test_impossible_contexts_are_refused(options, message):
@@ -133,6 +136,33 @@ def test_an_accelerator_is_sent_nothing_to_find_what_was_liked():
         found = context.spans(there)[POSITIVE]
         assert not device.waits
         assert all(torch.equal(own.cpu(), right) for own, right in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("option", "column"), [("actions", "action"), ("play_time", "play_time_s"), ("play_time", "duration_s")]
+)
+def test_a_token_says_of_its_event_what_the_options_ask_for_and_nothing_else(option, column):
+    columns = {
+        "action": torch.tensor([1, 0, 2, 1, 2, 1, 0]),
+        "play_time_s": torch.full((7,), 30.0),
+        "duration_s": torch.full((7,), 60.0),
+    }
+    changed = columns | {column: columns[column].clone()}
+    changed[column][2] = 1
+    for is_asked_for in (False, True):
+        torch.manual_seed(0)
+        context = make_context(ContextConfig(item_rows=False, **{option: is_asked_for}))
+        codes = CodeEmbedding(semantic_ids().code_sizes, 8)
+        before, after = (
+            context({}, SequenceBatch(user_ids=torch.arange(3), items=ITEMS, features=these), codes).vectors
+            for these in (columns, changed)
+        )
+        assert torch.nonzero((before != after).any(1))[:, 0].tolist() == [2] * is_asked_for
+
+
+def test_the_table_of_users_has_as_many_rows_as_asked_for():
+    (users,) = make_context(ContextConfig(item_rows=False, user_rows=50)).tables()
+    assert (users.name, users.hash_rows, users.rows_are_users) == ("user", 50, True)
 
 
 def test_a_positive_action_that_the_data_lacks_is_refused():

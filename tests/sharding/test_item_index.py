@@ -236,6 +236,7 @@ def test_a_graph_of_all_neighbours_ranks_as_the_exact_index_does():
     exact = index.find(queries, seen, k=5, targets=targets)
     found = HnswIndex(index).find(queries, seen, k=5, targets=targets)
     assert found.ranks.tolist() == exact.ranks.tolist()
+    assert found.items.tolist() == exact.items.tolist()
     torch.testing.assert_close(found.scores, exact.scores)
 
 
@@ -277,6 +278,8 @@ def test_a_diverged_model_is_refused_and_not_ranked():
         one_dimensional([1.0, float("nan")])
     with pytest.raises(DivergenceError, match=r"query vectors must be finite.*1 of 2 are not"):
         one_dimensional([1.0, 2.0]).search(torch.tensor([[1.0], [INFINITY]]), 1)
+    with pytest.raises(DivergenceError, match=r"query vectors must be finite.*1 of 2 are not"):
+        HnswIndex(one_dimensional([1.0, 2.0])).find(torch.tensor([[1.0], [float("nan")]]), k=1)
 
 
 def test_evaluating_switches_dropout_and_gradients_off_and_back():

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from cluster.errors import DivergenceError
+from models.tokenizers.autoencoder import _rate
 from models.tokenizers.finite_scalar import FiniteScalar, Rounding
 from models.tokenizers.rq_vae import ResidualQuantiser, RqVae, rotate
 from tests.models.tokenizers.clustered import clustered_vectors
@@ -97,6 +98,35 @@ def test_finite_scalars_are_the_nearest_values_of_the_grid():
                 2 * np.abs(np.array([-1, 0, 1]) - three).argmin() + np.abs(np.array([-1, 1]) - two).argmin()
             )
             assert path[level] == expected
+
+
+def test_unused_codes_are_reset_until_the_last_part_of_the_training():
+    config = RqVae.Config(code_sizes=(4,), latent=2, steps=100, reset_every=10, reset_until=0.5)
+    for step, is_reset in ((8, False), (9, True), (49, True), (59, False)):
+        quantiser = ResidualQuantiser(config)
+        with torch.no_grad():
+            quantiser.codebooks[0][1:] = 99.0
+        quantiser(torch.tensor([[0.1, 0.2], [0.3, 0.1]]))
+        quantiser.after_step(step)
+        assert bool((quantiser.codebooks[0][1:] < 1).all()) == is_reset
+        assert quantiser.codebooks[0][0].tolist() == [0.0, 0.0], "a code that is used stays"
+
+
+def test_weight_decay_keeps_the_weights_of_the_network_small():
+    sizes = []
+    for weight_decay in (0.0, 5.0):
+        config = RqVae.Config(code_sizes=(4,), steps=200, weight_decay=weight_decay, **SMALL)
+        tokenizer = config.build(dim=12)
+        tokenizer.fit(clustered_vectors(100))
+        sizes.append(sum(float(weight.square().sum()) for weight in tokenizer.encoder.parameters()))
+    assert sizes[1] < 0.9 * sizes[0]
+
+
+def test_the_learning_rate_rises_for_a_hundred_steps_and_falls_to_zero():
+    rates = [_rate(step, 1000) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.01) and rates[49] == pytest.approx(0.5, rel=0.01)
+    assert rates[500] == pytest.approx(0.5) and rates[-1] < 1e-5
+    assert rates[99:] == sorted(rates[99:], reverse=True)
 
 
 def test_rounding_passes_the_gradient_of_the_bound():

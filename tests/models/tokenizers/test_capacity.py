@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from models.tokenizers import capacity
-from models.tokenizers.balanced_kmeans import BalancedKMeans
+from models.tokenizers.balanced_kmeans import BalancedKMeans, _assign
 from models.tokenizers.capacity import assign_within_capacity, rank_in_group
 from models.tokenizers.clustering import squared_distances
 from tests.models.tokenizers.clustered import clustered_vectors
@@ -54,3 +54,8 @@ def test_every_code_of_balanced_kmeans_has_equally_many_items_but_for_one():
 def test_ranks_start_again_with_each_group():
     assert rank_in_group(np.array([3, 3, 3, 7, 9, 9])).tolist() == [0, 1, 2, 0, 0, 1]
     assert rank_in_group(np.empty(0, dtype=np.int64)).tolist() == []
+
+
+def test_the_code_that_most_items_are_nearest_to_has_the_one_that_is_left_over():
+    points, centroids = np.array([[0.0], [0.1], [9.0]], np.float32), np.array([[9.0], [0.0]], np.float32)
+    assert _assign(points, centroids).tolist() == [1, 1, 0]

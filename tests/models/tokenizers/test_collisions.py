@@ -64,6 +64,12 @@ def test_old_paths_stay_free_of_new_items():
     assert len(np.unique(new, axis=0)) == 13 and not (new == 0).all(axis=1).any()
 
 
+def test_at_the_last_level_the_whole_distance_counts_and_not_the_nearest_pair():
+    # The nearer one would keep the code at 0 and send the farther one away for far more.
+    points, centroids = np.array([[1.0], [-2.0]], np.float32), np.array([[0.0], [2.4]], np.float32)
+    assert spread(points, np.zeros((2, 1), np.int32), [centroids]).tolist() == [[1], [0]]
+
+
 def test_more_items_than_paths_are_refused():
     code_vectors = [np.zeros((2, 1), dtype=np.float32)] * 2
     with pytest.raises(ConfigError, match="2 x 2 codes give 4 places, too few for 5 items"):

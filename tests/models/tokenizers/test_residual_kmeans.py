@@ -70,3 +70,12 @@ def test_each_level_clusters_what_the_level_before_left():
     spread_before, spread_after = np.square(vectors - vectors.mean(0)).sum(), np.square(residual).sum()
     left = np.square(residual - tokenizer.code_vectors[1][codes[:, 1]]).sum()
     assert left < 0.2 * spread_after < 0.2 * spread_before
+
+
+def test_rounds_of_clustering_are_as_many_as_asked_for():
+    vectors, errors = clustered_vectors(300), []
+    for iterations in (0, 25):
+        tokenizer = ResidualKMeans.Config(code_sizes=(16,), iterations=iterations).build(dim=vectors.shape[1])
+        tokenizer.fit(vectors)
+        errors.append(reconstruction_error(tokenizer.decode, vectors, tokenizer.assign(vectors)))
+    assert errors[1] < 0.9 * errors[0]

@@ -175,6 +175,8 @@ def test_too_few_items_for_the_codes_are_refused():
         ("rq-vae", {"latent": 0}, "--latent must be at least 1, got 0"),
         ("rq-vae", {"hidden": (8, 0)}, r"--hidden must be at least 1, got \(8, 0\)"),
         ("rq-vae", {"learning_rate": 0.0}, "--learning-rate must be above 0"),
+        ("rq-vae", {"learning_rate": float("nan")}, "--learning-rate must be above 0"),
+        ("rq-vae", {"commitment": -1.0}, "--commitment must be at least 0, got -1.0"),
         ("rq-vae", {"code_sizes": (0,)}, "--code-sizes must be one or more positive numbers"),
         ("rq-vae", {"reset_until": 1.5}, "--reset-until must be in 0..1"),
         ("finite-scalar", {"values": (8, 1)}, "all --values at least 2"),
@@ -193,4 +195,15 @@ def test_a_missing_or_damaged_tokenizer_is_named(tmp_path):
     save_tokenizer(fitted("random-codes"), storage)
     storage.write("tokenizer.safetensors", b"no tensors")
     with pytest.raises(DataError, match="cannot be read"):
+        load_tokenizer(storage)
+
+
+@pytest.mark.parametrize("other", ["residual-kmeans", "rq-vae"])
+def test_options_of_one_tokenizer_beside_what_another_learnt_are_told(tmp_path, other):
+    storage = Storage(tmp_path)
+    save_tokenizer(fitted("random-codes"), storage)
+    learnt = storage.read("tokenizer.safetensors")
+    save_tokenizer(fitted(other), storage)
+    storage.write("tokenizer.safetensors", learnt)
+    with pytest.raises(DataError, match=r"the tokenizer in .* cannot be read: .*; copy the folder again"):
         load_tokenizer(storage)
