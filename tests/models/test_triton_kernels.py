@@ -60,6 +60,17 @@ def test_biases_can_be_left_out(kinds):
     assert_equals_reference([5, 1, 40], **kinds)
 
 
+def test_times_too_far_apart_for_32_bits_count_as_the_furthest_that_are_not():
+    qkv, bias, _, sequences = make_inputs([4])
+    times_s = torch.tensor([10**12, 10**12 + 7, 10**12 + 2**31 + 9, 10**12 + 2**33])
+    found = attend_jagged(qkv, bias, times_s, sequences)
+    nearer = times_s.clamp(max=10**12 + 2**31 - 1)
+    expected = reference_pointwise_attention(
+        *qkv, sequences, max_length=MAX_LENGTH, bias=bias, times_s=nearer
+    )
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+
+
 def test_in_half_precision_sums_are_kept_in_single_precision():
     qkv, bias, times_s, sequences = make_inputs([40, 7, 33])
     rounded = [part.detach().to(HALF).requires_grad_() for part in qkv]

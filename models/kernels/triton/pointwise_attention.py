@@ -20,6 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from models.kernels.pointwise_attention import NATS_PER_TIME_BUCKET, NUM_TIME_BUCKETS
 
 BUCKETS_PER_NAT = tl.constexpr(1 / NATS_PER_TIME_BUCKET)
+LARGEST_S = tl.constexpr(2**31 - 1)
 LAST_TIME_BUCKET = tl.constexpr(NUM_TIME_BUCKETS - 1)
 SMALLEST_BLOCK = 16
 """What a product on a matrix unit takes at least."""
@@ -54,11 +55,20 @@ def _distances(queries, keys, last):
 
 @triton.jit
 @no_type_check
+def _since_first(times, events, length):
+    """In 32 bits, since numbers of 64 bits take twice the registers and many times as long to round to fp32."""
+    since = tl.load(times + events, mask=events < length, other=0) - tl.load(times)
+    return tl.minimum(since, LARGEST_S).to(tl.int32)
+
+
+@triton.jit
+@no_type_check
 def _time_buckets(times, queries, keys, length):
-    """As `models.kernels.pointwise_attention.time_buckets`, of one user's events, which lie within 68 years."""
-    first = tl.load(times)
-    own = (tl.load(times + queries, mask=queries < length, other=0) - first).to(tl.int32)
-    earlier = (tl.load(times + keys, mask=keys < length, other=0) - first).to(tl.int32)
+    """As `models.kernels.pointwise_attention.time_buckets`, of one user's events; what lies more than 2^31 s (68 years)
+    behind the first counts as if it lay so far behind.
+    """
+    own = _since_first(times, queries, length)
+    earlier = _since_first(times, keys, length)
     seconds = tl.maximum(tl.abs(own[:, None] - earlier[None, :]), 1).to(tl.float32)
     return tl.minimum((tl.log(seconds) * BUCKETS_PER_NAT).to(tl.int32), LAST_TIME_BUCKET)
 
