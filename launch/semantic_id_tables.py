@@ -41,6 +41,10 @@ class TableOptions:
     """Place in the items' category lists that prefixes are compared with, from 0 on; left out, the first one at
     which no category covers 90 % of the items that have one there."""
 
+    def __post_init__(self) -> None:
+        if self.category_level is not None and self.category_level < 0:
+            raise ConfigError(f"--category-level counts from 0 on, got {self.category_level}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeOptions(TableOptions):

@@ -26,5 +26,8 @@ def run(arguments: list[str]) -> int:
     storage = Storage(f"{config.run_dir}/{CHECKPOINTS}")
     reader = CheckpointReader(storage, parse_checkpoint(options.checkpoint))
     Console().print(inspect_checkpoint(reader))
-    print(f"steps: {', '.join(map(str, committed_steps(storage)))}; best: {best_step(storage)}")
+    best = best_step(storage)
+    print(
+        f"steps: {', '.join(map(str, committed_steps(storage)))}; best: {'none yet' if best is None else best}"
+    )
     return 0

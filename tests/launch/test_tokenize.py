@@ -125,6 +125,11 @@ def test_options_of_embeddings_that_would_do_nothing_are_refused(command, given,
     assert f"--embeddings.{message}" in command(line, 2)
 
 
+def test_categories_are_not_counted_from_the_end(command):
+    message = command(f"tokenize random-codes --data old/shards --out x --category-level -1 {SMALL}", 2)
+    assert "--category-level counts from 0 on, got -1" in message
+
+
 def test_too_few_codes_are_told_by_options_that_make_more_of_them(command):
     room = "make a table with more of them, by --code-sizes (of finite-scalar, --values or --levels) or --extra-codes"
     few = "--values 2 2 --levels 1 --steps 1 --collisions reassign"
