@@ -49,6 +49,14 @@ def _store(base, rows, length, stride, width, values, BLOCK: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def _events_of(offsets, user):
+    """Where the events of a user begin, and how many there are."""
+    start = tl.load(offsets + user)
+    return start, (tl.load(offsets + user + 1) - start).to(tl.int32)
+
+
+@triton.jit
+@no_type_check
 def _distances(queries, keys, last):
     return tl.minimum(tl.maximum(queries[:, None] - keys[None, :], 0), last)
 
@@ -87,8 +95,15 @@ def _scores(q, k, queries, keys, length, times, by_distance, last_distance, by_t
 
 @triton.jit
 @no_type_check
+def _weights(scores, visible):
+    """SiLU; zero for what is not seen."""
+    return tl.where(visible, scores * tl.sigmoid(scores), 0.0)
+
+
+@triton.jit
+@no_type_check
 def _slope(scores, visible):
-    """The derivative of SiLU."""
+    """The derivative of `_weights`."""
     gate = tl.sigmoid(scores)
     return tl.where(visible, gate * (1 + scores * (1 - gate)), 0.0)
 
@@ -101,8 +116,8 @@ def _forward(
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     user, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
-    start, first = tl.load(offsets + user), tl.program_id(1) * BLOCK
-    length = (tl.load(offsets + user + 1) - start).to(tl.int32)
+    start, length = _events_of(offsets, user)
+    first = tl.program_id(1) * BLOCK
     if first >= length:
         return
     stride = num_heads * (2 * A + V)
@@ -119,7 +134,7 @@ def _forward(
         scores, visible = _scores(
             q, k, queries, keys, length, times, by_distance, last_distance, by_time, PRECISION
         )
-        weights = tl.where(visible, scores * tl.sigmoid(scores), 0.0)
+        weights = _weights(scores, visible)
         total += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
     output += start * num_heads * V + head * V
     _store(output, queries, length, num_heads * V, V, total * scale, BLOCK_V)
@@ -133,8 +148,8 @@ def _back_to_keys(
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     user, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
-    start, first = tl.load(offsets + user), tl.program_id(1) * BLOCK
-    length = (tl.load(offsets + user + 1) - start).to(tl.int32)
+    start, length = _events_of(offsets, user)
+    first = tl.program_id(1) * BLOCK
     if first >= length:
         return
     stride = num_heads * (2 * A + V)
@@ -155,7 +170,7 @@ def _back_to_keys(
         scores, visible = _scores(
             q, k, queries, keys, length, times, by_distance, last_distance, by_time, PRECISION
         )
-        weights = tl.where(visible, scores * tl.sigmoid(scores), 0.0)
+        weights = _weights(scores, visible)
         to_values += tl.dot(tl.trans(weights).to(g.dtype), g, input_precision=PRECISION)
         to_scores = tl.dot(g, tl.trans(v), input_precision=PRECISION) * _slope(scores, visible)
         to_keys += tl.dot(tl.trans(to_scores).to(q.dtype), q, input_precision=PRECISION)
@@ -171,8 +186,8 @@ def _back_to_queries(
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     user, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
-    start, first = tl.load(offsets + user), tl.program_id(1) * BLOCK
-    length = (tl.load(offsets + user + 1) - start).to(tl.int32)
+    start, length = _events_of(offsets, user)
+    first = tl.program_id(1) * BLOCK
     if first >= length:
         return
     stride = num_heads * (2 * A + V)
@@ -206,8 +221,7 @@ def _back_to_biases(
 ):  # fmt: skip
     """Each user has sums of its own, so that few additions meet."""
     user, first = tl.program_id(0), tl.program_id(1) * BLOCK
-    start = tl.load(offsets + user)
-    length = (tl.load(offsets + user + 1) - start).to(tl.int32)
+    start, length = _events_of(offsets, user)
     if first >= length:
         return
     stride = num_heads * (2 * A + V)
