@@ -52,25 +52,22 @@ def measure(process: Process, request: Request) -> dict[str, Any]:
 
 def _users(longest: int, num_events: int) -> Jagged:
     """So many users that they have about `num_events`."""
-    stretch = longest / 200
-    like = LongUsers(num_users=4096, longest=200)
-    lengths = torch.from_numpy(like.lengths() * stretch).long()
+    like = LongUsers(num_users=4096)
+    lengths = torch.from_numpy(like.lengths() * (longest / like.longest)).long()
     lengths = lengths[: max(2, int((lengths.cumsum(0) < num_events).sum()))]
     return Jagged.from_lengths(torch.zeros(int(lengths.sum()), dtype=torch.int64), lengths)
 
 
-def _inputs(users: Jagged, *shape: int) -> tuple[Tensor, ...]:
-    generator, device = torch.Generator().manual_seed(0), users.offsets.device
-    dtype = resolve_precision("auto", device)
-    total = users.values.shape[0]
-    draw = lambda: torch.randn(total, *shape, generator=generator).to(device, dtype)  # noqa: E731
-    return draw().requires_grad_(), draw()
+def _draw(users: Jagged, seed: int, *shape: int) -> Tensor:
+    """Shapes: -> [T, *shape]."""
+    device = users.offsets.device
+    drawn = torch.randn(users.values.shape[0], *shape, generator=torch.Generator().manual_seed(seed))
+    return drawn.to(device, resolve_precision("auto", device))
 
 
 def _pointwise(users: Jagged, heads: int, dim: int, padded: bool) -> Callable[[], None]:
     device = users.offsets.device
-    packed, _ = _inputs(users, heads, 3 * dim)
-    _, gradient = _inputs(users, heads, dim)
+    packed, gradient = _draw(users, 0, heads, 3 * dim).requires_grad_(), _draw(users, 1, heads, dim)
     times_s = torch.randint(10**6, (packed.shape[0],), generator=torch.Generator().manual_seed(0)).to(device)
     weights = [
         torch.zeros(size, device=device, requires_grad=True) for size in (users.max_length, NUM_TIME_BUCKETS)
@@ -90,12 +87,12 @@ def _pointwise(users: Jagged, heads: int, dim: int, padded: bool) -> Callable[[]
 
 
 def _softmax(users: Jagged, heads: int, dim: int, padded: bool) -> Callable[[], None]:
-    inputs, gradient = _inputs(users, 3, heads, dim)
+    inputs, gradient = _draw(users, 0, 3, heads, dim).requires_grad_(), _draw(users, 1, heads, dim)
     layout = replace(padded_layout(users), bounds=None) if padded else bucket_layout(users)
 
     def run() -> None:
         found = jagged_attention(*inputs.unbind(1), layout)
-        torch.autograd.grad(found, inputs, gradient[:, 0])
+        torch.autograd.grad(found, inputs, gradient)
 
     return run
 
